@@ -1,0 +1,7 @@
+"""What happens around training: averaging, checkpoints, samples, tracking, the report."""
+
+from srpo_lightning.callbacks.checkpoint import RunCheckpoint as RunCheckpoint
+from srpo_lightning.callbacks.ema import EMA as EMA
+from srpo_lightning.callbacks.report import Report as Report
+from srpo_lightning.callbacks.samples import SampleLogger as SampleLogger
+from srpo_lightning.callbacks.tracking import RewardTracking as RewardTracking

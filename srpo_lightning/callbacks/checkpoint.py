@@ -1,0 +1,55 @@
+"""When checkpoints are written and which are kept."""
+
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+
+
+class RunCheckpoint(Checkpoint):
+    """Writes `<run folder>/checkpoints/step-*.ckpt`: every so many steps, at the end, and when the run fails.
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints.
+        keep: how many of the newest stay; older ones are deleted after a newer one is whole.
+    """
+
+    def __init__(self, every_n_steps: PositiveInt = 50, keep: PositiveInt = 2) -> None:
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self._saved_step = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has its first step saved already."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save on every n-th optimizer step, once."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the result."""
+        self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save what there is: skipped steps leave the weights of the last good one."""
+        if trainer.training and isinstance(exception, KeyboardInterrupt | FloatingPointError):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self._saved_step:
+            return
+        self._saved_step = trainer.global_step
+        path = checkpoint_path(trainer.default_root_dir, trainer.global_step)
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for old in checkpoints(trainer.default_root_dir)[: -self.keep]:
+                old.unlink()
+        rank_zero_info(f"checkpoint: {path}")

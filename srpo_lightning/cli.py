@@ -1,0 +1,99 @@
+"""The command line: LightningCLI with one module, one data module and one fixed run folder."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from srpo_lightning.callbacks import RunCheckpoint
+from srpo_lightning.checkpoints import checkpoints, newest
+from srpo_lightning.data import PromptData
+from srpo_lightning.module import SRPOModule
+
+CONFIG = "config.yaml"
+
+
+def main(args: ArgsType = None) -> None:
+    """Run `python -m srpo_lightning`.
+
+    Args:
+        args: the command line; None reads it from the process.
+    """
+    SRPOCLI(
+        SRPOModule,
+        PromptData,
+        args=args,
+        seed_everything_default=0,
+        parser_class=ShortUsageParser,
+        save_config_callback=SaveConfigInRunFolder,
+        auto_configure_optimizers=False,
+        trainer_defaults={"gradient_clip_val": 0.1, "use_distributed_sampler": False},
+    )
+
+
+class ShortUsageParser(LightningArgumentParser):
+    """Puts an error's one line where the eye is, instead of after fifty lines of usage."""
+
+    def format_usage(self) -> str:
+        """Where help is, and nothing else."""
+        return f"usage: {self.prog} --help shows every option\n"
+
+
+class SRPOCLI(LightningCLI):
+    """LightningCLI plus: links, the run folder, and what `last` means."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What is said once counts everywhere."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("model.policy.init_args.pretrained", "data.pretrained")
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs/default",
+                "trainer.plugins": [{"class_path": "srpo_lightning.checkpoints.AtomicCheckpointIO"}],
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Log into the run folder, in one place however often the run is resumed."""
+        config = self.config[self.config.subcommand]
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(config.trainer.default_root_dir, name="logs", version="")
+        return super().instantiate_trainer(**kwargs)
+
+    def before_instantiate_classes(self) -> None:
+        """Settle what to resume before anything is read."""
+        config = self.config[self.config.subcommand]
+        folder = config.trainer.default_root_dir
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(newest(folder))
+            rank_zero_info(f"resuming from {config.ckpt_path}")
+        elif config.ckpt_path and not Path(config.ckpt_path).exists():
+            raise ValueError(f"--ckpt_path {config.ckpt_path} does not exist: `last` takes the newest of {folder}")
+        elif self.config.subcommand == "fit" and not config.ckpt_path and checkpoints(folder):
+            raise ValueError(
+                f"{folder} holds a run already: resume it with --ckpt_path last, name another folder with "
+                "--trainer.default_root_dir, or delete it"
+            )
+
+
+class SaveConfigInRunFolder(SaveConfigCallback):
+    """Writes config.yaml into the run folder, and config-<step>.yaml when the run is resumed."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False, **kwargs)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the record of every start."""
+        if stage != "fit":
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        resumed = Path(str(trainer.ckpt_path)).stem if trainer.ckpt_path else None
+        path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)

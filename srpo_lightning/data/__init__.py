@@ -1,0 +1,3 @@
+"""Prompts in, conditions out."""
+
+from srpo_lightning.data.datamodule import PromptData as PromptData

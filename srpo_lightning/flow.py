@@ -1,0 +1,86 @@
+"""The arithmetic of rectified flow, on tensors alone.
+
+Convention, the one FLUX uses: `sigma` is the noise level in [0, 1] (1 = pure noise),
+
+    x = (1 - sigma) x0 + sigma noise,        velocity = dx / dsigma = noise - x0.
+
+Other libraries run time the other way and flip the sign of the velocity. A schedule is descending.
+Every function works in the dtype of its arguments (float64 in, float64 out) and broadcasts sigma over the axes
+after the first.
+
+Shapes: B samples, `*rest` the axes of one sample, N noise levels.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Latents: TypeAlias = Float[Tensor, "B *rest"]
+Sigma: TypeAlias = Float[Tensor, " B"]
+Sigmas: TypeAlias = Float[Tensor, " N"]
+
+
+def shift_sigma(sigma: Float[Tensor, "..."], shift: float) -> Float[Tensor, "..."]:
+    """Move a uniform noise level towards more noise: `shift sigma / (1 + (shift - 1) sigma)`.
+
+    Args:
+        sigma: noise levels in [0, 1]; 0 and 1 stay where they are.
+        shift: above 0; 1 changes nothing, FLUX trains SRPO with 3.
+
+    Source: Esser et al., arXiv 2403.03206, section 5.3.2 (timestep shifting).
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def schedule(num_steps: int, shift: float, dtype: torch.dtype = torch.float64) -> Sigmas:
+    """The `num_steps + 1` noise levels of an Euler sampler, from 1 down to 0.
+
+    The same levels as diffusers' FlowMatchEulerDiscreteScheduler when FluxPipeline calls it with as many steps.
+    """
+    return shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=dtype), shift)
+
+
+def inject(x0: Latents, noise: Latents, sigma: Sigma) -> Latents:
+    """Noise clean latents to level `sigma`: `(1 - sigma) x0 + sigma noise`."""
+    sigma = _over(sigma, x0)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def step(x: Latents, velocity: Latents, sigma: Sigma, sigma_next: Sigma) -> Latents:
+    """One Euler step from level `sigma` to `sigma_next`, in either direction."""
+    return x + _over(sigma_next - sigma, x) * velocity
+
+
+def recover(x: Latents, noise: Latents, sigma: Sigma) -> Latents:
+    """Undo `inject`: the clean latents that a known `noise` hides in `x`.
+
+    Args:
+        x: latents at level `sigma`.
+        noise: the very noise that was injected.
+        sigma: noise level in [0, 1); at 1 nothing is left to recover.
+
+    Source: Direct-Align, arXiv 2509.06942.
+    """
+    sigma = _over(sigma, x)
+    return (x - sigma * noise) / (1 - sigma)
+
+
+def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Latents, sigmas: Sigmas) -> Latents:
+    """Follow the flow through a schedule with Euler steps.
+
+    Args:
+        velocity: the model, called with latents and one noise level per sample ([B], in the dtype of `x`).
+        x: latents at level `sigmas[0]`.
+        sigmas: N + 1 noise levels, in float64 so that their differences are exact to the dtype of `x`.
+    """
+    for sigma, sigma_next in zip(sigmas.to(x).unbind(), sigmas.to(x)[1:].unbind(), strict=False):
+        sigma, sigma_next = sigma.expand(len(x)), sigma_next.expand(len(x))
+        x = step(x, velocity(x, sigma), sigma, sigma_next)
+    return x
+
+
+def _over(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.to(x.dtype).view(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,183 @@
+"""What Lightning calls, and when. The mathematics is in objectives/ and flow.py."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim import Optimizer
+
+from srpo_lightning import flow
+from srpo_lightning.batch import Conditions
+from srpo_lightning.draws import Draws, sample_noise
+from srpo_lightning.objectives.base import Objective
+from srpo_lightning.policies.base import Policy
+from srpo_lightning.rewards.base import Reward
+
+
+class SRPOModule(LightningModule):
+    """A policy trained by an objective under a reward.
+
+    Args:
+        policy: what is trained.
+        reward: what it is trained for; frozen.
+        objective: how.
+        optimizer: of the policy's trainable parameters.
+        lr_scheduler: steps once per optimizer step; none keeps the learning rate constant.
+        num_sample_steps: Euler steps of evaluation samples.
+        sample_guidance: distilled guidance of evaluation samples.
+        seed: of every random number of training and evaluation.
+        max_skipped_steps: consecutive steps with a loss or gradient that is not finite before the run is stopped.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        objective: Objective,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=5e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4
+        ),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        num_sample_steps: PositiveInt = 28,
+        sample_guidance: float = 3.5,
+        seed: int = 0,
+        max_skipped_steps: NonNegativeInt = 5,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.reward = reward
+        self.objective = objective
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.num_sample_steps = num_sample_steps
+        self.sample_guidance = sample_guidance
+        self.seed = seed
+        self.max_skipped_steps = max_skipped_steps
+        self.strict_loading = False
+        self.micro_step = 0
+        self.skipped_steps = 0
+        self.weight_variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"policy": nullcontext}
+        self._update_start_s = 0.0
+
+    def configure_model(self) -> None:
+        """Read the weights, once."""
+        self.policy.load()
+        self.reward.load()
+
+    def configure_optimizers(self) -> Any:
+        """Trainable parameters only; the scheduler counts optimizer steps."""
+        optimizer = self.optimizer([p for _, p in self.trainable_parameters()])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """What is trained, averaged and saved."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def training_step(self, batch: Conditions, batch_idx: int) -> Tensor:
+        """One micro-batch: rollout, then the objective's loss."""
+        draws = Draws(self.seed, self.micro_step, self.global_rank)
+        self.micro_step += 1
+        start_s = self._now_s()
+        rollout = self.objective.rollout(self.policy, batch, draws)
+        self._update_start_s = self._now_s()
+        outcome = self.objective.loss(self.policy, self.reward, batch, rollout, draws)
+        self.log("train/loss", outcome.loss.detach(), prog_bar=True, batch_size=batch.batch_size)
+        self.log_dict({f"train/{name}": v for name, v in outcome.scalars.items()}, batch_size=batch.batch_size)
+        self.log("train/seconds_rollout", self._update_start_s - start_s, batch_size=batch.batch_size)
+        return outcome.loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient norm; skip the step if it is not finite."""
+        gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/gradient_norm", norm)
+        if norm.isfinite():
+            self.skipped_steps = 0
+            return
+        self.skipped_steps += 1
+        # Without gradients the optimizer leaves weights and its own state alone.
+        optimizer.zero_grad(set_to_none=True)
+        self.print(
+            f"step {self.global_step}: the gradient is not finite, step skipped "
+            f"({self.skipped_steps} in a row, the run stops after {self.max_skipped_steps})"
+        )
+
+    def on_train_batch_end(self, outputs: Any, batch: Conditions, batch_idx: int) -> None:
+        """Log the time of the update; stop a run whose steps keep being skipped."""
+        self.log("train/seconds_update", self._now_s() - self._update_start_s, batch_size=batch.batch_size)
+        if self.skipped_steps > self.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self.skipped_steps} steps in a row had a loss or gradient that is not finite. The weights are those "
+                "of the last good step and saved; look at the last samples, then lower the learning rate, or train in "
+                "a wider precision (trainer.precision)"
+            )
+
+    def validation_step(self, batch: Conditions, batch_idx: int) -> dict[str, Tensor]:
+        """Images of the batch, [B, 3, H, W] in [0, 1], by the policy's weights and by every other variant of them."""
+        images = {}
+        for name, weights in self.weight_variants.items():
+            with weights():
+                images[name] = self.sample(batch)
+        return images
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Conditions, batch_idx: int) -> dict[str, Tensor]:
+        """The same as validation."""
+        return self.validation_step(batch, batch_idx)
+
+    @torch.no_grad()
+    def sample(self, conditions: Conditions) -> Tensor:
+        """One image per prompt; each depends on the seed and its own index alone."""
+        noise = sample_noise(self.seed, conditions.index.tolist(), self.policy.latent_shape)
+        latents = flow.integrate(
+            lambda x, sigma: self.policy(x, sigma, conditions, self.sample_guidance),
+            noise.to(conditions.prompt_embeds),
+            self.policy.sigmas(self.num_sample_steps),
+        )
+        return self.policy.decode(latents)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Trainable parameters only: frozen parts stay out of checkpoints."""
+        trainable = {name for name, _ in self.trainable_parameters()}
+        return {name: t for name, t in super().state_dict(*args, **kwargs).items() if name in trainable}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside the weights: where the random numbers stand, and whose weights they are."""
+        checkpoint["srpo"] = {"micro_step": self.micro_step, "policy": self.policy.fingerprint}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another policy, naming the difference."""
+        saved = checkpoint.get("srpo")
+        if saved is None:
+            raise ValueError("this checkpoint was not written by srpo_lightning: --ckpt_path needs one that was")
+        if saved["policy"] != self.policy.fingerprint:
+            raise ValueError(
+                "this checkpoint is of another policy: set model.policy to the one that it was trained with, or leave "
+                f"--ckpt_path away.\n  checkpoint: {saved['policy']}\n  config:     {self.policy.fingerprint}"
+            )
+        shapes = {name: tuple(p.shape) for name, p in self.trainable_parameters()}
+        found = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
+        if shapes != found:
+            odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+            raise ValueError(
+                f"this checkpoint differs from the policy in {len(odd)} parameters, first {odd[0]}: "
+                f"found {found.get(odd[0])}, expected {shapes.get(odd[0])}; set model.policy to the trained one"
+            )
+        self.micro_step = saved["micro_step"]
+
+    def _now_s(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

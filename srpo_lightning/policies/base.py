@@ -1,0 +1,48 @@
+"""What an objective, the module and the callbacks ask of a policy."""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from srpo_lightning.batch import Conditions
+
+
+class Policy(nn.Module, ABC):
+    """A flow model that draws images from conditions.
+
+    The constructor stores paths and numbers only; `load` reads the weights. Exactly the parameters that are trained
+    require a gradient.
+    """
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the weights, once; a second call does nothing."""
+
+    @abstractmethod
+    def forward(
+        self, x: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float
+    ) -> Float[Tensor, "B *rest"]:
+        """The velocity at latents `x` of noise level `sigma` (flow.py's convention)."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's latents."""
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "B *rest"]) -> Float[Tensor, "B 3 H W"]:
+        """Clean latents to images in [0, 1], differentiable."""
+
+    @abstractmethod
+    def sigmas(self, num_steps: int, shift: float | None = None) -> Float[Tensor, " N"]:
+        """The schedule of an Euler sampler, `num_steps + 1` levels from 1 to 0, in float64.
+
+        Args:
+            shift: overrides the shift of the model's own scheduler.
+        """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Names the architecture, so that a checkpoint of another policy is refused."""

@@ -1,0 +1,185 @@
+"""FLUX.1, and every model in its diffusers layout, as a policy.
+
+Shapes: B samples, L = (H / 16) (W / 16) packed image tokens, C = 4 x latent channels (64 for FLUX.1).
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from jaxtyping import Float
+from jsonargparse.typing import PositiveInt
+from torch import Tensor
+
+from srpo_lightning import flow
+from srpo_lightning.batch import Conditions
+from srpo_lightning.policies.base import Policy
+from srpo_lightning.pretrained import part
+
+Packed: TypeAlias = Float[Tensor, "B L C"]
+Spatial: TypeAlias = Float[Tensor, "B c h w"]
+Images: TypeAlias = Float[Tensor, "B 3 H W"]
+
+IMAGE_PX_PER_TOKEN = 16  # the VAE halves three times, packing once more
+
+
+class FluxPolicy(Policy):
+    """FLUX.1's transformer, trained, between its frozen VAE and its scheduler's noise levels.
+
+    Args:
+        pretrained: a folder in the layout of diffusers' FluxPipeline, or a hub id such as black-forest-labs/FLUX.1-dev.
+        height: of the pictures, in pixels, divisible by 16.
+        width: of the pictures, in pixels, divisible by 16.
+        dtype: of the transformer's weights. Keep float32 where they are trained in full; the trainer's precision
+            (bf16-mixed) decides what they are computed in.
+        vae_dtype: of the frozen VAE's weights.
+        gradient_checkpointing: recompute each transformer block in the backward pass instead of storing it.
+        vae_checkpointing: the same for the VAE's decoder.
+        vae_tiling: decode large pictures tile by tile: less memory, faint seams possible.
+        resolution_shift: shift noise levels by FLUX's resolution-dependent rule instead of the scheduler's static
+            shift, where an objective does not ask for a shift of its own.
+        quantize_timesteps: truncate the noise level that the transformer is told to 1000ths, as the research code of
+            SRPO does; off by default because it tells the model a level other than the one the latents have.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        height: PositiveInt = 1024,
+        width: PositiveInt = 1024,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        vae_dtype: Literal["float32", "bfloat16"] = "float32",
+        gradient_checkpointing: bool = False,
+        vae_checkpointing: bool = False,
+        vae_tiling: bool = False,
+        resolution_shift: bool = False,
+        quantize_timesteps: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, size in (("height", height), ("width", width)):
+            if size % IMAGE_PX_PER_TOKEN:
+                below = size - size % IMAGE_PX_PER_TOKEN
+                raise ValueError(
+                    f"{name} is {size} pixels, which {IMAGE_PX_PER_TOKEN} does not divide: "
+                    f"set it to {below or IMAGE_PX_PER_TOKEN} or {below + IMAGE_PX_PER_TOKEN}"
+                )
+        self.pretrained = pretrained
+        self.height, self.width = height, width
+        self.dtype, self.vae_dtype = getattr(torch, dtype), getattr(torch, vae_dtype)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.vae_checkpointing = vae_checkpointing
+        self.vae_tiling = vae_tiling
+        self.resolution_shift = resolution_shift
+        self.quantize_timesteps = quantize_timesteps
+        self.configs = {
+            "transformer": json.loads(Path(part(pretrained, "transformer", "config.json")).read_text()),
+            "scheduler": json.loads(Path(part(pretrained, "scheduler", "scheduler_config.json")).read_text()),
+        }
+        self.transformer: FluxTransformer2DModel | None = None
+
+    def load(self) -> None:
+        """Read transformer and VAE, once; only the transformer is trained."""
+        if self.transformer is not None:
+            return
+        transformer = FluxTransformer2DModel.from_pretrained(
+            self.pretrained, subfolder="transformer", torch_dtype=self.dtype, use_safetensors=True
+        )
+        vae = AutoencoderKL.from_pretrained(
+            self.pretrained, subfolder="vae", torch_dtype=self.vae_dtype, use_safetensors=True
+        )
+        self.transformer = transformer.train().requires_grad_(True)
+        self.vae = vae.requires_grad_(False)
+        if self.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if self.vae_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        if self.vae_tiling:
+            self.vae.enable_tiling()
+
+    def forward(self, x: Packed, sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float) -> Packed:
+        """The velocity at `x`; `guidance` is the distilled one, ignored by models that have no embedding for it."""
+        assert self.transformer is not None, "load() comes first"
+        if self.quantize_timesteps:
+            sigma = (sigma * 1000).trunc() / 1000
+        velocity: Tensor = self.transformer(
+            hidden_states=x,
+            timestep=sigma,
+            guidance=torch.full_like(sigma, guidance) if self.guided else None,
+            encoder_hidden_states=conditions.prompt_embeds.to(x.dtype),
+            pooled_projections=conditions.pooled_prompt_embeds.to(x.dtype),
+            txt_ids=x.new_zeros(conditions.prompt_embeds.shape[1], 3),
+            img_ids=image_ids(self.height, self.width, x),
+            return_dict=False,
+        )[0]
+        return velocity.to(x.dtype)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model embeds a distilled guidance (FLUX.1-dev does, FLUX.1-schnell does not)."""
+        return bool(self.configs["transformer"].get("guidance_embeds", False))
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(L, C)."""
+        tokens = (self.height // IMAGE_PX_PER_TOKEN) * (self.width // IMAGE_PX_PER_TOKEN)
+        return tokens, self.configs["transformer"].get("in_channels", 64)
+
+    def decode(self, latents: Packed) -> Images:
+        """Packed clean latents to images in [0, 1], with gradient."""
+        config = self.vae.config
+        z = unpack(latents, self.height, self.width) / config.scaling_factor + (config.shift_factor or 0.0)
+        decoded: Tensor = self.vae.decode(z.to(self.vae_dtype), return_dict=False)[0]
+        return (decoded.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def sigmas(self, num_steps: int, shift: float | None = None) -> Float[Tensor, " N"]:
+        """The noise levels of the model's own scheduler, or of a given `shift`."""
+        if shift is None:
+            scheduler = self.configs["scheduler"]
+            tokens = self.latent_shape[0]
+            shift = resolution_dependent_shift(tokens, scheduler) if self.resolution_shift else scheduler["shift"]
+        return flow.schedule(num_steps, shift)
+
+    @property
+    def fingerprint(self) -> str:
+        """The transformer's architecture, as its configuration gives it."""
+        architecture = {k: v for k, v in self.configs["transformer"].items() if not k.startswith("_")}
+        return f"{type(self).__name__} {json.dumps(architecture, sort_keys=True)}"
+
+    def save(self, folder: Path) -> None:
+        """Write the transformer as diffusers does; put it in place of a FluxPipeline's `transformer/`."""
+        assert self.transformer is not None, "load() comes first"
+        self.transformer.save_pretrained(folder)
+
+
+def resolution_dependent_shift(num_tokens: int, scheduler: dict[str, Any]) -> float:
+    """FLUX.1's shift for a picture of `num_tokens` packed tokens.
+
+    Source: `calculate_shift` and `time_shift` of diffusers' FluxPipeline and FlowMatchEulerDiscreteScheduler:
+    mu is linear in the number of tokens and the shift is exp(mu).
+    """
+    few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
+
+
+def pack(z: Spatial) -> Packed:
+    """2 x 2 patches of the VAE's latents to tokens, in the channel order of FLUX."""
+    b, c, h, w = z.shape
+    return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(x: Packed, height: int, width: int) -> Spatial:
+    """Undo `pack` for a picture of `height` x `width` pixels."""
+    h, w = height // IMAGE_PX_PER_TOKEN, width // IMAGE_PX_PER_TOKEN
+    b, _, c = x.shape
+    return x.view(b, h, w, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * h, 2 * w)
+
+
+def image_ids(height: int, width: int, like: Tensor) -> Float[Tensor, "L 3"]:
+    """Position ids of the image tokens: (0, row, column)."""
+    h, w = height // IMAGE_PX_PER_TOKEN, width // IMAGE_PX_PER_TOKEN
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).to(like)
