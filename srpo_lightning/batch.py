@@ -12,13 +12,13 @@ class Conditions(NamedTuple):
         prompts: the B texts, for rewards and logs.
         prompt_embeds: [B, T, D] sequence features (FLUX: T5), padded to the full length T.
         pooled_prompt_embeds: [B, P] pooled features (FLUX: CLIP).
-        index: [B] int64, each prompt's position in its file; seeds evaluation samples.
+        indices: [B] int64, each prompt's position in its file; seeds evaluation samples.
     """
 
     prompts: list[str]
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
-    index: Tensor
+    indices: Tensor
 
     @property
     def batch_size(self) -> int:
@@ -31,5 +31,5 @@ class Conditions(NamedTuple):
             self.prompts * times,
             self.prompt_embeds.repeat(times, 1, 1),
             self.pooled_prompt_embeds.repeat(times, 1),
-            self.index.repeat(times),
+            self.indices.repeat(times),
         )

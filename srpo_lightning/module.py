@@ -140,7 +140,7 @@ class SRPOModule(LightningModule):
     @torch.no_grad()
     def sample(self, conditions: Conditions) -> Tensor:
         """One image per prompt; each depends on the seed and its own index alone."""
-        noise = sample_noise(self.seed, conditions.index.tolist(), self.policy.latent_shape)
+        noise = sample_noise(self.seed, conditions.indices.tolist(), self.policy.latent_shape)
         latents = flow.integrate(
             lambda x, sigma: self.policy(x, sigma, conditions, self.sample_guidance),
             noise.to(conditions.prompt_embeds),
@@ -148,7 +148,7 @@ class SRPOModule(LightningModule):
         )
         return self.policy.decode(latents)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
         """Trainable parameters only: frozen parts stay out of checkpoints."""
         trainable = {name for name, _ in self.trainable_parameters()}
         return {name: t for name, t in super().state_dict(*args, **kwargs).items() if name in trainable}

@@ -57,16 +57,15 @@ class Report(Callback):
             )
         (folder / "report.md").write_text(table, encoding="utf-8")
         print(f"\n{table}")
-        rows = {
-            name: [
-                sample_path(folder, int(record["step"]), str(record["weights"]), index)
-                for index in range(self.num_columns)
-            ]
-            for name, record in columns.items()
-        }
-        if all(path.is_file() for paths in rows.values() for path in paths):
+        rows = {name: self._pictures(folder, record) for name, record in columns.items()}
+        if all(rows.values()):
             contact_sheet(rows, self.scale).save(folder / "before_after.png")
             print(f"pictures: {folder / 'before_after.png'}")
+
+    def _pictures(self, folder: Path, record: Record) -> list[Path]:
+        step, weights = int(record["step"]), str(record["weights"])
+        paths = [sample_path(folder, step, weights, index) for index in range(self.num_columns)]
+        return [path for path in paths if path.is_file()]
 
 
 def before_and_after(records: list[Record]) -> dict[str, Record]:

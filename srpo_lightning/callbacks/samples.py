@@ -52,7 +52,7 @@ class SampleLogger(Callback):
     ) -> None:
         """Write the pictures among the batch that are to be kept."""
         assert isinstance(pl_module, SRPOModule)
-        kept = [row for row, index in enumerate(batch.index.tolist()) if index < self.num_samples]
+        kept = [row for row, index in enumerate(batch.indices.tolist()) if index < self.num_samples]
         for weights, images in outputs.items():
             pictures = (images[kept].float().cpu() * 255).round().to(torch.uint8)
             self._grids.setdefault(weights, []).extend(pictures)
@@ -70,7 +70,7 @@ class SampleLogger(Callback):
                     logger.experiment.add_image(f"samples/{weights}", picture, trainer.global_step)
 
     def _write(self, trainer: Trainer, seed: int, weights: str, batch: Conditions, row: int, picture: Tensor) -> None:
-        index = int(batch.index[row])
+        index = int(batch.indices[row])
         path = sample_path(trainer.default_root_dir, trainer.global_step, weights, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)

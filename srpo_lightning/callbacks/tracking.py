@@ -83,7 +83,7 @@ class RewardTracking(Callback):
                 append_record(trainer.default_root_dir, {"step": trainer.global_step, "weights": weights, **values})
 
     on_test_epoch_start = on_validation_epoch_start
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # as above
     on_test_epoch_end = on_validation_epoch_end
 
     def _new_metrics(self, device: torch.device) -> dict[str, Metric]:

@@ -1,7 +1,7 @@
 """Prompt files: one prompt per line (.txt), per object (.jsonl) or per row (.parquet)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,11 @@ def read_prompts(path: str, field: str = "prompt") -> PromptSet:
         ValueError: naming the cure, if the file is missing, of another kind, without that field, or empty.
     """
     file = Path(path).expanduser()
-    readers = {".txt": _lines, ".jsonl": partial(_objects, field=field), ".parquet": partial(_rows, field=field)}
+    readers: dict[str, Callable[[Path], Iterator[Any]]] = {
+        ".txt": _lines,
+        ".jsonl": partial(_objects, field=field),
+        ".parquet": partial(_rows, field=field),
+    }
     if file.suffix not in readers:
         raise ValueError(f"prompt file {path}: the name must end in one of {', '.join(readers)}")
     if not file.is_file():

@@ -1,8 +1,9 @@
 """SRPO: Direct-Align with a semantic relative reward (arXiv 2509.06942).
 
 Step numbers in comments are those of the algorithm box in README.md. Departures from the research code, all on
-purpose: the transformer is told the exact noise level (FluxPolicy.quantize_timesteps truncates it as there); both branches go through the policy as one batch; the reward's gradient is taken at the recovered latents and handed to
-the policy (objectives/base.py), which is the same gradient by the chain rule.
+purpose: the transformer is told the exact noise level (FluxPolicy.quantize_timesteps truncates it as there); both
+branches go through the policy as one batch; the reward's gradient is taken at the recovered latents and handed to the
+policy (objectives/base.py), which is the same gradient by the chain rule.
 """
 
 from collections.abc import Sequence

@@ -109,4 +109,4 @@ class ClipReward(Reward):
     def _apply(self, *args: object, **kwargs: object) -> "ClipReward":
         """Features follow the model to another device or dtype by being computed anew."""
         self._text_features.clear()
-        return super()._apply(*args, **kwargs)  # type: ignore[arg-type, return-value]  # torch types its hook loosely
+        return super()._apply(*args, **kwargs)
