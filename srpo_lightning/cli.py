@@ -1,13 +1,17 @@
 """The command line: LightningCLI with one module, one data module and one fixed run folder."""
 
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from transformers.utils.logging import disable_progress_bar
 
 from srpo_lightning.callbacks import RunCheckpoint
 from srpo_lightning.checkpoints import checkpoints, newest
@@ -16,6 +20,15 @@ from srpo_lightning.module import SRPOModule
 
 CONFIG = "config.yaml"
 
+QUIET = (
+    "Found .* in eval mode",  # frozen parts stay in evaluation mode on purpose
+    "`isinstance\\(treespec, LeafSpec\\)`",  # Lightning 2.6 on torch 2.13
+    "Mismatch dtype between input and weight",  # diffusers' RMSNorm under autocast
+    "The '.*_dataloader' does not have many workers",  # features are small files: workers gain nothing
+    "Precision bf16-mixed is not supported by the model summary",
+    "You are using a custom batch sampler",  # it returns every prompt
+)
+
 
 def main(args: ArgsType = None) -> None:
     """Run `python -m srpo_lightning`.
@@ -23,6 +36,11 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: the command line; None reads it from the process.
     """
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message)
+    disable_progress_bar()  # of reading weights
+    # A rich progress bar prints nothing into the log of a batch job.
+    progress: list[Callback] = [] if sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
     SRPOCLI(
         SRPOModule,
         PromptData,
@@ -31,7 +49,7 @@ def main(args: ArgsType = None) -> None:
         parser_class=ShortUsageParser,
         save_config_callback=SaveConfigInRunFolder,
         auto_configure_optimizers=False,
-        trainer_defaults={"gradient_clip_val": 0.1, "use_distributed_sampler": False},
+        trainer_defaults={"gradient_clip_val": 0.1, "use_distributed_sampler": False, "callbacks": progress},
     )
 
 
@@ -58,6 +76,13 @@ class SRPOCLI(LightningCLI):
                 "trainer.plugins": [{"class_path": "srpo_lightning.checkpoints.AtomicCheckpointIO"}],
             }
         )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # No code is read from a checkpoint, and predictions are files, not a list that grows.
+        settings = {"weights_only": True, "return_predictions": False}
+        parser.set_defaults({k: v for k, v in settings.items() if k in self._subcommand_method_arguments[subcommand]})
+        return parser
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log into the run folder, in one place however often the run is resumed."""
@@ -94,6 +119,6 @@ class SaveConfigInRunFolder(SaveConfigCallback):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        resumed = Path(str(trainer.ckpt_path)).stem if trainer.ckpt_path else None
+        resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
         path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)

@@ -61,6 +61,7 @@ class SRPOModule(LightningModule):
         self.max_skipped_steps = max_skipped_steps
         self.strict_loading = False
         self.micro_step = 0
+        self.loaded_steps = 0
         self.skipped_steps = 0
         self.weight_variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"policy": nullcontext}
         self._update_start_s = 0.0
@@ -79,6 +80,11 @@ class SRPOModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
         }
+
+    @property
+    def trained_steps(self) -> int:
+        """Optimizer steps that the present weights have had, also where a checkpoint is only evaluated."""
+        return max(self.trainer.global_step, self.loaded_steps)
 
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """What is trained, averaged and saved."""
@@ -143,7 +149,7 @@ class SRPOModule(LightningModule):
         noise = sample_noise(self.seed, conditions.indices.tolist(), self.policy.latent_shape)
         latents = flow.integrate(
             lambda x, sigma: self.policy(x, sigma, conditions, self.sample_guidance),
-            noise.to(conditions.prompt_embeds),
+            noise.to(conditions.prompt_embeds.device),
             self.policy.sigmas(self.num_sample_steps),
         )
         return self.policy.decode(latents)
@@ -176,6 +182,7 @@ class SRPOModule(LightningModule):
                 f"found {found.get(odd[0])}, expected {shapes.get(odd[0])}; set model.policy to the trained one"
             )
         self.micro_step = saved["micro_step"]
+        self.loaded_steps = checkpoint["global_step"]
 
     def _now_s(self) -> float:
         if self.device.type == "cuda":

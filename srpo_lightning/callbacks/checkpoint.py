@@ -11,7 +11,9 @@ from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 
 
 class RunCheckpoint(Checkpoint):
-    """Writes `<run folder>/checkpoints/step-*.ckpt`: every so many steps, at the end, and when the run fails.
+    """Writes `<run folder>/checkpoints/step-*.ckpt`: every so many steps, at the end, and when the run is stopped.
+
+    Only whole states are saved: a run interrupted in the middle of a step keeps the checkpoints that it has.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.
@@ -22,15 +24,21 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._saved_step = -1
+        self._in_step = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run has its first step saved already."""
         self._saved_step = trainer.global_step
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here on weights, counters and averages disagree."""
+        self._in_step = True
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save on every n-th optimizer step, once."""
+        self._in_step = False
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
@@ -39,8 +47,8 @@ class RunCheckpoint(Checkpoint):
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what there is: skipped steps leave the weights of the last good one."""
-        if trainer.training and isinstance(exception, KeyboardInterrupt | FloatingPointError):
+        """Save between steps: at a polite end (SIGTERM), and after skipped steps, which left the last good weights."""
+        if trainer.training and not self._in_step:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
@@ -48,7 +56,7 @@ class RunCheckpoint(Checkpoint):
             return
         self._saved_step = trainer.global_step
         path = checkpoint_path(trainer.default_root_dir, trainer.global_step)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             for old in checkpoints(trainer.default_root_dir)[: -self.keep]:
                 old.unlink()

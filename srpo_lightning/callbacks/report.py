@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageDraw
 
@@ -44,6 +45,14 @@ class Report(Callback):
         self._seconds.append(time.perf_counter() - self._start_s)
 
     @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """`validate` prints what it found."""
+        if trainer.state.fn == TrainerFn.VALIDATING and (Path(trainer.default_root_dir) / FILE).is_file():
+            records = read_records(trainer.default_root_dir)
+            newest = [record for record in records if record["step"] == records[-1]["step"]]
+            print(f"\n{markdown({str(record['weights']): record for record in newest})}")
+
+    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print."""
         folder = Path(trainer.default_root_dir)
@@ -80,7 +89,7 @@ def before_and_after(records: list[Record]) -> dict[str, Record]:
 
 def markdown(columns: dict[str, Record]) -> str:
     """A table with a row per measure."""
-    names = [name for name in columns["before"] if name not in ("step", "weights")]
+    names = [name for name in next(iter(columns.values())) if name not in ("step", "weights")]
     lines = ["| | " + " | ".join(f"{head} (step {r['step']})" for head, r in columns.items()) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for name in names:

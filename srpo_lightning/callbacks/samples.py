@@ -13,19 +13,20 @@ from torch import Tensor
 from srpo_lightning.batch import Conditions
 from srpo_lightning.module import SRPOModule
 
-FOLDER = "samples"
+SAMPLES = "samples"
+PREDICTIONS = "predictions"
 
 
-def sample_path(run_folder: str | Path, step: int, weights: str, index: int) -> Path:
+def sample_path(run_folder: str | Path, step: int, weights: str, index: int, kind: str = SAMPLES) -> Path:
     """Where the picture of evaluation prompt `index` after `step` optimizer steps lies."""
-    return Path(run_folder) / FOLDER / f"step-{step:08d}" / weights / f"{index:05d}.png"
+    return Path(run_folder) / kind / f"step-{step:08d}" / weights / f"{index:05d}.png"
 
 
 class SampleLogger(Callback):
     """Keeps the pictures of the first evaluation prompts, the same prompts and noise at every validation.
 
     Writes `<run folder>/samples/step-*/<weights>/<index>.png` with a line each in `samples/metadata.jsonl`, and a grid
-    per kind of weights to TensorBoard.
+    per kind of weights to TensorBoard. `predict` writes the pictures of all prompts to `predictions/` likewise.
 
     Args:
         num_samples: how many of the evaluation prompts, from the first.
@@ -54,36 +55,62 @@ class SampleLogger(Callback):
         assert isinstance(pl_module, SRPOModule)
         kept = [row for row, index in enumerate(batch.indices.tolist()) if index < self.num_samples]
         for weights, images in outputs.items():
-            pictures = (images[kept].float().cpu() * 255).round().to(torch.uint8)
+            pictures = as_bytes(images[kept])
             self._grids.setdefault(weights, []).extend(pictures)
             for row, picture in zip(kept, pictures, strict=True):
-                self._write(trainer, pl_module.seed, weights, batch, row, picture)
+                write(trainer.default_root_dir, pl_module, weights, batch, row, picture, SAMPLES)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: dict[str, Tensor],
+        batch: Conditions,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write every picture."""
+        assert isinstance(pl_module, SRPOModule)
+        for weights, images in outputs.items():
+            for row, picture in enumerate(as_bytes(images)):
+                write(trainer.default_root_dir, pl_module, weights, batch, row, picture, PREDICTIONS)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show one grid per kind of weights."""
+        assert isinstance(pl_module, SRPOModule)
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):
                 continue
             for weights, pictures in self._grids.items():
                 if pictures:
                     picture = grid(torch.stack(pictures), self.columns)
-                    logger.experiment.add_image(f"samples/{weights}", picture, trainer.global_step)
+                    logger.experiment.add_image(f"samples/{weights}", picture, pl_module.trained_steps)
 
-    def _write(self, trainer: Trainer, seed: int, weights: str, batch: Conditions, row: int, picture: Tensor) -> None:
-        index = int(batch.indices[row])
-        path = sample_path(trainer.default_root_dir, trainer.global_step, weights, index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
-        record = {
-            "step": trainer.global_step,
-            "weights": weights,
-            "index": index,
-            "seed": seed,
-            "prompt": batch.prompts[row],
-            "file": str(path.relative_to(Path(trainer.default_root_dir) / FOLDER)),
-        }
-        with (Path(trainer.default_root_dir) / FOLDER / "metadata.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+def write(
+    run_folder: str, module: SRPOModule, weights: str, batch: Conditions, row: int, picture: Tensor, kind: str
+) -> None:
+    """Save one picture of a batch, and what it is of in the `metadata.jsonl` of its kind."""
+    index = int(batch.indices[row])
+    path = sample_path(run_folder, module.trained_steps, weights, index, kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    folder = Path(run_folder) / kind
+    record = {
+        "step": module.trained_steps,
+        "weights": weights,
+        "index": index,
+        "seed": module.seed,
+        "prompt": batch.prompts[row],
+        "file": str(path.relative_to(folder)),
+    }
+    with (folder / "metadata.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8 on the CPU."""
+    return (images.float().cpu() * 255).round().to(torch.uint8)
 
 
 def grid(images: Tensor, columns: int) -> Tensor:

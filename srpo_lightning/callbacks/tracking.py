@@ -74,13 +74,15 @@ class RewardTracking(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log and append to the file."""
+        assert isinstance(pl_module, SRPOModule)
+        step = pl_module.trained_steps
         for weights, metrics in self._metrics.items():
             values = self._compute(metrics)
             pl_module.log_dict({f"val/{weights}/{name}": value for name, value in values.items()}, logger=False)
             for logger in trainer.loggers:
-                logger.log_metrics({f"val/{weights}/{k}": v for k, v in values.items()}, trainer.global_step)
+                logger.log_metrics({f"val/{weights}/{k}": v for k, v in values.items()}, step)
             if trainer.is_global_zero:
-                append_record(trainer.default_root_dir, {"step": trainer.global_step, "weights": weights, **values})
+                append_record(trainer.default_root_dir, {"step": step, "weights": weights, **values})
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # as above

@@ -118,8 +118,8 @@ class SRPO(Objective):
     @torch.no_grad()
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
         """Step 1: a clean sample and the noise it grew from."""
-        like = conditions.prompt_embeds
-        noise = draws.noise((conditions.batch_size, *policy.latent_shape), shared=self.shared_noise).to(like)
+        shape = (conditions.batch_size, *policy.latent_shape)
+        noise = draws.noise(shape, shared=self.shared_noise).to(conditions.prompt_embeds.device)
         x0 = flow.integrate(
             lambda x, sigma: policy(x, sigma, conditions, self.rollout_guidance),
             noise,

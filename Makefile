@@ -1,0 +1,31 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: .venv/installed ## set up .venv with everything that tests and the demo need
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --editable '.[dev,emoji]'
+	touch $@
+
+demo: venv ## SRPO on the built-in model: numbers and pictures before and after, in minutes
+	rm -rf runs/emoji_srpo
+	$(RUN) -m srpo_lightning fit --config configs/emoji_srpo.yaml
+
+test: venv ## run the whole test suite
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest
+
+check: venv ## lint, types, direction of imports
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	.venv/bin/lint-imports
+
+clean: ## delete .venv and caches, keep runs
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.PHONY: help venv demo test check clean
