@@ -12,7 +12,7 @@ class Conditions(NamedTuple):
         prompts: the B texts, for rewards and logs.
         prompt_embeds: [B, T, D] sequence features (FLUX: T5), padded to the full length T.
         pooled_prompt_embeds: [B, P] pooled features (FLUX: CLIP).
-        indices: [B] int64, each prompt's position in its file; seeds evaluation samples.
+        indices: [B] int64, each prompt's position in its list; seeds evaluation samples.
     """
 
     prompts: list[str]

@@ -30,6 +30,7 @@ class PromptData(LightningDataModule):
         batch_size: training prompts per rank and micro-batch.
         eval_batch_size: evaluation prompts per rank and batch.
         num_eval_prompts: the first so many prompts of `evaluation`; None: all.
+        eval_samples_per_prompt: how often each of them is drawn, from other noise each time.
         field: the key or column of the prompt in .jsonl and .parquet files.
         cache_dir: where text features are kept between runs.
         max_sequence_length: T5 tokens per prompt; None: what the tokenizer states, at most 512.
@@ -48,6 +49,7 @@ class PromptData(LightningDataModule):
         batch_size: PositiveInt = 4,
         eval_batch_size: PositiveInt = 8,
         num_eval_prompts: PositiveInt | None = None,
+        eval_samples_per_prompt: PositiveInt = 1,
         field: str = "prompt",
         cache_dir: str = ".cache/features",
         max_sequence_length: PositiveInt | None = None,
@@ -65,6 +67,7 @@ class PromptData(LightningDataModule):
         self.num_batches = 0
         train_set, eval_set = read_prompts(train, field), read_prompts(evaluation, field)
         self.train_prompts, self.eval_prompts = train_set.prompts, eval_set.prompts[:num_eval_prompts]
+        self.eval_samples_per_prompt = eval_samples_per_prompt
         self.num_empty = train_set.num_empty + eval_set.num_empty
         encoder = FluxTextEncoder(pretrained, max_sequence_length, getattr(torch, text_dtype), text_device)
         self.cache = FeatureCache(Path(cache_dir).expanduser(), encoder)
@@ -94,8 +97,8 @@ class PromptData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Item]:
         """Each rank takes every world-size-th evaluation prompt."""
-        sampler = SliceSampler(len(self.eval_prompts), self.eval_batch_size, *self._ranks())
-        return self._loader(self.eval_prompts, sampler)
+        prompts = self.eval_prompts * self.eval_samples_per_prompt
+        return self._loader(prompts, SliceSampler(len(prompts), self.eval_batch_size, *self._ranks()))
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

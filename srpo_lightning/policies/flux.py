@@ -5,7 +5,6 @@ Shapes: B samples, L = (H / 16) (W / 16) packed image tokens, C = 4 x latent cha
 
 import json
 import math
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
 from srpo_lightning.policies.base import Policy
-from srpo_lightning.pretrained import part
+from srpo_lightning.pretrained import read_json, unreadable_is_refused
 
 Packed: TypeAlias = Float[Tensor, "B L C"]
 Spatial: TypeAlias = Float[Tensor, "B c h w"]
@@ -39,8 +38,9 @@ class FluxPolicy(Policy):
         gradient_checkpointing: recompute each transformer block in the backward pass instead of storing it.
         vae_checkpointing: the same for the VAE's decoder.
         vae_tiling: decode large pictures tile by tile: less memory, faint seams possible.
-        resolution_shift: shift noise levels by FLUX's resolution-dependent rule instead of the scheduler's static
-            shift, where an objective does not ask for a shift of its own.
+        resolution_shift: where an objective does not ask for a shift of its own, shift noise levels by FLUX's
+            resolution-dependent rule (true) or by the scheduler's static shift (false); null does as the model's
+            scheduler says, which is what FluxPipeline does.
         quantize_timesteps: truncate the noise level that the transformer is told to 1000ths, as the research code of
             SRPO does; off by default because it tells the model a level other than the one the latents have.
     """
@@ -55,7 +55,7 @@ class FluxPolicy(Policy):
         gradient_checkpointing: bool = False,
         vae_checkpointing: bool = False,
         vae_tiling: bool = False,
-        resolution_shift: bool = False,
+        resolution_shift: bool | None = None,
         quantize_timesteps: bool = False,
     ) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ class FluxPolicy(Policy):
         self.resolution_shift = resolution_shift
         self.quantize_timesteps = quantize_timesteps
         self.configs = {
-            "transformer": json.loads(Path(part(pretrained, "transformer", "config.json")).read_text()),
-            "scheduler": json.loads(Path(part(pretrained, "scheduler", "scheduler_config.json")).read_text()),
+            "transformer": read_json(pretrained, "transformer", "config.json"),
+            "scheduler": read_json(pretrained, "scheduler", "scheduler_config.json"),
         }
         self.transformer: FluxTransformer2DModel | None = None
 
@@ -84,12 +84,13 @@ class FluxPolicy(Policy):
         """Read transformer and VAE, once; only the transformer is trained."""
         if self.transformer is not None:
             return
-        transformer = FluxTransformer2DModel.from_pretrained(
-            self.pretrained, subfolder="transformer", torch_dtype=self.dtype, use_safetensors=True
-        )
-        vae = AutoencoderKL.from_pretrained(
-            self.pretrained, subfolder="vae", torch_dtype=self.vae_dtype, use_safetensors=True
-        )
+        with unreadable_is_refused(self.pretrained):
+            transformer = FluxTransformer2DModel.from_pretrained(
+                self.pretrained, subfolder="transformer", torch_dtype=self.dtype, use_safetensors=True
+            )
+            vae = AutoencoderKL.from_pretrained(
+                self.pretrained, subfolder="vae", torch_dtype=self.vae_dtype, use_safetensors=True
+            )
         self.transformer = transformer.train().requires_grad_(True)
         self.vae = vae.requires_grad_(False)
         if self.gradient_checkpointing:
@@ -138,8 +139,10 @@ class FluxPolicy(Policy):
         """The noise levels of the model's own scheduler, or of a given `shift`."""
         if shift is None:
             scheduler = self.configs["scheduler"]
-            tokens = self.latent_shape[0]
-            shift = resolution_dependent_shift(tokens, scheduler) if self.resolution_shift else scheduler["shift"]
+            dynamic = self.resolution_shift
+            if dynamic is None:
+                dynamic = scheduler.get("use_dynamic_shifting", False)
+            shift = resolution_dependent_shift(self.latent_shape[0], scheduler) if dynamic else scheduler["shift"]
         return flow.schedule(num_steps, shift)
 
     @property
@@ -147,11 +150,6 @@ class FluxPolicy(Policy):
         """The transformer's architecture, as its configuration gives it."""
         architecture = {k: v for k, v in self.configs["transformer"].items() if not k.startswith("_")}
         return f"{type(self).__name__} {json.dumps(architecture, sort_keys=True)}"
-
-    def save(self, folder: Path) -> None:
-        """Write the transformer as diffusers does; put it in place of a FluxPipeline's `transformer/`."""
-        assert self.transformer is not None, "load() comes first"
-        self.transformer.save_pretrained(folder)
 
 
 def resolution_dependent_shift(num_tokens: int, scheduler: dict[str, Any]) -> float:

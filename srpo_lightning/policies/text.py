@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from srpo_lightning.pretrained import part
+from srpo_lightning.pretrained import part, unreadable_is_refused
 
 SAMPLED_BYTES = 1 << 20
 
@@ -41,8 +41,9 @@ class FluxTextEncoder:
     ) -> None:
         part(pretrained, "text_encoder_2", "config.json")
         self.pretrained, self.dtype, self.device = pretrained, dtype, device
-        self.clip_tokenizer = CLIPTokenizer.from_pretrained(pretrained, subfolder="tokenizer")
-        self.t5_tokenizer = T5TokenizerFast.from_pretrained(pretrained, subfolder="tokenizer_2")
+        with unreadable_is_refused(pretrained):
+            self.clip_tokenizer = CLIPTokenizer.from_pretrained(pretrained, subfolder="tokenizer")
+            self.t5_tokenizer = T5TokenizerFast.from_pretrained(pretrained, subfolder="tokenizer_2")
         self.max_sequence_length = max_sequence_length or min(int(self.t5_tokenizer.model_max_length), 512)
         self._encoders: tuple[CLIPTextModel, T5EncoderModel] | None = None
 
@@ -84,8 +85,9 @@ class FluxTextEncoder:
     def _load(self) -> tuple[CLIPTextModel, T5EncoderModel]:
         if self._encoders is None:
             kwargs = {"dtype": self.dtype, "use_safetensors": True}
-            clip = CLIPTextModel.from_pretrained(self.pretrained, subfolder="text_encoder", **kwargs)
-            t5 = T5EncoderModel.from_pretrained(self.pretrained, subfolder="text_encoder_2", **kwargs)
+            with unreadable_is_refused(self.pretrained):
+                clip = CLIPTextModel.from_pretrained(self.pretrained, subfolder="text_encoder", **kwargs)
+                t5 = T5EncoderModel.from_pretrained(self.pretrained, subfolder="text_encoder_2", **kwargs)
             self._encoders = clip.eval().to(self.device), t5.eval().to(self.device)
         return self._encoders
 

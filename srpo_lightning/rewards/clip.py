@@ -1,9 +1,7 @@
 """Cosine similarity of image and text under a CLIP model: CLIP score, HPSv2, PickScore and their kin."""
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -11,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
-from srpo_lightning.pretrained import part
+from srpo_lightning.pretrained import read_json, unreadable_is_refused
 from srpo_lightning.rewards.base import Images, Reward, Scores
 from srpo_lightning.rewards.pixels import Preprocessing
 
@@ -30,7 +28,7 @@ class ClipReward(Reward):
 
     def __init__(self, pretrained: str, logit_scale_divisor: float | None = None, cache_size: int = 16384) -> None:
         super().__init__()
-        part(pretrained, "", "config.json")
+        self.preprocessor = read_json(pretrained, "", "preprocessor_config.json")
         self.pretrained = pretrained
         self.logit_scale_divisor = logit_scale_divisor
         self.cache_size = cache_size
@@ -41,10 +39,10 @@ class ClipReward(Reward):
         """Read model, tokenizer and preprocessing, once."""
         if self.clip is not None:
             return
-        self.tokenizer = CLIPTokenizer.from_pretrained(self.pretrained)
-        preprocessor = json.loads(Path(part(self.pretrained, "", "preprocessor_config.json")).read_text())
-        clip = CLIPModel.from_pretrained(self.pretrained, dtype=torch.float32, use_safetensors=True)
-        self.preprocess = Preprocessing.from_config(preprocessor, clip.config.vision_config.image_size)
+        with unreadable_is_refused(self.pretrained):
+            self.tokenizer = CLIPTokenizer.from_pretrained(self.pretrained)
+            clip = CLIPModel.from_pretrained(self.pretrained, dtype=torch.float32, use_safetensors=True)
+        self.preprocess = Preprocessing.from_config(self.preprocessor, clip.config.vision_config.image_size)
         self.clip = clip.eval().requires_grad_(False)
 
     def forward(self, images: Images, texts: Sequence[str]) -> Scores:
