@@ -44,37 +44,54 @@ class Objective(ABC):
         """What the objective rewards in finished images, under `reward` or under a judge that was never trained on."""
 
 
+class Pull(NamedTuple):
+    """What the reward says of recovered latents, without any graph.
+
+    Args:
+        rewards: [B].
+        loss: their mean loss, a scalar.
+        gradient: d loss / d x0_hat, [B, ...].
+    """
+
+    rewards: Tensor
+    loss: Tensor
+    gradient: Tensor
+
+
 def reward_gradient(
-    x0_hat: Tensor, loss_of: Callable[[Tensor, slice], Tensor], micro_batch_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The mean loss of recovered latents and its gradient there, through decoder and reward only.
+    x0_hat: Tensor,
+    reward_of: Callable[[Tensor, slice], Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    micro_batch_size: int | None = None,
+) -> Pull:
+    """The reward of recovered latents and the gradient of its mean loss there, through decoder and reward only.
 
     Their graph is built, used and freed micro-batch by micro-batch, and never lives at the same time as the policy's.
 
     Args:
         x0_hat: [B, ...]; its own graph is left alone.
-        loss_of: the [b] losses of the latents x0_hat[rows], called with (x0_hat[rows], rows).
+        reward_of: the rewards [b] of the latents x0_hat[rows], called with (x0_hat[rows], rows).
+        loss_of: rewards to losses, element by element.
         micro_batch_size: samples decoded and scored at once; None: all of them.
-
-    Returns:
-        The mean loss (a scalar without graph) and d mean loss / d x0_hat.
     """
     size = micro_batch_size or len(x0_hat)
-    losses, pulls = [], []
+    parts = []
     for start in range(0, len(x0_hat), size):
         rows = slice(start, start + size)
         leaf = x0_hat[rows].detach().requires_grad_()
-        loss = loss_of(leaf, rows)
-        pulls.append(torch.autograd.grad(loss.sum(), leaf)[0])
-        losses.append(loss.detach())
-    return torch.cat(losses).mean(), torch.cat(pulls) / len(x0_hat)
+        rewards = reward_of(leaf, rows)
+        losses = loss_of(rewards)
+        (gradient,) = torch.autograd.grad(losses.sum() / len(x0_hat), leaf)
+        parts.append((rewards.detach(), losses.detach(), gradient))
+    rewards, losses, gradient = map(torch.cat, zip(*parts, strict=True))
+    return Pull(rewards, losses.mean(), gradient)
 
 
-def surrogate(loss: Tensor, x0_hat: Tensor, pull: Tensor) -> Tensor:
-    """A scalar with the value of `loss` whose backward sends `pull` into `x0_hat`: the chain rule, cut in two.
+def surrogate(pull: Pull, x0_hat: Tensor) -> Tensor:
+    """A scalar with the value of the loss whose backward sends `pull.gradient` into `x0_hat`.
 
-    A loss that is not finite poisons the gradient, so that the check of the gradient norm sees it on every rank.
+    The chain rule, cut in two. A loss that is not finite poisons the gradient, so that the check of the gradient norm
+    sees it on every rank.
     """
-    pull = torch.where(loss.isfinite(), pull, torch.nan)
-    carrier = (x0_hat * pull).sum()
-    return loss + carrier - carrier.detach()
+    carrier = (x0_hat * torch.where(pull.loss.isfinite(), pull.gradient, torch.nan)).sum()
+    return pull.loss + carrier - carrier.detach()

@@ -146,18 +146,15 @@ class SRPO(Objective):
         # 4. Semantic relative reward: the words swap in the inversion branch.
         positive, negative = self.texts(conditions.prompts, draws)
         towards, away = positive + negative, negative + positive
-        rewards = x0.new_zeros(2 * batch_size)
+
+        def relative_reward(latents: Tensor, rows: slice) -> Tensor:
+            return reward.relative(policy.decode(latents), towards[rows], away[rows], branches.weight[rows])
 
         # 5. Hinge loss, and its gradient at the recovered latents.
-        def hinge(latents: Tensor, rows: slice) -> Tensor:
-            r = reward.relative(policy.decode(latents), towards[rows], away[rows], branches.weight[rows])
-            rewards[rows] = r.detach()
-            return torch.relu(self.margin - r)
-
-        loss, pull = reward_gradient(x0_hat, hinge, self.reward_batch_size)
-        denoise, inversion = rewards.chunk(2)
+        pull = reward_gradient(x0_hat, relative_reward, lambda r: torch.relu(self.margin - r), self.reward_batch_size)
+        denoise, inversion = pull.rewards.chunk(2)
         return Outcome(
-            surrogate(loss, x0_hat, pull),
+            surrogate(pull, x0_hat),
             {
                 "reward_denoise": denoise.mean(),
                 "reward_inversion": inversion.mean(),
@@ -193,19 +190,20 @@ class SRPO(Objective):
 
     def texts(self, prompts: Sequence[str], draws: Draws) -> tuple[list[str], list[str]]:
         """The prompts under the step's positive word and under its negative word."""
-        return tuple(  # type: ignore[return-value]  # of length two
-            [self.template.format(word=self._word(words, purpose, draws), prompt=prompt) for prompt in prompts]
-            for purpose, words in (("positive", self.control_words.positive), ("negative", self.control_words.negative))
-        )
+        positive = self._word(self.control_words.positive, "positive", draws)
+        negative = self._word(self.control_words.negative, "negative", draws)
+        return self._under(positive, prompts), self._under(negative, prompts)
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """The relative reward without lambda, averaged over all words."""
 
         def mean_over(words: list[str]) -> Tensor:
-            texts = [[self.template.format(word=word, prompt=prompt) for prompt in prompts] for word in words]
-            return torch.stack([reward(images, under) for under in texts]).mean(0)
+            return torch.stack([reward(images, self._under(word, prompts)) for word in words]).mean(0)
 
         return mean_over(self.control_words.positive) - mean_over(self.control_words.negative)
+
+    def _under(self, word: str, prompts: Sequence[str]) -> list[str]:
+        return [self.template.format(word=word, prompt=prompt) for prompt in prompts]
 
     def _word(self, words: list[str], purpose: str, draws: Draws) -> str:
         if self.word_choice == "cycle":
