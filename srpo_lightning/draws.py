@@ -32,7 +32,7 @@ class Draws(NamedTuple):
 
     def noise(self, shape: Sequence[int], *, shared: bool) -> Tensor:
         """Standard normal noise, float32 on the CPU."""
-        return torch.randn(tuple(shape), generator=self.generator("noise", shared=shared))
+        return _normal(shape, self.generator("noise", shared=shared))
 
     def integers(self, purpose: str, low: int, high: int, count: int, *, shared: bool) -> Tensor:
         """`count` integers, uniform on low..high, both ends included; int64 [count]."""
@@ -50,9 +50,14 @@ def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Ten
 
     Each sample's noise is a function of (seed, its own index) and of nothing else.
     """
-    return torch.stack([torch.randn(tuple(shape), generator=keyed_generator(seed, "sample", i)) for i in indices])
+    return torch.stack([_normal(shape, keyed_generator(seed, "sample", i)) for i in indices])
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
     """The order of `size` training prompts in one pass over them, int64 [size]."""
     return torch.randperm(size, generator=keyed_generator(seed, "order", epoch))
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    # The trainer's precision may have made another dtype the default.
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)

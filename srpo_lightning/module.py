@@ -64,7 +64,7 @@ class SRPOModule(LightningModule):
         self.loaded_steps = 0
         self.skipped_steps = 0
         self.weight_variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"policy": nullcontext}
-        self._update_start_s = 0.0
+        self._update_start_s = self._update_end_s = 0.0
 
     def configure_model(self) -> None:
         """Read the weights, once."""
@@ -103,6 +103,10 @@ class SRPOModule(LightningModule):
         self.log("train/seconds_rollout", self._update_start_s - start_s, batch_size=batch.batch_size)
         return outcome.loss
 
+    def on_after_backward(self) -> None:
+        """The update ends here while gradients accumulate."""
+        self._update_end_s = self._now_s()
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient norm; skip the step if it is not finite."""
         gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
@@ -119,9 +123,15 @@ class SRPOModule(LightningModule):
             f"({self.skipped_steps} in a row, the run stops after {self.max_skipped_steps})"
         )
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The update ends here otherwise; callbacks that save or evaluate are not part of it."""
+        super().optimizer_step(*args, **kwargs)
+        self._update_end_s = self._now_s()
+
     def on_train_batch_end(self, outputs: Any, batch: Conditions, batch_idx: int) -> None:
         """Log the time of the update; stop a run whose steps keep being skipped."""
-        self.log("train/seconds_update", self._now_s() - self._update_start_s, batch_size=batch.batch_size)
+        seconds = self._update_end_s - self._update_start_s
+        self.log("train/seconds_update", seconds, batch_size=batch.batch_size)
         if self.skipped_steps > self.max_skipped_steps:
             raise FloatingPointError(
                 f"{self.skipped_steps} steps in a row had a loss or gradient that is not finite. The weights are those "
