@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -39,8 +39,6 @@ def main(args: ArgsType = None) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     disable_progress_bar()  # of reading weights
-    # A rich progress bar prints nothing into the log of a batch job.
-    progress: list[Callback] = [] if sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
     SRPOCLI(
         SRPOModule,
         PromptData,
@@ -49,7 +47,7 @@ def main(args: ArgsType = None) -> None:
         parser_class=ShortUsageParser,
         save_config_callback=SaveConfigInRunFolder,
         auto_configure_optimizers=False,
-        trainer_defaults={"gradient_clip_val": 0.1, "use_distributed_sampler": False, "callbacks": progress},
+        trainer_defaults={"gradient_clip_val": 0.1, "use_distributed_sampler": False},
     )
 
 
@@ -90,6 +88,13 @@ class SRPOCLI(LightningCLI):
         if config.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(config.trainer.default_root_dir, name="logs", version="")
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        chosen = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        has_choice = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in chosen)
+        # A rich progress bar prints nothing into the log of a batch job.
+        progress = [] if has_choice or sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
+        return super()._instantiate_trainer(config, [*callbacks, *progress])
 
     def before_instantiate_classes(self) -> None:
         """Settle what to resume before anything is read."""

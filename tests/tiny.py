@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -16,6 +17,10 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from srpo_lightning.batch import Conditions
+from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.rewards import ClipReward
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-"
 MAX_TOKENS = 12
@@ -108,3 +113,95 @@ def write_prompts(folder: Path) -> tuple[Path, Path]:
     train.write_text("\n".join(f"a{i} b" for i in range(7)))
     evaluation.write_text("\n".join(f"c{i}" for i in range(3)))
     return train, evaluation
+
+
+class Models(NamedTuple):
+    """Where everything is that a run reads."""
+
+    pipeline: Path
+    clip: Path
+    judge: Path
+    train: Path
+    evaluation: Path
+
+
+def write_models(folder: Path) -> Models:
+    pipeline = write_pipeline(folder / "flux")
+    return Models(pipeline, write_clip(folder / "clip"), write_clip(folder / "judge", seed=2), *write_prompts(folder))
+
+
+def new_policy(models: Models, **settings: Any) -> FluxPolicy:
+    policy = FluxPolicy(str(models.pipeline), **{"height": 32, "width": 32} | settings)
+    policy.load()
+    return policy
+
+
+def new_reward(folder: Path, **settings: Any) -> ClipReward:
+    reward = ClipReward(str(folder), **settings)
+    reward.load()
+    return reward
+
+
+def new_conditions(batch_size: int, dtype: torch.dtype = torch.float32) -> Conditions:
+    """Random features, a function of the batch size: no text encoder is run."""
+    draw = torch.Generator().manual_seed(batch_size)
+    return Conditions(
+        [f"a{i} b" for i in range(batch_size)],
+        torch.randn(batch_size, MAX_TOKENS, 16, generator=draw, dtype=dtype),
+        torch.randn(batch_size, 16, generator=draw, dtype=dtype),
+        torch.arange(batch_size),
+    )
+
+
+def config(models: Models, run: Path, cache: Path) -> dict[str, Any]:
+    """A whole run of four steps, as a configuration file holds it."""
+    clip, judge = (
+        {"class_path": "srpo_lightning.rewards.ClipReward", "init_args": {"pretrained": str(path)}}
+        for path in (models.clip, models.judge)
+    )
+    policy = {"pretrained": str(models.pipeline), "height": 32, "width": 32}
+    objective = {"control_words": {"positive": ["x", "y"], "negative": ["z"]}, "num_rollout_steps": 2}
+    labels = {"judge": judge, "labels": ["x", "z"], "candidates": [str(models.evaluation)], "top_k": 1}
+    return {
+        "seed_everything": 3,
+        "model": {
+            "policy": {"class_path": "srpo_lightning.policies.FluxPolicy", "init_args": policy},
+            "reward": clip,
+            "objective": {"class_path": "srpo_lightning.objectives.SRPO", "init_args": objective},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+            "num_sample_steps": 2,
+        },
+        "data": {
+            "train": str(models.train),
+            "evaluation": str(models.evaluation),
+            "batch_size": 2,
+            "eval_batch_size": 2,
+            "cache_dir": str(cache),
+        },
+        "checkpoint": {"every_n_steps": 2},
+        "trainer": {
+            "default_root_dir": str(run),
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "devices": 1,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": -1,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": 2,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "srpo_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
+                {"class_path": "srpo_lightning.callbacks.SampleLogger"},
+                {"class_path": "srpo_lightning.callbacks.RewardTracking", "init_args": labels},
+                {"class_path": "srpo_lightning.callbacks.Report"},
+            ],
+        },
+    }
+
+
+def write_config(models: Models, run: Path, cache: Path) -> Path:
+    """The configuration as a file beside the run folder; YAML reads JSON."""
+    path = run.with_suffix(".yaml")
+    path.write_text(json.dumps(config(models, run, cache)))
+    return path

@@ -31,13 +31,14 @@ class EMA(Callback):
         assert isinstance(pl_module, SRPOModule)
         if not self.average:
             self.average = {name: p.detach().clone() for name, p in pl_module.trainable_parameters()}
-        self._offer(pl_module)
+        self._place(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """`validate --ckpt_path` evaluates a loaded average too."""
+        """Offer the average for evaluation, once it differs from the weights."""
         assert isinstance(pl_module, SRPOModule)
-        if self.average:
-            self._offer(pl_module)
+        if self.num_updates:
+            self._place(pl_module)
+            pl_module.weight_variants["ema"] = lambda: self._in_place_of(pl_module)
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
@@ -63,10 +64,9 @@ class EMA(Callback):
         """Go on from a checkpoint."""
         self.num_updates, self.average = state_dict["num_updates"], state_dict["average"]
 
-    def _offer(self, module: SRPOModule) -> None:
+    def _place(self, module: SRPOModule) -> None:
         parameters = dict(module.trainable_parameters())
         self.average = {name: average.to(parameters[name]) for name, average in self.average.items()}
-        module.weight_variants["ema"] = lambda: self._in_place_of(module)
 
     @contextmanager
     def _in_place_of(self, module: SRPOModule) -> Iterator[None]:

@@ -34,7 +34,11 @@ def read_prompts(path: str, field: str = "prompt") -> PromptSet:
         raise ValueError(f"prompt file {path}: the name must end in one of {', '.join(readers)}")
     if not file.is_file():
         raise ValueError(f"prompt file {path} does not exist (looked for {file.resolve()})")
-    texts = [_text(value, path, number, field) for number, value in enumerate(readers[file.suffix](file), 1)]
+    try:
+        values = list(readers[file.suffix](file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    texts = [_text(value, path, number, field) for number, value in enumerate(values, 1)]
     prompts = [text for text in texts if text]
     if not prompts:
         raise ValueError(f"prompt file {path} holds no prompt ({len(texts)} empty lines): write one prompt per line")
@@ -62,9 +66,12 @@ def _objects(file: Path, field: str) -> Iterator[Any]:
 
 
 def _rows(file: Path, field: str) -> Iterator[Any]:
-    from pyarrow import parquet
+    from pyarrow import ArrowInvalid, parquet
 
-    table = parquet.ParquetFile(file)
+    try:
+        table = parquet.ParquetFile(file)
+    except ArrowInvalid as error:
+        raise ValueError(f"prompt file {file}: not a parquet file ({error}); write it anew") from error
     if field not in table.schema_arrow.names:
         raise ValueError(
             f"prompt file {file}: no column {field!r} among {table.schema_arrow.names}; name it as `field`"

@@ -33,14 +33,16 @@ class Preprocessing(NamedTuple):
     @classmethod
     def from_config(cls, config: dict[str, Any], image_size: int) -> "Preprocessing":
         """Read a transformers' `preprocessor_config.json`; `image_size` where it does not say."""
-        size = config.get("crop_size", config.get("size", image_size))
+        crop = bool(config.get("do_center_crop", True))
+        # The processor writes a crop size even where it does not crop.
+        size = config.get("crop_size" if crop and "crop_size" in config else "size", image_size)
         if isinstance(size, dict):
             side = size.get("shortest_edge", image_size)
             size = (size.get("height", side), size.get("width", side))
         elif isinstance(size, int):
             size = (size, size)
         mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
-        return cls(tuple(size), bool(config.get("do_center_crop", True)), mean, std)
+        return cls(tuple(size), crop, mean, std)
 
     def __call__(self, images: Images) -> Images:
         """Resize, crop and normalise."""
@@ -62,7 +64,9 @@ def resize(images: Images, size: tuple[int, int]) -> Images:
 def resize_and_crop(images: Images, size: tuple[int, int]) -> Images:
     """Resize until `size` just fits inside, then cut out the centre."""
     height, width = images.shape[-2:]
-    scale = max(size[0] / height, size[1] / width)
-    resized = resize(images, (max(size[0], int(height * scale)), max(size[1], int(width * scale))))
+    # In whole numbers: a rounded-off factor would cut a column from 49 x 98 at height 16.
+    by_height = size[0] * width >= size[1] * height
+    fitting = (size[0], size[0] * width // height) if by_height else (size[1] * height // width, size[1])
+    resized = resize(images, fitting)
     top, left = (resized.shape[-2] - size[0]) // 2, (resized.shape[-1] - size[1]) // 2
     return resized[..., top : top + size[0], left : left + size[1]]

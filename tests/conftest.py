@@ -1,0 +1,41 @@
+"""What every test starts from: no network, no chance, warnings as errors (pyproject.toml), and the tiny models."""
+
+import os
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the subprocesses: their models are far too small for more
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests import tiny
+
+settings.register_profile("srpo", deadline=None, derandomize=True, max_examples=50)  # torch's first call takes long
+settings.load_profile("srpo")
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tiny.Models:
+    """The tiny pipeline, reward, judge and prompt files. Read-only: a test that writes makes its own."""
+    folder = tmp_path_factory.mktemp("models")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tiny.write_models(folder)
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A feature cache that tests share."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(autouse=True)
+def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns where both pytest and a test of `main` bring arguments."""
+    monkeypatch.setattr("sys.argv", ["srpo_lightning"])

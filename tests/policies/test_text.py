@@ -1,0 +1,56 @@
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from srpo_lightning.policies.text import FluxTextEncoder
+from tests import tiny
+
+
+def test_the_sequence_length_is_the_tokenizers_unless_given(models):
+    assert FluxTextEncoder(str(models.pipeline)).max_sequence_length == tiny.MAX_TOKENS
+    assert FluxTextEncoder(str(models.pipeline), 7).max_sequence_length == 7
+
+
+@pytest.mark.parametrize(("prompt", "cut"), [("a" * (tiny.MAX_TOKENS - 2), False), ("a" * tiny.MAX_TOKENS, True)])
+def test_a_prompt_is_truncated_where_its_tokens_exceed_the_length(models, prompt, cut):
+    """One token for each letter, one for the start of the word and one for the end."""
+    encoder = FluxTextEncoder(str(models.pipeline))
+    assert encoder.is_truncated(prompt) == cut
+
+
+def test_unloading_and_encoding_again_gives_the_same_features(models):
+    encoder = FluxTextEncoder(str(models.pipeline))
+    first = encoder.encode(["a b"])[0]
+    encoder.unload()
+    for a, b in zip(first, encoder.encode(["a b"])[0], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_features_come_in_the_dtype_asked_for(models):
+    features = FluxTextEncoder(str(models.pipeline), dtype=torch.bfloat16).encode(["a"])[0]
+    assert [f.dtype for f in features] == [torch.bfloat16, torch.bfloat16]
+
+
+def test_the_fingerprint_follows_whatever_the_features_depend_on(models, tmp_path):
+    """Weights, tokenizers, length and dtype; not the transformer, and not where the folder lies."""
+    original = FluxTextEncoder(str(models.pipeline)).fingerprint()
+    assert FluxTextEncoder(str(models.pipeline), 7).fingerprint() != original
+    assert FluxTextEncoder(str(models.pipeline), dtype=torch.bfloat16).fingerprint() != original
+    folder = shutil.copytree(models.pipeline, tmp_path / "flux")
+    (folder / "transformer" / "config.json").write_text("{}")
+    assert FluxTextEncoder(str(folder)).fingerprint() == original
+    weights = folder / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: t + 1 for name, t in tensors.items()}, weights, metadata={"format": "pt"})
+    retrained = FluxTextEncoder(str(folder)).fingerprint()
+    assert retrained != original
+    with (folder / "tokenizer_2" / "tokenizer.json").open("a") as stream:
+        stream.write("\n")
+    assert FluxTextEncoder(str(folder)).fingerprint() not in (original, retrained)
+
+
+def test_a_folder_without_text_encoders_is_refused_with_the_cure(tmp_path):
+    with pytest.raises(ValueError, match=r"text_encoder_2/config.json is missing.*a whole model folder"):
+        FluxTextEncoder(str(tmp_path))
