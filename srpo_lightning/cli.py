@@ -71,6 +71,11 @@ class SRPOCLI(LightningCLI):
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
+                # The module's own default is a function without a name, which config.yaml could not hold.
+                "model.optimizer": {
+                    "class_path": "torch.optim.AdamW",
+                    "init_args": {"lr": 5e-6, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 1e-4},
+                },
                 "trainer.plugins": [{"class_path": "srpo_lightning.checkpoints.AtomicCheckpointIO"}],
             }
         )

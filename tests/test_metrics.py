@@ -43,9 +43,7 @@ def test_diversity_equals_the_mean_over_all_pairs():
     features = draw(7, 5) - 0.5
     diversity = Diversity(5)
     diversity.update(features)
-    pairs = [
-        1 - torch.cosine_similarity(a, b, dim=0).item() for a, b in itertools.combinations(features.double(), 2)
-    ]
+    pairs = [1 - torch.cosine_similarity(a, b, dim=0).item() for a, b in itertools.combinations(features.double(), 2)]
     assert float(diversity.compute()) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
 
 

@@ -1,11 +1,15 @@
 """Models with random weights in the layouts of real ones, small enough that a training step takes milliseconds."""
 
 import json
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -19,6 +23,11 @@ from transformers import (
 )
 
 from srpo_lightning.batch import Conditions
+from srpo_lightning.checkpoints import AtomicCheckpointIO
+from srpo_lightning.cli import QUIET
+from srpo_lightning.data import PromptData
+from srpo_lightning.module import SRPOModule
+from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.rewards import ClipReward
 
@@ -98,7 +107,9 @@ def write_clip(folder: Path, seed: int = 1) -> Path:
         "image_size": 16,
         "patch_size": 8,
     }
-    config = CLIPConfig(text_config=CLIPTextConfig(**TEXT).to_dict(), vision_config=CLIPVisionConfig(**vision).to_dict())
+    config = CLIPConfig(
+        text_config=CLIPTextConfig(**TEXT).to_dict(), vision_config=CLIPVisionConfig(**vision).to_dict()
+    )
     config.projection_dim = 16
     CLIPModel(config).save_pretrained(folder)
     clip_tokenizer().save_pretrained(folder)
@@ -151,6 +162,44 @@ def new_conditions(batch_size: int, dtype: torch.dtype = torch.float32) -> Condi
         torch.randn(batch_size, 16, generator=draw, dtype=dtype),
         torch.arange(batch_size),
     )
+
+
+def new_module(models: Models, reward: ClipReward | None = None, **settings: Any) -> SRPOModule:
+    return SRPOModule(
+        FluxPolicy(str(models.pipeline), 32, 32),
+        reward or ClipReward(str(models.clip)),
+        SRPO(ControlWords(["x", "y"], ["z"]), num_rollout_steps=2),
+        **{"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-3), "num_sample_steps": 2, "seed": 3} | settings,
+    )
+
+
+def new_trainer(run: Path, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
+    """The command line's trainer, without a logger and without validation."""
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message)
+    defaults = {
+        "default_root_dir": run,
+        "max_steps": 4,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": 0,
+        "gradient_clip_val": 0.1,
+        "use_distributed_sampler": False,
+        "plugins": [AtomicCheckpointIO()],
+    }
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    return Trainer(**defaults | {"callbacks": list(callbacks), "enable_checkpointing": saves} | settings)
+
+
+def new_data(models: Models, cache: Path, **settings: Any) -> PromptData:
+    defaults = {"batch_size": 2, "eval_batch_size": 2, "cache_dir": str(cache), "seed": 3}
+    return PromptData(str(models.train), str(models.evaluation), str(models.pipeline), **defaults | settings)
 
 
 def config(models: Models, run: Path, cache: Path) -> dict[str, Any]:

@@ -24,21 +24,21 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._saved_step = -1
-        self._in_step = False
+        self._between_steps = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run has its first step saved already."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has its first step saved already (its number is not restored before this hook)."""
         self._saved_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on weights, counters and averages disagree."""
-        self._in_step = True
+        self._between_steps = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save on every n-th optimizer step, once."""
-        self._in_step = False
+        self._between_steps = True
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
@@ -48,7 +48,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between steps: at a polite end (SIGTERM), and after skipped steps, which left the last good weights."""
-        if trainer.training and not self._in_step:
+        if trainer.training and self._between_steps:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -53,7 +53,7 @@ class SampleLogger(Callback):
     ) -> None:
         """Write the pictures among the batch that are to be kept."""
         assert isinstance(pl_module, SRPOModule)
-        kept = [row for row, index in enumerate(batch.indices.tolist()) if index < self.num_samples]
+        kept = [row for row in own_rows(trainer, batch) if batch.indices[row] < self.num_samples]
         for weights, images in outputs.items():
             pictures = as_bytes(images[kept])
             self._grids.setdefault(weights, []).extend(pictures)
@@ -72,8 +72,9 @@ class SampleLogger(Callback):
         """Write every picture."""
         assert isinstance(pl_module, SRPOModule)
         for weights, images in outputs.items():
-            for row, picture in enumerate(as_bytes(images)):
-                write(trainer.default_root_dir, pl_module, weights, batch, row, picture, PREDICTIONS)
+            pictures = as_bytes(images)
+            for row in own_rows(trainer, batch):
+                write(trainer.default_root_dir, pl_module, weights, batch, row, pictures[row], PREDICTIONS)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show one grid per kind of weights."""
@@ -106,6 +107,11 @@ def write(
     }
     with (folder / "metadata.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def own_rows(trainer: Trainer, batch: Conditions) -> list[int]:
+    """The rows that are this rank's to write: those that fill up its share (SliceSampler) are another's."""
+    return [row for row, i in enumerate(batch.indices.tolist()) if i % trainer.world_size == trainer.global_rank]
 
 
 def as_bytes(images: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Steps(NamedTuple):
     """
 
     vae: int = 1400
-    decoder: int = 4000
+    decoder: int = 2200
     reward: int = 1000
     judge: int = 1700
     flux: int = 6000

@@ -112,7 +112,7 @@ def on_white(pictures: Pictures) -> npt.NDArray[np.float32]:
     """Blend RGBA onto white: float32 [..., H, W, 3] in [0, 1]."""
     values = pictures.astype(np.float32) / 255
     alpha = values[..., 3:]
-    blended: npt.NDArray[np.float32] = values[..., :3] * alpha + (1 - alpha)
+    blended: npt.NDArray[np.float32] = (values[..., :3] * alpha + (1 - alpha)).astype(np.float32)
     return blended
 
 

@@ -84,7 +84,7 @@ class ClipReward(Reward):
         """Unit vectors, each distinct text computed once and kept."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._text_features]
         if missing:
-            self._text_features.update(zip(missing, self._encode(missing), strict=True))
+            self._text_features.update((text, self._encode(text)) for text in missing)
         features = torch.stack([self._text_features[text] for text in texts])
         for text in dict.fromkeys(texts):
             self._text_features.move_to_end(text)
@@ -92,19 +92,24 @@ class ClipReward(Reward):
             self._text_features.popitem(last=False)
         return features
 
-    def _encode(self, texts: list[str]) -> Float[Tensor, "T E"]:
+    def _encode(self, text: str) -> Float[Tensor, " E"]:
+        # Each text alone: beside others its features would differ in the last bit, and a resumed run, whose cache is
+        # empty, would meet other ones together.
         assert self.clip is not None, "load() comes first"
         length = self.clip.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = self.tokenizer([text], truncation=True, max_length=length, return_tensors="pt")
         device = self.clip.logit_scale.device
         # Features are kept for the whole run: they are computed in full precision whatever the trainer computes in, and
         # outside inference mode, whose tensors a later training step could not use.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             pooled = self.clip.text_model(**tokens.to(device)).pooler_output
             features: Tensor = self.clip.text_projection(pooled)
-        return functional.normalize(features, dim=-1)
+        return functional.normalize(features, dim=-1)[0]
 
     def _apply(self, *args: object, **kwargs: object) -> "ClipReward":
         """Features follow the model to another device or dtype by being computed anew."""
-        self._text_features.clear()
-        return super()._apply(*args, **kwargs)
+        before = {(p.device, p.dtype) for p in self.parameters()}
+        super()._apply(*args, **kwargs)
+        if before != {(p.device, p.dtype) for p in self.parameters()}:
+            self._text_features.clear()
+        return self

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Images: TypeAlias = Float[Tensor, "B 3 H W"]
+Resized: TypeAlias = Float[Tensor, "B 3 h w"]
 
 # OpenAI CLIP's normalisation, the default of every CLIP checkpoint.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -44,14 +45,14 @@ class Preprocessing(NamedTuple):
         mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
         return cls(tuple(size), crop, mean, std)
 
-    def __call__(self, images: Images) -> Images:
+    def __call__(self, images: Images) -> Resized:
         """Resize, crop and normalise."""
-        images = resize_and_crop(images, self.size) if self.keep_aspect else resize(images, self.size)
+        resized = resize_and_crop(images, self.size) if self.keep_aspect else resize(images, self.size)
         mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        return (images - mean) / std
+        return (resized - mean) / std
 
 
-def resize(images: Images, size: tuple[int, int]) -> Images:
+def resize(images: Images, size: tuple[int, int]) -> Resized:
     """Bicubic with antialiasing, clamped to [0, 1]: PIL's BICUBIC but for PIL's rounding to 8 bits.
 
     No work and exactly the input where the size is right already.
@@ -61,7 +62,7 @@ def resize(images: Images, size: tuple[int, int]) -> Images:
     return functional.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
-def resize_and_crop(images: Images, size: tuple[int, int]) -> Images:
+def resize_and_crop(images: Images, size: tuple[int, int]) -> Resized:
     """Resize until `size` just fits inside, then cut out the centre."""
     height, width = images.shape[-2:]
     # In whole numbers: a rounded-off factor would cut a column from 49 x 98 at height 16.

@@ -1,8 +1,164 @@
+"""`main([...])` in this process, on the tiny models."""
+
+import json
 from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 from srpo_lightning.cli import main
 from tests import tiny
 
-def test_fit(models, features, tmp_path):
-    main(["fit", "--config", str(tiny.write_config(models, tmp_path/"run", features))])
-    print(sorted(str(p) for p in tmp_path.rglob("*")))
-    assert 0
+
+@pytest.fixture
+def config(models, features, tmp_path) -> str:
+    return str(tiny.write_config(models, tmp_path / "run", features))
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(models, features, tmp_path_factory) -> tuple[str, Path]:
+    """A configuration and the folder of its finished run of four steps."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["srpo_lightning"])
+        config = str(tiny.write_config(models, run, features))
+        main(["fit", "--config", config])
+    return config, run
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def test_fit_leaves_checkpoints_configuration_samples_metrics_and_report(finished):
+    _, run = finished
+    assert [path.name for path in checkpoints(run)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints", "config.yaml", "samples", "logs", "metrics.jsonl", "report.md", "before_after.png",
+    }  # fmt: skip
+
+
+def test_every_sample_has_its_line_of_metadata(finished):
+    """Three prompts, before training and after steps 2 and 4; the average from its first step on."""
+    _, run = finished
+    records = lines(run / "samples" / "metadata.jsonl")
+    kinds = [(0, "policy"), (2, "ema"), (2, "policy"), (4, "ema"), (4, "policy")]
+    assert sorted((r["step"], r["weights"], r["index"]) for r in records) == [(*k, i) for k in kinds for i in range(3)]
+    files = {path.relative_to(run / "samples").as_posix() for path in (run / "samples").rglob("*.png")}
+    assert {record["file"] for record in records} == files
+    assert all(record["seed"] == 3 and record["prompt"] == f"c{record['index']}" for record in records)
+    assert picture(run / "samples" / records[0]["file"]).shape == (32, 32, 3)
+
+
+def test_every_validation_has_its_record_of_metrics(finished):
+    _, run = finished
+    records = lines(run / "metrics.jsonl")
+    assert [(r["step"], r["weights"]) for r in records] == [
+        (0, "policy"), (2, "policy"), (2, "ema"), (4, "policy"), (4, "ema"),
+    ]  # fmt: skip
+    names = {"reward", "judge", "prompt", "top1", "saturation", "share/x", "share/z", "diversity"}
+    for record in records:
+        assert record.keys() == {"step", "weights", *names}
+        assert record["share/x"] + record["share/z"] == 1
+
+
+def test_the_report_compares_the_first_validation_with_the_last(finished):
+    _, run = finished
+    table = (run / "report.md").read_text()
+    assert "| before (step 0) | after (step 4) | after, ema (step 4) |" in table
+    first, last = lines(run / "metrics.jsonl")[0], lines(run / "metrics.jsonl")[-2]
+    assert f"| judge | {first['judge']:.3f} | {last['judge']:.3f} |" in table
+
+
+def test_the_written_configuration_starts_the_same_run_again(finished, tmp_path):
+    """config.yaml alone, in another folder: the same weights, bit for bit."""
+    _, run = finished
+    main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path / "again")])
+    a, b = (torch.load(checkpoint_path(f, 4), weights_only=True)["state_dict"] for f in (run, tmp_path / "again"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_resumed_run_goes_on_and_writes_its_own_configuration(config, run):
+    main(["fit", "--config", config, "--trainer.max_steps", "2"])
+    main(["fit", "--config", config, "--ckpt_path", "last"])
+    assert [path.name for path in checkpoints(run)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    first, resumed = (yaml.safe_load((run / name).read_text()) for name in ("config.yaml", "config-step-00000002.yaml"))
+    assert first["ckpt_path"] is None
+    assert (first["trainer"]["max_steps"], resumed["trainer"]["max_steps"]) == (2, 4)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_evaluating_a_checkpoint_finds_the_metrics_that_training_found(finished, tmp_path, command):
+    config, run = finished
+    main([command, "--config", config, "--ckpt_path", str(checkpoint_path(run, 4)),
+          "--trainer.default_root_dir", str(tmp_path / "eval")])  # fmt: skip
+    records = lines(tmp_path / "eval" / "metrics.jsonl")
+    assert records == lines(run / "metrics.jsonl")[-2:]
+
+
+def test_predict_writes_a_picture_of_every_prompt_by_both_weights(finished, tmp_path):
+    config, run = finished
+    main(["predict", "--config", config, "--ckpt_path", str(checkpoint_path(run, 4)),
+          "--trainer.default_root_dir", str(tmp_path / "eval")])  # fmt: skip
+    pictures = sorted(path.relative_to(tmp_path / "eval").as_posix() for path in tmp_path.rglob("*.png"))
+    assert pictures == [f"predictions/step-00000004/{w}/0000{i}.png" for w in ("ema", "policy") for i in range(3)]
+    name = "step-00000004/policy/00000.png"
+    assert (picture(tmp_path / "eval" / "predictions" / name) == picture(run / "samples" / name)).all()
+
+
+def test_the_default_optimizer_is_the_papers_and_is_written_down(models, features, tmp_path):
+    """design.md step 5; a run without `model.optimizer` starts again from its config.yaml."""
+    run = tmp_path / "run"
+    settings = tiny.config(models, run, features)
+    del settings["model"]["optimizer"]
+    settings["trainer"] |= {"max_steps": 1, "limit_val_batches": 0}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings))
+    main(["fit", "--config", str(path)])
+    saved = torch.load(checkpoint_path(run, 1), weights_only=True)["optimizer_states"][0]["param_groups"][0]
+    expected = {"lr": 5e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
+    assert {name: tuple(v) if isinstance(v := saved[name], list) else v for name in expected} == expected
+    main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path / "again")])
+
+
+def test_another_optimizer_replaces_the_default_with_all_its_settings(config, run):
+    main(["fit", "--config", config, "--trainer.max_steps", "1", "--model.optimizer", "torch.optim.SGD",
+          "--model.optimizer.init_args.lr", "0.1"])  # fmt: skip
+    saved = torch.load(checkpoint_path(run, 1), weights_only=True)["optimizer_states"][0]["param_groups"][0]
+    assert (saved["lr"], saved["momentum"]) == (0.1, 0)
+
+
+@pytest.mark.parametrize("enabled", ["true", "false"])
+def test_the_progress_bar_can_be_switched_off_and_on(config, enabled):
+    main(["fit", "--config", config, "--trainer.enable_progress_bar", enabled, "--trainer.max_steps", "1"])
+
+
+def test_a_progress_bar_of_ones_own_is_kept(config):
+    main(["fit", "--config", config, "--trainer.enable_progress_bar", "true", "--trainer.max_steps", "1",
+          "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"])  # fmt: skip
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_file_parses(file, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", "--config", str(file), "--print_config"])
+    assert exit_status.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["objective"]["init_args"]["margin"] == 0.7

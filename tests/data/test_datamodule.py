@@ -1,4 +1,6 @@
+import functools
 import itertools
+import operator
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ def batches(sampler: StepSampler, count: int) -> list[list[int]]:
 @given(SIZES, st.integers(1, 3))
 def test_each_pass_over_the_stream_is_a_permutation(sizes, num_passes):
     size, batch_size, seed = sizes
-    stream = sum(batches(StepSampler(size, batch_size, seed, 0, 1), num_passes * size), [])
+    stream = functools.reduce(operator.iadd, batches(StepSampler(size, batch_size, seed, 0, 1), num_passes * size), [])
     for start in range(0, num_passes * size, size):
         assert sorted(stream[start : start + size]) == list(range(size))
 
@@ -34,7 +36,7 @@ def test_starting_anywhere_gives_the_tail_of_the_stream_from_zero(sizes, start):
 def test_the_ranks_together_are_one_rank_with_the_global_batch(sizes, world_size, start):
     size, batch_size, seed = sizes
     ranks = [batches(StepSampler(size, batch_size, seed, r, world_size, start), 4) for r in range(world_size)]
-    together = [sum((rank[step] for rank in ranks), []) for step in range(4)]
+    together = [functools.reduce(operator.iadd, (rank[step] for rank in ranks), []) for step in range(4)]
     assert together == batches(StepSampler(size, batch_size * world_size, seed, 0, 1, start), 4)
 
 
@@ -47,8 +49,8 @@ def test_passes_and_seeds_are_ordered_differently():
 @given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 4))
 def test_the_ranks_together_evaluate_every_prompt_and_each_equally_many(size, batch_size, world_size):
     samplers = [SliceSampler(size, batch_size, rank, world_size) for rank in range(world_size)]
-    seen = [sum(sampler, []) for sampler in samplers]
-    assert set(sum(seen, [])) == set(range(size))
+    seen = [functools.reduce(operator.iadd, sampler, []) for sampler in samplers]
+    assert set(functools.reduce(operator.iadd, seen, [])) == set(range(size))
     assert len({len(indices) for indices in seen}) == 1
     assert sum(map(len, seen)) < size + world_size
     assert all(len(list(sampler)) == len(sampler) for sampler in samplers)
@@ -99,8 +101,8 @@ def test_several_samples_of_a_prompt_have_numbers_of_their_own(models, features)
         cache_dir=str(features),
     )  # fmt: skip
     data.prepare_data()
-    prompts = sum((batch.prompts for batch in data.val_dataloader()), [])
-    numbers = sum((batch.indices.tolist() for batch in data.val_dataloader()), [])
+    prompts = functools.reduce(operator.iadd, (batch.prompts for batch in data.val_dataloader()), [])
+    numbers = functools.reduce(operator.iadd, (batch.indices.tolist() for batch in data.val_dataloader()), [])
     assert sorted(numbers) == list(range(9))
     assert sorted(prompts) == sorted(["c0", "c1", "c2"] * 3)
 

@@ -72,9 +72,7 @@ def test_our_sampler_draws_the_pipelines_pictures(models, pipeline_folder, pipe,
     embeds, pooled, _ = pipe.encode_prompt(PROMPTS, None, device="cpu", max_sequence_length=tiny.MAX_TOKENS)
     conditions = Conditions(PROMPTS, embeds, pooled, torch.arange(2))
     with torch.no_grad():
-        latents = flow.integrate(
-            lambda x, sigma: policy(x, sigma, conditions, 3.5), noise, policy.sigmas(num_steps)
-        )
+        latents = flow.integrate(lambda x, sigma: policy(x, sigma, conditions, 3.5), noise, policy.sigmas(num_steps))
         pictures = policy.decode(latents)
 
     def theirs(output_type: str) -> torch.Tensor:

@@ -145,9 +145,7 @@ def test_a_batch_equals_its_samples_one_by_one(models):
             prompt_embeds=conditions.prompt_embeds[i : i + 1],
             pooled_prompt_embeds=conditions.pooled_prompt_embeds[i : i + 1],
         )
-        loss = objective.loss(
-            policy, reward, one, Rollout(rollout.x0[i : i + 1], rollout.noise[i : i + 1]), draws
-        ).loss
+        loss = objective.loss(policy, reward, one, Rollout(rollout.x0[i : i + 1], rollout.noise[i : i + 1]), draws).loss
         (loss / 3).backward()
         total += loss.item() / 3
     apart = gradients(policy)

@@ -138,7 +138,7 @@ def test_a_size_that_16_does_not_divide_is_refused_with_its_neighbours(models, h
 
 
 def test_a_folder_that_does_not_exist_is_refused_with_the_cure(tmp_path):
-    with pytest.raises(ValueError, match="neither a folder here .* nor a hub model.*give the path"):
+    with pytest.raises(ValueError, match=r"neither a folder here .* nor a hub model.*give the path"):
         FluxPolicy(str(tmp_path / "nowhere"), 32, 32)
 
 

@@ -20,7 +20,7 @@ def images(count: int = 3, size: int = 16) -> torch.Tensor:
 def count_encoded(reward: ClipReward, monkeypatch) -> list[str]:
     encoded: list[str] = []
     encode = reward._encode
-    monkeypatch.setattr(reward, "_encode", lambda texts: encoded.extend(texts) or encode(texts))
+    monkeypatch.setattr(reward, "_encode", lambda text: encoded.append(text) or encode(text))
     return encoded
 
 
@@ -86,10 +86,10 @@ def test_the_cache_is_bounded_and_forgets_what_was_used_longest_ago(models, monk
 
 
 def test_features_do_not_depend_on_the_texts_they_are_encoded_with(models):
-    """Padding after the end token counts for nothing."""
+    """Bit for bit: a resumed run starts with an empty cache and meets other texts together."""
     together = tiny.new_reward(models.clip).text_features(TEXTS)
     apart = torch.cat([tiny.new_reward(models.clip).text_features([text]) for text in TEXTS])
-    torch.testing.assert_close(together, apart, rtol=0, atol=1e-6)
+    assert torch.equal(together, apart)
 
 
 def test_features_cached_in_inference_mode_serve_a_gradient_later(reward):
@@ -119,8 +119,11 @@ def test_a_reward_stays_in_evaluation_mode(reward):
     assert not any(module.training for module in reward.modules())
 
 
-def test_moving_the_reward_computes_its_features_anew(reward):
+def test_moving_the_reward_computes_its_features_anew_and_staying_does_not(reward, monkeypatch):
+    encoded = count_encoded(reward, monkeypatch)
     reward.text_features(TEXTS)
+    reward.to("cpu").text_features(TEXTS)
+    assert encoded == TEXTS
     assert reward.double().text_features(TEXTS).dtype == torch.float64
 
 
@@ -134,7 +137,7 @@ def test_the_constructor_reads_no_weights_and_load_reads_them_once(models):
 
 
 def test_a_missing_folder_is_refused_with_the_cure(tmp_path):
-    with pytest.raises(ValueError, match="neither a folder here .* nor a hub model.*give the path"):
+    with pytest.raises(ValueError, match=r"neither a folder here .* nor a hub model.*give the path"):
         ClipReward(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"config.json is missing"):
         ClipReward(str(tmp_path))

@@ -12,7 +12,7 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 def smooth(height: int, width: int) -> torch.Tensor:
-    """A picture of 8-bit values with detail but no noise, like a photograph, and room for overshoot: PIL clamps twice."""
+    """A picture of 8-bit values with detail but no noise, like a photograph; PIL clamps twice: leave it room."""
     y, x = torch.meshgrid(torch.linspace(0, 6, height), torch.linspace(0, 9, width), indexing="ij")
     picture = torch.stack([x.sin() * y.cos(), (x + y).sin(), (x * y).cos()]) * 0.35 + 0.5
     return (picture * 255).round()[None] / 255

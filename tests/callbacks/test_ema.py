@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from srpo_lightning.callbacks import EMA, RunCheckpoint
+from srpo_lightning.checkpoints import checkpoint_path
+from tests import tiny
+from tests.faults import History
+
+
+def by_hand(start: dict, after_steps: list[dict], decay: float, warmup: bool) -> dict:
+    """average <- d average + (1 - d) weights, one number at a time in float64."""
+    average = {name: p.double() for name, p in start.items()}
+    for step, weights in enumerate(after_steps, 1):
+        d = min(decay, (1 + step) / (10 + step)) if warmup else decay
+        average = {name: d * average[name] + (1 - d) * weights[name].double() for name in average}
+    return average
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_average_equals_a_loop_over_the_optimizer_steps(models, features, tmp_path, warmup, accumulate):
+    module, ema, history = tiny.new_module(models), EMA(decay=0.5, warmup=warmup), History()
+    module.configure_model()
+    start = {name: p.detach().clone() for name, p in module.trainable_parameters()}
+    trainer = tiny.new_trainer(tmp_path, [ema, history], max_steps=5, accumulate_grad_batches=accumulate)
+    trainer.fit(module, tiny.new_data(models, features))
+    assert history.steps == [(micro + 1) // accumulate for micro in range(5 * accumulate)]
+    expected = by_hand(start, history.weights[accumulate - 1 :: accumulate], 0.5, warmup)
+    assert ema.num_updates == 5
+    for name, average in ema.average.items():
+        torch.testing.assert_close(average.double(), expected[name], rtol=0, atol=1e-6)
+        assert not average.requires_grad
+
+
+def fitted(models, features, folder, **settings):
+    module, ema = tiny.new_module(models), EMA(decay=0.5)
+    trainer = tiny.new_trainer(
+        folder, [ema, RunCheckpoint(1)], max_steps=2, limit_val_batches=1, val_check_interval=2, **settings
+    )
+    trainer.fit(module, tiny.new_data(models, features))
+    return module, ema
+
+
+def snapshot(module) -> dict:
+    return {name: p.detach().clone() for name, p in module.trainable_parameters()}
+
+
+def test_the_average_stands_in_for_the_weights_and_leaves_them_as_they_were(models, features, tmp_path):
+    """Bit for bit, also where sampling raises."""
+    module, ema = fitted(models, features, tmp_path)
+    before, average = snapshot(module), {name: t.clone() for name, t in ema.average.items()}
+    with module.weight_variants["ema"]():
+        inside = snapshot(module)
+    with pytest.raises(RuntimeError, match="sampling"), module.weight_variants["ema"]():
+        raise RuntimeError("sampling")
+    assert all(torch.equal(inside[name], average[name]) for name in before)
+    assert any(not torch.equal(before[name], average[name]) for name in before)
+    assert all(torch.equal(p, before[name]) for name, p in module.trainable_parameters())
+    assert all(torch.equal(ema.average[name], average[name]) for name in before)
+
+
+def test_validation_draws_pictures_by_both_weights_in_the_same_noise(models, features, tmp_path):
+    module, _ = fitted(models, features, tmp_path)
+    batch = tiny.new_conditions(2)
+    images = module.validation_step(batch, 0)
+    assert images.keys() == {"policy", "ema"}
+    assert torch.equal(images["policy"], module.sample(batch))
+    with module.weight_variants["ema"]():
+        assert torch.equal(images["ema"], module.sample(batch))
+    assert not torch.equal(images["policy"], images["ema"])
+
+
+def test_the_average_travels_with_the_checkpoint_into_a_bare_evaluation(models, features, tmp_path):
+    _, ema = fitted(models, features, tmp_path)
+    module, loaded = tiny.new_module(models), EMA(decay=0.5)
+    tiny.new_trainer(tmp_path, [loaded], limit_val_batches=1).validate(
+        module, tiny.new_data(models, features), ckpt_path=checkpoint_path(tmp_path, 2), verbose=False
+    )
+    assert "ema" in module.weight_variants
+    assert loaded.num_updates == 2
+    assert all(torch.equal(loaded.average[name], t) for name, t in ema.average.items())
+
+
+def test_without_a_checkpoint_evaluation_knows_no_average(models, features, tmp_path):
+    module = tiny.new_module(models)
+    tiny.new_trainer(tmp_path, [EMA()], limit_val_batches=1).validate(
+        module, tiny.new_data(models, features), verbose=False
+    )
+    assert module.weight_variants.keys() == {"policy"}

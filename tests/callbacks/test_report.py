@@ -1,0 +1,43 @@
+import numpy as np
+from PIL import Image
+
+from srpo_lightning.callbacks.report import LABEL_PX, before_and_after, contact_sheet, markdown
+
+RECORDS = [
+    {"step": 0, "weights": "policy", "judge": 0.1, "share/3d": 0.25},
+    {"step": 5, "weights": "policy", "judge": 0.2, "share/3d": 0.5},
+    {"step": 5, "weights": "ema", "judge": 0.3, "share/3d": 0.75},
+    {"step": 9, "weights": "policy", "judge": 0.4, "share/3d": 1.0},
+    {"step": 9, "weights": "ema", "judge": 0.5},
+]
+
+
+def test_the_first_record_is_compared_with_the_last_of_each_kind_of_weights():
+    assert before_and_after(RECORDS) == {"before": RECORDS[0], "after": RECORDS[3], "after, ema": RECORDS[4]}
+
+
+def test_a_run_without_training_has_nothing_to_compare_with():
+    assert before_and_after(RECORDS[:1]) == {"before": RECORDS[0]}
+
+
+def test_the_table_has_a_row_per_measure_and_says_what_was_not_measured():
+    assert markdown(before_and_after(RECORDS)).splitlines() == [
+        "| | before (step 0) | after (step 9) | after, ema (step 9) |",
+        "|---|---|---|---|",
+        "| judge | 0.100 | 0.400 | 0.500 |",
+        "| share/3d | 0.250 | 1.000 | not measured |",
+    ]
+
+
+def test_the_contact_sheet_puts_each_picture_under_the_name_of_its_row(tmp_path):
+    rows = {}
+    for name, shades in (("before", [10, 20]), ("after", [30])):
+        rows[name] = [tmp_path / f"{shade}.png" for shade in shades]
+        for path, shade in zip(rows[name], shades, strict=True):
+            Image.new("RGB", (4, 4), (shade,) * 3).save(path)
+    sheet = np.array(contact_sheet(rows, scale=3))
+    assert sheet.shape == (2 * (12 + LABEL_PX), 24, 3)
+    assert (sheet[LABEL_PX : LABEL_PX + 12, :12] == 10).all()
+    assert (sheet[LABEL_PX : LABEL_PX + 12, 12:] == 20).all()
+    assert (sheet[-12:, :12] == 30).all()
+    assert (sheet[-12:, 12:] == 255).all()

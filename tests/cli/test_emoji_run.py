@@ -1,0 +1,44 @@
+"""The built-in model's configuration, started as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_the_emoji_configuration_trains_two_steps_and_reports(tmp_path):
+    run = tmp_path / "run"
+    flags = {
+        "--trainer.default_root_dir": run,
+        "--trainer.max_steps": 2,
+        "--trainer.val_check_interval": 2,
+        "--data.cache_dir": tmp_path / "features",
+        "--data.num_eval_prompts": 4,
+        "--data.eval_samples_per_prompt": 1,
+        "--data.batch_size": 2,
+        "--model.num_sample_steps": 2,
+        "--model.objective.init_args.num_rollout_steps": 2,
+    }
+    command = [sys.executable, "-m", "srpo_lightning", "fit", "--config", "configs/emoji_srpo.yaml"]
+    command += [str(part) for flag in flags.items() for part in flag]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "2"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {record["step"] for record in records} == {0, 2}
+    assert (run / "checkpoints" / "step-00000002.ckpt").is_file()
+    assert (run / "before_after.png").is_file()
+    assert "seconds per step" in done.stdout
+
+
+def test_a_mistake_ends_with_one_line_and_status_2():
+    command = [sys.executable, "-m", "srpo_lightning", "fit", "--trainer.max_stepps", "2"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "max_stepps" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 4, done.stderr

@@ -1,0 +1,35 @@
+"""The project's own flags, frozen: a new one is a decision, and so is one that goes."""
+
+import inspect
+
+from srpo_lightning.callbacks import EMA, Report, RewardTracking, RunCheckpoint, SampleLogger
+from srpo_lightning.data import PromptData
+from srpo_lightning.module import SRPOModule
+from srpo_lightning.objectives import SRPO, ControlWords
+from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.rewards import ClipReward
+
+FLAGS = {
+    SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
+    "max_skipped_steps",
+    PromptData: "train evaluation pretrained batch_size eval_batch_size num_eval_prompts eval_samples_per_prompt field "
+    "cache_dir max_sequence_length text_dtype text_batch_size text_device num_workers seed",
+    RunCheckpoint: "every_n_steps keep",
+    SRPO: "control_words word_choice template num_rollout_steps rollout_guidance guidance shift num_schedule_steps "
+    "window grid_size ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
+    "reward_batch_size",
+    ControlWords: "positive negative",
+    FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
+    "resolution_shift quantize_timesteps",
+    ClipReward: "pretrained logit_scale_divisor cache_size",
+    EMA: "decay warmup",
+    SampleLogger: "num_samples columns",
+    RewardTracking: "judge labels candidates top_k",
+    Report: "num_columns scale",
+}
+
+
+def test_the_flags_are_the_ones_that_were_decided_on():
+    assert {cls: list(inspect.signature(cls).parameters) for cls in FLAGS} == {
+        cls: names.split() for cls, names in FLAGS.items()
+    }

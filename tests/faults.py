@@ -1,0 +1,62 @@
+"""What tests put into a run to break it or to listen in; named in configurations by class path."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from srpo_lightning.batch import Conditions
+from srpo_lightning.rewards import ClipReward
+
+
+class NanReward(ClipReward):
+    """Not a number in the training calls that `bad` counts, from 0."""
+
+    def __init__(self, pretrained: str, bad: list[int]) -> None:
+        super().__init__(pretrained)
+        self.bad, self.num_calls = bad, 0
+
+    def relative(self, images: Tensor, *args: Any) -> Tensor:
+        self.num_calls += 1
+        rewards = super().relative(images, *args)
+        return rewards * torch.nan if self.num_calls - 1 in self.bad else rewards
+
+
+class PromptLog(Callback):
+    """A line for each micro-batch: its number and its prompts."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Conditions, batch_idx: int
+    ) -> None:
+        with self.path.open("a") as stream:
+            stream.write(json.dumps([pl_module.micro_step, batch.prompts]) + "\n")
+
+
+class History(Callback):
+    """Copies of the trained weights after each micro-batch, and the number of optimizer steps then."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.weights.append({name: p.detach().clone() for name, p in pl_module.trainable_parameters()})
+        self.steps.append(trainer.global_step)
+
+
+class Stop(Callback):
+    """Raises after the given number of micro-batches of this process."""
+
+    def __init__(self, after: int, error: type[BaseException] = RuntimeError) -> None:
+        self.after, self.error = after, error
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.after -= 1
+        if not self.after:
+            raise self.error("stopped by the test")

@@ -1,0 +1,85 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from srpo_lightning.checkpoints import PARTIAL, AtomicCheckpointIO, checkpoint_path, checkpoints, newest
+
+SAVE_FOREVER = """
+import itertools, sys, torch
+from srpo_lightning.checkpoints import AtomicCheckpointIO, checkpoint_path
+for step in itertools.count():
+    AtomicCheckpointIO().save_checkpoint({"step": step, "x": torch.full((4_000_000,), step)}, checkpoint_path(sys.argv[1], step))
+"""  # noqa: E501  # a program
+
+
+def test_what_was_saved_is_what_is_loaded(tmp_path):
+    path = checkpoint_path(tmp_path, 7)
+    AtomicCheckpointIO().save_checkpoint({"x": torch.arange(3)}, path)
+    assert torch.equal(AtomicCheckpointIO().load_checkpoint(path, weights_only=True)["x"], torch.arange(3))
+    assert [p.name for p in path.parent.iterdir()] == ["step-00000007.ckpt"]
+
+
+def test_an_error_in_the_middle_of_writing_leaves_the_older_file_of_that_name_whole(tmp_path, monkeypatch):
+    path = checkpoint_path(tmp_path, 1)
+    AtomicCheckpointIO().save_checkpoint({"x": 1}, path)
+
+    def fail_half_way(checkpoint, stream):
+        stream.write(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("srpo_lightning.checkpoints.torch.save", fail_half_way)
+        for step in (1, 2):
+            with pytest.raises(OSError, match="disk full"):
+                AtomicCheckpointIO().save_checkpoint({"x": 2}, checkpoint_path(tmp_path, step))
+    assert newest(tmp_path) == path
+    assert torch.load(path, weights_only=True) == {"x": 1}
+
+
+def test_a_kill_while_writing_leaves_every_checkpoint_whole(tmp_path):
+    """SIGKILL at two moments, each seen to be in the middle of a file."""
+    for delay_s in (0.0, 0.004):
+        run = tmp_path / str(delay_s)
+        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(run)])
+        try:
+            deadline = time.monotonic() + 60
+            while len(checkpoints(run)) < 2 or not list(run.rglob(f"*{PARTIAL}")):
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+            time.sleep(delay_s)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        for path in checkpoints(run):
+            saved = torch.load(path, weights_only=True)
+            assert path == checkpoint_path(run, saved["step"])
+            assert (saved["x"] == saved["step"]).all()
+
+
+def test_the_newest_is_the_one_with_most_steps_and_partial_files_do_not_count(tmp_path):
+    for step in (9, 100, 20):
+        AtomicCheckpointIO().save_checkpoint({}, checkpoint_path(tmp_path, step))
+    Path(f"{checkpoint_path(tmp_path, 200)}{PARTIAL}").write_bytes(b"half")
+    assert newest(tmp_path) == checkpoint_path(tmp_path, 100)
+    assert [path.stem for path in checkpoints(tmp_path)] == ["step-00000009", "step-00000020", "step-00000100"]
+
+
+def test_no_checkpoint_at_all_is_refused_with_the_cure(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint in .*Point --trainer.default_root_dir"):
+        newest(tmp_path)
+
+
+def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Order of calls: fsync of the file, rename, fsync of the folder."""
+    calls = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync") or fsync(descriptor))
+    monkeypatch.setattr(Path, "replace", lambda self, target: calls.append("rename") or replace(self, target))
+    AtomicCheckpointIO().save_checkpoint({}, checkpoint_path(tmp_path, 1))
+    assert calls == ["fsync", "rename", "fsync"]
