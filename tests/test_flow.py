@@ -35,7 +35,7 @@ def test_the_model_is_asked_at_every_level_but_the_last_in_the_dtype_of_the_late
 
 
 def test_the_srpo_window_lies_where_the_paper_puts_it():
-    """design.md section 2: steps 5 and 25 of 50, shift 3, are sigma 0.964 and 0.75."""
+    """The window: steps 5 and 25 of 50, shift 3, are sigma 0.964 and 0.75."""
     sigmas = flow.schedule(50, 3.0)
     assert round(float(sigmas[5]), 3) == 0.964
     assert float(sigmas[25]) == 0.75

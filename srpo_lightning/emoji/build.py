@@ -39,8 +39,8 @@ class Steps(NamedTuple):
     decoder: int = 2200
     reward: int = 1000
     judge: int = 1700
-    flux: int = 6000
-    distillation: int = 1200
+    flux: int = 4600
+    distillation: int = 500
 
 
 class Build:

@@ -121,7 +121,7 @@ def test_predict_writes_a_picture_of_every_prompt_by_both_weights(finished, tmp_
 
 
 def test_the_default_optimizer_is_the_papers_and_is_written_down(models, features, tmp_path):
-    """design.md step 5; a run without `model.optimizer` starts again from its config.yaml."""
+    """Step 5; a run without `model.optimizer` starts again from its config.yaml."""
     run = tmp_path / "run"
     settings = tiny.config(models, run, features)
     del settings["model"]["optimizer"]

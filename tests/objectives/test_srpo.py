@@ -38,7 +38,7 @@ def rollout_of(policy, batch_size: int) -> Rollout:
 
 
 def test_the_constructor_holds_the_papers_constants():
-    """design.md section 2, with HPSv2.1."""
+    """The constants of the paper (arXiv 2509.06942) and its research code, with HPSv2.1."""
     defaults = {k: p.default for k, p in inspect.signature(SRPO).parameters.items() if k != "control_words"}
     assert defaults == {
         "word_choice": "cycle",
@@ -119,7 +119,7 @@ def test_the_rollout_keeps_single_precision_whatever_precision_the_features_have
 
 
 def test_the_words_swap_in_the_inversion_branch(policy):
-    """design.md: denoising rewards positive against negative, inversion negative against positive."""
+    """Step 4: denoising rewards positive against negative, inversion negative against positive."""
     reward = Recorder()
     SRPO(WORDS).loss(policy, reward, tiny.new_conditions(2), rollout_of(policy, 2), Draws(0, 0))
     positive, negative = ["Detail. a0 b", "Detail. a1 b"], ["Painting. a0 b", "Painting. a1 b"]

@@ -1,4 +1,4 @@
-"""SRPO against a second implementation: design.md section 2, one sample at a time, in plain Python floats."""
+"""SRPO against a second implementation of the algorithm in README.md: one sample at a time, in plain floats."""
 
 from typing import NamedTuple
 
