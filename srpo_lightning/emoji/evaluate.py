@@ -132,7 +132,7 @@ def evaluate_assets(assets: Path, world: World, sheets: Path) -> str:
     rows = [("VAE: PSNR", f"{mean_psnr(pipeline.vae, world.images()):.1f} dB", ">= 27 dB")]
     rows += critic_rows("reward", Critic(assets / "emoji-clip", world.concepts), world)
     rows += critic_rows("judge", judge, world)
-    for guidance in (3.5, 1.0):
+    for guidance in (3.5, 2.0, 1.0):
         rows += sample_rows(pipeline, judge, world.concepts, guidance, sheets)
     lines = ["| measured | value | wanted |", "|---|---|---|"]
     return "\n".join(lines + [f"| {name} | {value} | {wanted} |" for name, value, wanted in rows])
