@@ -161,4 +161,6 @@ def test_every_configuration_file_parses(file, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_status:
         main(["fit", "--config", str(file), "--print_config"])
     assert exit_status.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["objective"]["init_args"]["margin"] == 0.7
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    assert parsed["model"]["policy"]["class_path"] == "srpo_lightning.policies.FluxPolicy"
+    assert parsed["weights_only"] is True  # no code is read from a checkpoint

@@ -19,6 +19,7 @@ def test_cached_features_equal_fresh_ones_bit_for_bit(models, tmp_path, dtype):
     fresh = FluxTextEncoder(str(models.pipeline), dtype=dtype)
     cache = FeatureCache(tmp_path, fresh)
     assert cache.fill(PROMPTS, batch_size=4) == 4
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors"}
     for prompt, features in zip(PROMPTS, fresh.encode(PROMPTS), strict=True):
         for cached, computed in zip(cache[prompt], features, strict=True):
             assert cached.dtype == dtype
