@@ -118,7 +118,7 @@ class SRPOCLI(LightningCLI):
 
 
 class SaveConfigInRunFolder(SaveConfigCallback):
-    """Writes config.yaml into the run folder, and config-<step>.yaml when the run is resumed."""
+    """Writes config.yaml into the run folder, and config-step-*.yaml when the run is resumed."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
