@@ -112,7 +112,7 @@ def fit(trainee: Trainee, folder: Path, save_every: int = 200) -> None:
         accelerator="cpu",
         precision="bf16-mixed",
         max_steps=trainee.steps,
-        logger=CSVLogger(folder, name="log", version=""),
+        logger=CSVLogger(folder, name="log"),  # a new version for each start: one log never wipes another
         callbacks=[saver],
         enable_progress_bar=False,
         enable_model_summary=False,

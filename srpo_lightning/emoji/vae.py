@@ -69,7 +69,7 @@ class VAETraining(Trainee):
 
     net: AutoencoderKL
 
-    def __init__(self, images: Tensor, steps: int, seed: int, batch: int = 32, lr: float = 1.5e-3) -> None:
+    def __init__(self, images: Tensor, steps: int, seed: int, batch: int = 24, lr: float = 1.5e-3) -> None:
         super().__init__(new_vae(), steps, seed, muon_lr=0.0, adam_lr=lr)
         self.net.to(memory_format=torch.channels_last)
         self.images, self.batch = images, batch
