@@ -12,11 +12,20 @@ venv: .venv/installed ## set up .venv with everything that tests and the demo ne
 	.venv/bin/pip install --quiet --editable '.[dev,emoji]'
 	touch $@
 
+ORIGINALS := $(wildcard tests/parity/originals/*.txt)
+
+originals: venv $(ORIGINALS:tests/parity/originals/%.txt=.originals/%/installed) ## the reward models' own packages, for the tests that compare with them
+
+.originals/%/installed: tests/parity/originals/%.txt
+	rm -rf .originals/$*
+	.venv/bin/pip install --quiet --no-deps --target .originals/$* --requirement $<
+	touch $@
+
 demo: venv ## SRPO on the built-in model: numbers and pictures before and after, in minutes
 	rm -rf runs/emoji_srpo
 	$(RUN) -m srpo_lightning fit --config configs/emoji_srpo.yaml
 
-test: venv ## run the whole test suite
+test: originals ## run the whole test suite
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest
 
 check: venv ## lint, types, direction of imports
@@ -25,7 +34,7 @@ check: venv ## lint, types, direction of imports
 	$(RUN) -m mypy
 	.venv/bin/lint-imports
 
-clean: ## delete .venv and caches, keep runs
-	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## delete environments and caches, keep runs
+	rm -rf .venv .originals .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help venv demo test check clean
+.PHONY: help venv originals demo test check clean

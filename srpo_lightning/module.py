@@ -50,6 +50,7 @@ class SRPOModule(LightningModule):
         max_skipped_steps: NonNegativeInt = 5,
     ) -> None:
         super().__init__()
+        objective.check_reward(reward)
         self.policy = policy
         self.reward = reward
         self.objective = objective

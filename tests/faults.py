@@ -19,9 +19,11 @@ class NanReward(ClipReward):
         super().__init__(pretrained)
         self.bad, self.num_calls = bad, 0
 
-    def relative(self, images: Tensor, *args: Any) -> Tensor:
+    def contrast(self, images: Tensor, *args: Any) -> Tensor:
+        rewards = super().contrast(images, *args)
+        if not images.requires_grad:
+            return rewards
         self.num_calls += 1
-        rewards = super().relative(images, *args)
         return rewards * torch.nan if self.num_calls - 1 in self.bad else rewards
 
 

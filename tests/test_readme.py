@@ -19,7 +19,7 @@ def test_the_reward_example_prefers_the_named_colour_and_sends_gradient_to_the_p
     images.requires_grad_()
     scores = reward(images, ["red. a cat", "red. a cat"])
     assert scores[0] > scores[1]
-    relative = reward.relative(images, ["red. a", "red. a"], ["blue. a", "blue. a"], torch.zeros(2))
+    relative = reward.contrast(images, [["red. a"] * 2, ["blue. a"] * 2], torch.tensor([[1.0, -1.0]] * 2))
     (gradient,) = torch.autograd.grad(relative.sum(), images)
     assert (gradient[:, 0] > 0).all()
     assert (gradient[:, 2] < 0).all()

@@ -39,6 +39,9 @@ class Objective(ABC):
     def loss(self, policy: Policy, reward: Reward, conditions: Conditions, rollout: Rollout, draws: Draws) -> Outcome:
         """The step itself."""
 
+    def check_reward(self, reward: Reward) -> None:  # noqa: B027  # most objectives take any
+        """Refuse, before anything is read, a reward that the objective cannot use."""
+
     @abstractmethod
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What the objective rewards in finished images, under `reward` or under a judge that was never trained on."""
@@ -90,8 +93,8 @@ def reward_gradient(
 def surrogate(pull: Pull, x0_hat: Tensor) -> Tensor:
     """A scalar with the value of the loss whose backward sends `pull.gradient` into `x0_hat`.
 
-    The chain rule, cut in two. A loss that is not finite poisons the gradient, so that the check of the gradient norm
+    The chain rule, cut in two. A reward that is not finite poisons the gradient, so that the check of the gradient norm
     sees it on every rank.
     """
-    carrier = (x0_hat * torch.where(pull.loss.isfinite(), pull.gradient, torch.nan)).sum()
+    carrier = (x0_hat * torch.where(pull.rewards.isfinite().all(), pull.gradient, torch.nan)).sum()
     return pull.loss + carrier - carrier.detach()

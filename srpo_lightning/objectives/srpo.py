@@ -49,6 +49,11 @@ class Branches(NamedTuple):
     sigma_next: Tensor
     weight: Tensor
 
+    @property
+    def sign(self) -> Tensor:
+        """1 where the branch rewards the image that it recovers, -1 where it penalises it."""
+        return (self.sigma - self.sigma_next).sign()
+
 
 class SRPO(Objective):
     """Semantic Relative Preference Optimization.
@@ -147,8 +152,12 @@ class SRPO(Objective):
         positive, negative = self.texts(conditions.prompts, draws)
         towards, away = positive + negative, negative + positive
 
+        coefficients = torch.stack([1 + branches.weight, -torch.ones_like(branches.weight)], dim=1)
+
         def relative_reward(latents: Tensor, rows: slice) -> Tensor:
-            return reward.relative(policy.decode(latents), towards[rows], away[rows], branches.weight[rows])
+            images = policy.decode(latents)
+            relative = reward.contrast(images, [towards[rows], away[rows]], coefficients[rows])
+            return relative + branches.sign[rows] * reward.plain(images, [*conditions.prompts * 2][rows])
 
         # 5. Hinge loss, and its gradient at the recovered latents.
         pull = reward_gradient(x0_hat, relative_reward, lambda r: torch.relu(self.margin - r), self.reward_batch_size)
@@ -196,11 +205,15 @@ class SRPO(Objective):
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """The relative reward without lambda, averaged over all words."""
+        positive, negative = self.control_words.positive, self.control_words.negative
+        texts = [self._under(word, prompts) for word in [*positive, *negative]]
+        shares = [1 / len(positive)] * len(positive) + [-1 / len(negative)] * len(negative)
+        coefficients = torch.tensor(shares, device=images.device).expand(len(images), -1)
+        return reward.contrast(images, texts, coefficients) + reward.plain(images, prompts)
 
-        def mean_over(words: list[str]) -> Tensor:
-            return torch.stack([reward(images, self._under(word, prompts)) for word in words]).mean(0)
-
-        return mean_over(self.control_words.positive) - mean_over(self.control_words.negative)
+    def check_reward(self, reward: Reward) -> None:
+        """Refuse a reward that no words can steer."""
+        reward.check_contrast()
 
     def _under(self, word: str, prompts: Sequence[str]) -> list[str]:
         return [self.template.format(word=word, prompt=prompt) for prompt in prompts]

@@ -1,12 +1,15 @@
 """What a reward model is: a frozen, differentiable judge of images under texts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from srpo_lightning.rewards.words import WordList
 
 Images: TypeAlias = Float[Tensor, "B 3 H W"]
 Scores: TypeAlias = Float[Tensor, " B"]
@@ -16,9 +19,18 @@ class Reward(nn.Module, ABC):
     """Scores images under texts; higher is better; differentiable with respect to the images.
 
     A reward of your own needs `forward` alone. `load` is where large weights are read (the constructor stays cheap);
-    whatever parameters it makes are frozen. `relative` and `compare` are worth overriding where image features can be
-    shared between texts.
+    whatever parameters it makes are frozen. `scores` is worth overriding where image features serve several texts.
     """
+
+    reads_text: bool = True
+    """Whether the text counts. Where it does not there is nothing to contrast, and SRPO alone cannot use the reward."""
+
+    word_lists: ClassVar[Mapping[str, WordList]] = MappingProxyType({})
+    """Control words to start from, by what they steer towards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(lambda _, args, kwargs: check_lengths(*args, **kwargs), with_kwargs=True)
 
     def load(self) -> None:
         """Read the weights, once; a second call does nothing."""
@@ -32,22 +44,58 @@ class Reward(nn.Module, ABC):
             texts: B of them.
         """
 
-    def relative(self, images: Images, positive: Sequence[str], negative: Sequence[str], weight: Scores) -> Scores:
-        """SRPO's relative reward: `(1 + weight) R(image, positive) - R(image, negative)`.
+    def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
+        """The score of each image under T texts of its own.
 
         Args:
-            positive: B texts that the image should move towards.
-            negative: B texts that it should move away from.
-            weight: [B], how much more the positive side counts.
-
-        Source: arXiv 2509.06942, Semantic Relative Preference Optimization.
+            images: [B, 3, H, W] in [0, 1].
+            texts: T times B of them.
         """
-        return (1 + weight) * self(images, positive) - self(images, negative)
+        return torch.stack([self(images, column) for column in texts], dim=1)
+
+    def contrast(self, images: Images, texts: Sequence[Sequence[str]], coefficients: Float[Tensor, "B T"]) -> Scores:
+        """The weighted sum of each image's scores under T texts: what only the difference of texts can raise.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            texts: T times B of them.
+            coefficients: of the scores.
+
+        Raises:
+            ValueError: if the reward reads no text.
+        """
+        self.check_contrast()
+        return (self.scores(images, texts) * coefficients).sum(1)
+
+    def check_contrast(self) -> None:
+        """Refuse to contrast texts that are not read."""
+        if not self.reads_text:
+            raise ValueError(
+                f"{type(self).__name__} reads no text, so that no control words can steer by it: give it as a term of "
+                "WeightedReward beside a reward that reads text, or to RewardTracking as a metric"
+            )
+
+    def plain(self, images: Images, prompts: Sequence[str]) -> Scores:
+        """What the reward adds to its contrast whatever the control words are; nothing but in a WeightedReward."""
+        return images.new_zeros(len(images))
 
     def compare(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "B T"]:
         """The score of every image under every text."""
-        return torch.stack([self(images, [text] * len(images)) for text in texts], dim=1)
+        return self.scores(images, [[text] * len(images) for text in texts])
 
     def train(self, mode: bool = True) -> "Reward":
         """Stay in evaluation mode: a reward is frozen."""
         return super().train(False)
+
+
+def check_lengths(images: Tensor, texts: Sequence[str]) -> None:
+    """Refuse what broadcasting would let pass.
+
+    Raises:
+        ValueError: if there is not one text for each image, or the images are no batch of RGB images.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {list(images.shape)}: a reward takes [B, 3, H, W]")
+    if isinstance(texts, str) or len(texts) != len(images):
+        count = "one string" if isinstance(texts, str) else f"{len(texts)} texts"
+        raise ValueError(f"{count} for {len(images)} images: give a list with one text for each image")

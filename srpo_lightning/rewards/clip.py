@@ -1,7 +1,9 @@
-"""Cosine similarity of image and text under a CLIP model: CLIP score, HPSv2, PickScore and their kin."""
+"""Cosine similarity of image and text under a CLIP model: CLIP score, PickScore and their kin."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -10,62 +12,106 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
 from srpo_lightning.pretrained import read_json, unreadable_is_refused
-from srpo_lightning.rewards.base import Images, Reward, Scores
+from srpo_lightning.rewards.base import Images, Reward, Scores, check_lengths
 from srpo_lightning.rewards.pixels import Preprocessing
+from srpo_lightning.rewards.words import REALISM
 
 
 class ClipReward(Reward):
-    """Any transformers CLIPModel as a frozen reward.
+    """Any transformers CLIPModel as a frozen reward; as it is, the CLIP score.
 
     The score is the cosine of image and text, in [-1, 1], times the model's logit scale over `logit_scale_divisor`
-    where one is given (SRPO uses HPSv2.1 as it is and PickScore with 20).
+    where one is given. (CLIPScore, arXiv 2104.08718, is 2.5 max(cosine, 0) under ViT-B/32.)
 
     Args:
-        pretrained: a CLIPModel folder with its tokenizer, or a hub id.
+        pretrained: a CLIPModel folder, or a hub id.
+        processor: a folder or hub id with tokenizer and preprocessor_config.json; None: they are in `pretrained`.
         logit_scale_divisor: None leaves the cosine as it is.
+        dtype: of the weights. Features are compared in float32 either way.
         cache_size: how many texts' features are kept; at 1,024 numbers each the default takes 64 MiB.
     """
 
-    def __init__(self, pretrained: str, logit_scale_divisor: float | None = None, cache_size: int = 16384) -> None:
+    word_lists = MappingProxyType({"realism": REALISM})
+
+    def __init__(
+        self,
+        pretrained: str,
+        processor: str | None = None,
+        logit_scale_divisor: float | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        cache_size: int = 16384,
+    ) -> None:
         super().__init__()
-        self.preprocessor = read_json(pretrained, "", "preprocessor_config.json")
         self.pretrained = pretrained
+        self.processor = processor or pretrained
         self.logit_scale_divisor = logit_scale_divisor
+        self.dtype = getattr(torch, dtype)
         self.cache_size = cache_size
         self.clip: CLIPModel | None = None
+        self.preprocessor = self.read_preprocessor()
         self._text_features: OrderedDict[str, Tensor] = OrderedDict()
 
     def load(self) -> None:
-        """Read model, tokenizer and preprocessing, once."""
+        """Read model and tokenizer, once."""
         if self.clip is not None:
             return
+        with unreadable_is_refused(self.processor):
+            self.tokenizer = CLIPTokenizer.from_pretrained(self.processor)
         with unreadable_is_refused(self.pretrained):
-            self.tokenizer = CLIPTokenizer.from_pretrained(self.pretrained)
-            clip = CLIPModel.from_pretrained(self.pretrained, dtype=torch.float32, use_safetensors=True)
-        self.preprocess = Preprocessing.from_config(self.preprocessor, clip.config.vision_config.image_size)
-        self.clip = clip.eval().requires_grad_(False)
+            clip = self.read_model()
+        self.preprocess = self.preprocessing(clip.config.vision_config.image_size)
+        self.clip = clip.to(self.dtype).eval().requires_grad_(False)
+
+    def read_preprocessor(self) -> dict[str, object]:
+        """The image processor's configuration; small, so that a wrong path is refused before anything is read."""
+        return read_json(self.processor, "", "preprocessor_config.json")
+
+    def preprocessing(self, image_size: int) -> Preprocessing:
+        """How images of any size become the model's pixels."""
+        return Preprocessing.from_config(self.preprocessor, image_size)
+
+    def read_model(self) -> CLIPModel:
+        """The weights."""
+        return CLIPModel.from_pretrained(self.pretrained, dtype=self.dtype, use_safetensors=True)
+
+    def clean(self, text: str) -> str:
+        """What is done to a text before it is split into tokens: nothing but what the tokenizer does."""
+        return text
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids between start and end of text, the last place kept for the end."""
+        assert self.clip is not None, "load() comes first"
+        length = self.clip.config.text_config.max_position_embeddings
+        ids: list[int] = self.tokenizer(self.clean(text), truncation=True, max_length=length).input_ids
+        return ids
 
     def forward(self, images: Images, texts: Sequence[str]) -> Scores:
         """Cosine of each image with its text, scaled."""
-        return self.scale * (self.image_features(images) * self.text_features(texts)).sum(-1)
+        return self.scores(images, [texts])[:, 0]
 
-    def relative(self, images: Images, positive: Sequence[str], negative: Sequence[str], weight: Scores) -> Scores:
-        """`f . ((1 + weight) t_positive - t_negative)`: the image goes through CLIP once."""
-        texts = self.text_features([*positive, *negative])
-        direction = (1 + weight[:, None]) * texts[: len(positive)] - texts[len(positive) :]
-        return self.scale * (self.image_features(images) * direction).sum(-1)
-
-    def compare(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "B T"]:
-        """All pairs by one matrix product."""
-        return self.scale * self.image_features(images) @ self.text_features(texts).T
+    def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
+        """Each image goes through CLIP once, and each distinct text."""
+        for column in texts:
+            check_lengths(images, column)
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(text for column in texts for text in column))}
+        rows = torch.tensor([[row_of[text] for text in column] for column in texts], device=images.device)
+        image_features, text_features = self.image_features(images), self.text_features(list(row_of))
+        with torch.autocast(images.device.type, enabled=False):
+            cosines = image_features @ text_features.to(image_features.dtype).T
+        return self.scale * cosines.gather(1, rows.T)
 
     @property
     def scale(self) -> float:
         """What the cosine is multiplied by."""
-        assert self.clip is not None, "load() comes first"
         if self.logit_scale_divisor is None:
             return 1.0
-        return float(self.clip.logit_scale.exp()) / self.logit_scale_divisor
+        return self.logit_scale / self.logit_scale_divisor
+
+    @property
+    def logit_scale(self) -> float:
+        """The model's own, about 100."""
+        assert self.clip is not None, "load() comes first"
+        return float(self.clip.logit_scale.exp())
 
     @property
     def num_features(self) -> int:
@@ -78,7 +124,7 @@ class ClipReward(Reward):
         assert self.clip is not None, "load() comes first"
         pixels = self.preprocess(images)
         features: Tensor = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
-        return functional.normalize(features.to(images.dtype), dim=-1)
+        return functional.normalize(features.to(pixels.dtype), dim=-1)
 
     def text_features(self, texts: Sequence[str]) -> Float[Tensor, "B E"]:
         """Unit vectors, each distinct text computed once and kept."""
@@ -96,15 +142,14 @@ class ClipReward(Reward):
         # Each text alone: beside others its features would differ in the last bit, and a resumed run, whose cache is
         # empty, would meet other ones together.
         assert self.clip is not None, "load() comes first"
-        length = self.clip.config.text_config.max_position_embeddings
-        tokens = self.tokenizer([text], truncation=True, max_length=length, return_tensors="pt")
-        device = self.clip.logit_scale.device
-        # Features are kept for the whole run: they are computed in full precision whatever the trainer computes in, and
-        # outside inference mode, whose tensors a later training step could not use.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            pooled = self.clip.text_model(**tokens.to(device)).pooler_output
+        weight = self.clip.logit_scale
+        tokens = torch.tensor([self.tokenize(text)], device=weight.device)
+        # Features are kept for the whole run: they are computed as precisely as the weights allow, whatever the trainer
+        # computes in, and outside inference mode, whose tensors a later training step could not use.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            pooled = self.clip.text_model(input_ids=tokens).pooler_output
             features: Tensor = self.clip.text_projection(pooled)
-        return functional.normalize(features, dim=-1)[0]
+        return functional.normalize(features.to(torch.promote_types(weight.dtype, torch.float32)), dim=-1)[0]
 
     def _apply(self, *args: object, **kwargs: object) -> "ClipReward":
         """Features follow the model to another device or dtype by being computed anew."""
@@ -113,3 +158,27 @@ class ClipReward(Reward):
         if before != {(p.device, p.dtype) for p in self.parameters()}:
             self._text_features.clear()
         return self
+
+
+class PickScore(ClipReward):
+    """PickScore v1: exp(logit scale) times the cosine, about 18 to 24.
+
+    Source: arXiv 2305.01569, model yuvalkirstain/PickScore_v1. SRPO trains with `logit_scale_divisor` 20.
+
+    Args:
+        pretrained: the CLIPModel folder, or its hub id.
+        processor: tokenizer and preprocessor, which the model's page names and its folder lacks.
+        logit_scale_divisor: 1 is the published score.
+        dtype: of the weights.
+        cache_size: how many texts' features are kept.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "yuvalkirstain/PickScore_v1",
+        processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        logit_scale_divisor: float | None = 1.0,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        cache_size: int = 16384,
+    ) -> None:
+        super().__init__(pretrained, processor, logit_scale_divisor, dtype, cache_size)

@@ -1,7 +1,7 @@
 """Image preprocessing of reward models as differentiable tensor ops. Images are [B, 3, H, W] in [0, 1]."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -15,21 +15,28 @@ Resized: TypeAlias = Float[Tensor, "B 3 h w"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+TOLERANCE = 1e-3  # of [0, 1]: what rounding in half precision may leave
+
 
 class Preprocessing(NamedTuple):
     """How a reward model wants its pixels.
 
     Args:
         size: (height, width) in pixels that the model reads.
-        keep_aspect: resize the shorter side to fit and crop the centre; otherwise squash to `size`.
+        fit: resize the shorter side to fit and crop the centre, resize the longer side and pad with black, or squash.
         mean: per channel.
         std: per channel.
+        half_even: round half a pixel of the crop's corner to even, as torchvision's CenterCrop; otherwise down, as
+            transformers' image processors.
+        clamp: cut bicubic overshoot off, as resizing 8-bit pictures does; resizing tensors leaves it.
     """
 
     size: tuple[int, int]
-    keep_aspect: bool = True
+    fit: Literal["crop", "pad", "squash"] = "crop"
     mean: Sequence[float] = CLIP_MEAN
     std: Sequence[float] = CLIP_STD
+    half_even: bool = False
+    clamp: bool = True
 
     @classmethod
     def from_config(cls, config: dict[str, Any], image_size: int) -> "Preprocessing":
@@ -43,31 +50,68 @@ class Preprocessing(NamedTuple):
         elif isinstance(size, int):
             size = (size, size)
         mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
-        return cls(tuple(size), crop, mean, std)
+        return cls(tuple(size), "crop" if crop else "squash", mean, std)
 
     def __call__(self, images: Images) -> Resized:
-        """Resize, crop and normalise."""
-        resized = resize_and_crop(images, self.size) if self.keep_aspect else resize(images, self.size)
+        """Resize, crop or pad, and normalise; half precision becomes float32.
+
+        Raises:
+            ValueError: if the images are not in [0, 1]; NaN passes, and makes the score of its image NaN.
+        """
+        refuse_out_of_range(images)
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        if self.fit == "crop":
+            resized = resize_and_crop(images, self.size, self.half_even, self.clamp)
+        elif self.fit == "pad":
+            resized = resize_and_pad(images, self.size, self.clamp)
+        else:
+            resized = resize(images, self.size, self.clamp)
         mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (resized - mean) / std
 
 
-def resize(images: Images, size: tuple[int, int]) -> Resized:
-    """Bicubic with antialiasing, clamped to [0, 1]: PIL's BICUBIC but for PIL's rounding to 8 bits.
+def refuse_out_of_range(images: Images) -> None:
+    """Refuse images in [0, 255] or [-1, 1], naming the range that was seen."""
+    low, high = (float(edge) for edge in images.detach().aminmax())
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        raise ValueError(
+            f"images span [{low:.3g}, {high:.3g}]: a reward takes them in [0, 1]; divide 8-bit images by 255, and map "
+            "[-1, 1] there by (images / 2 + 0.5).clamp(0, 1)"
+        )
 
-    No work and exactly the input where the size is right already.
+
+def resize(images: Images, size: tuple[int, int], clamp: bool = True) -> Resized:
+    """Bicubic with antialiasing: PIL's BICUBIC but for PIL's rounding to 8 bits.
+
+    One axis after the other, clamped to [0, 1] after each, as PIL does: the width first, unless the height alone
+    shrinks (Pillow 13; earlier ones always take the width first). No work and exactly the input where the size is right
+    already.
     """
-    if images.shape[-2:] == torch.Size(size):
-        return images
-    return functional.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    height, width = images.shape[-2:]
+    height_first = size[0] < height and size[1] > width
+    for part in ((size[0], width) if height_first else (height, size[1]), size):
+        if images.shape[-2:] != torch.Size(part):
+            images = functional.interpolate(images, size=part, mode="bicubic", antialias=True)
+            images = images.clamp(0, 1) if clamp else images
+    return images
 
 
-def resize_and_crop(images: Images, size: tuple[int, int]) -> Resized:
+def resize_and_crop(images: Images, size: tuple[int, int], half_even: bool = False, clamp: bool = True) -> Resized:
     """Resize until `size` just fits inside, then cut out the centre."""
     height, width = images.shape[-2:]
     # In whole numbers: a rounded-off factor would cut a column from 49 x 98 at height 16.
     by_height = size[0] * width >= size[1] * height
     fitting = (size[0], size[0] * width // height) if by_height else (size[1] * height // width, size[1])
-    resized = resize(images, fitting)
-    top, left = (resized.shape[-2] - size[0]) // 2, (resized.shape[-1] - size[1]) // 2
-    return resized[..., top : top + size[0], left : left + size[1]]
+    spare = fitting[0] - size[0], fitting[1] - size[1]
+    top, left = (round(pixels / 2) if half_even else pixels // 2 for pixels in spare)
+    return resize(images, fitting, clamp)[..., top : top + size[0], left : left + size[1]]
+
+
+def resize_and_pad(images: Images, size: tuple[int, int], clamp: bool = True) -> Resized:
+    """Resize until the picture just fits into `size`, then centre it on black."""
+    height, width = images.shape[-2:]
+    factor = min(size[0] / height, size[1] / width)
+    fitting = max(1, round(height * factor)), max(1, round(width * factor))
+    below, right = size[0] - fitting[0], size[1] - fitting[1]
+    resized = resize(images, fitting, clamp)
+    return functional.pad(resized, (right // 2, right - right // 2, below // 2, below - below // 2))

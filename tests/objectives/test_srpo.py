@@ -137,20 +137,20 @@ def test_the_loss_is_a_hinge_at_the_margin(policy, value, loss):
     """relu(0.7 - r), with r = value for a relative reward that is `value` everywhere."""
 
     class Constant(Recorder):
-        def relative(self, images, positive, negative, weight):
-            return self(images, positive)
+        def contrast(self, images, texts, coefficients):
+            return self(images, texts[0])
 
     outcome = SRPO(WORDS).loss(policy, Constant(value), tiny.new_conditions(2), rollout_of(policy, 2), Draws(0))
     assert outcome.loss.item() == pytest.approx(loss, abs=1e-6)
     assert outcome.scalars["reward_denoise"].item() == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
 def test_a_reward_that_is_not_finite_poisons_the_whole_gradient(models, value):
     policy = tiny.new_policy(models)
 
     class Broken(Recorder):
-        def relative(self, images, positive, negative, weight):
+        def contrast(self, images, texts, coefficients):
             scores = images.mean((1, 2, 3))
             return torch.cat([scores[:1] * 0 + value, scores[1:]])
 

@@ -44,25 +44,40 @@ def test_the_logit_scale_divisor_scales_the_cosine(models, reward):
     factor = float(scaled.clip.logit_scale.exp()) / 20
     with torch.no_grad():
         torch.testing.assert_close(scaled(images(), TEXTS), factor * reward(images(), TEXTS), rtol=1e-6, atol=0)
-        for method in ("compare", "relative"):
-            extra = (TEXTS,) if method == "compare" else (TEXTS, TEXTS[::-1], torch.tensor([0.1, 0.2, 0.3]))
-            expected = factor * getattr(reward, method)(images(), *extra)
-            torch.testing.assert_close(getattr(scaled, method)(images(), *extra), expected, rtol=1e-5, atol=1e-7)
+        expected = factor * reward.compare(images(), TEXTS)
+        torch.testing.assert_close(scaled.compare(images(), TEXTS), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_the_relative_reward_equals_two_calls(reward):
-    """`Reward.relative`, the definition for rewards that are no dot product."""
-    weight, others = torch.tensor([0.1, 0.2, 0.3]), ["x", "y", "z"]
+def test_scores_under_several_texts_equal_separate_calls(reward):
+    """`Reward.scores`, the definition for rewards that share nothing between texts."""
+    columns = [TEXTS, ["x", "y", "a cat"]]
     with torch.no_grad():
-        expected = Reward.relative(reward, images(), TEXTS, others, weight)
-        torch.testing.assert_close(reward.relative(images(), TEXTS, others, weight), expected, rtol=0, atol=1e-6)
+        expected = Reward.scores(reward, images(), columns)
+        torch.testing.assert_close(reward.scores(images(), columns), expected, rtol=0, atol=1e-6)
 
 
-def test_comparing_equals_scoring_one_by_one(reward):
-    """`Reward.compare`, the definition."""
+def test_the_contrast_is_the_weighted_sum_of_scores(reward):
+    columns, coefficients = [TEXTS, ["x", "y", "z"]], torch.tensor([[1.1, -1], [1.2, -1], [1.3, -1]])
     with torch.no_grad():
-        expected = Reward.compare(reward, images(2), TEXTS)
-        torch.testing.assert_close(reward.compare(images(2), TEXTS), expected, rtol=0, atol=1e-6)
+        expected = [
+            sum(
+                c * reward(images()[i : i + 1], [column[i]]) for c, column in zip(coefficients[i], columns, strict=True)
+            )
+            for i in range(3)
+        ]
+        torch.testing.assert_close(
+            reward.contrast(images(), columns, coefficients), torch.cat(expected), rtol=0, atol=1e-6
+        )
+
+
+def test_an_image_goes_through_the_model_once_for_all_its_texts(reward, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        reward, "image_features", lambda x: calls.append(len(x)) or ClipReward.image_features(reward, x)
+    )
+    reward.contrast(images(), [TEXTS, ["x", "y", "z"]], torch.ones(3, 2))
+    reward.compare(images(), TEXTS)
+    assert calls == [3, 3]
 
 
 def test_each_distinct_text_is_encoded_once(reward, monkeypatch):
@@ -109,7 +124,7 @@ def test_features_are_computed_in_full_precision_under_autocast(models, reward):
 @pytest.mark.parametrize("size", [16, 40])
 def test_the_gradient_reaches_every_image_and_no_parameter(reward, size):
     pixels = images(size=size).requires_grad_()
-    reward.relative(pixels, TEXTS, ["x", "y", "z"], torch.tensor([0.1, 0.2, 0.3])).sum().backward()
+    reward.contrast(pixels, [TEXTS, ["x", "y", "z"]], torch.tensor([[1.1, -1]] * 3)).sum().backward()
     assert (pixels.grad.abs().amax((1, 2, 3)) > 0).all()
     assert all(not p.requires_grad and p.grad is None for p in reward.parameters())
 
@@ -134,6 +149,47 @@ def test_the_constructor_reads_no_weights_and_load_reads_them_once(models):
     clip = reward.clip
     reward.load()
     assert reward.clip is clip
+
+
+def test_an_image_with_nan_scores_nan_and_leaves_the_others_alone(reward):
+    clean, broken = images(), images()
+    broken[1, 0, 3, 3] = torch.nan
+    with torch.no_grad():
+        scores = reward(broken, TEXTS)
+        assert scores.isnan().tolist() == [False, True, False]
+        torch.testing.assert_close(scores[[0, 2]], reward(clean, TEXTS)[[0, 2]])
+
+
+@pytest.mark.parametrize(("factor", "offset", "span"), [(255, 0, r"\[0\.\d+, 25\d\]"), (2, -1, r"\[-0\.9\d+, ")])
+def test_images_outside_0_and_1_are_refused_with_their_range(reward, factor, offset, span):
+    pixels = (images() * factor + offset).requires_grad_()
+    with pytest.raises(ValueError, match=rf"images span {span}.*takes them in \[0, 1\]"):
+        reward(pixels, TEXTS)
+
+
+def test_a_number_of_texts_other_than_that_of_images_is_refused(reward):
+    with pytest.raises(ValueError, match="2 texts for 3 images"):
+        reward(images(), TEXTS[:2])
+    with pytest.raises(ValueError, match="one string for 3 images"):
+        reward(images(), "abc")
+    with pytest.raises(ValueError, match="1 texts for 3 images"):
+        reward.contrast(images(), [TEXTS, ["x"]], torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"images are \[3, 1, 16, 16\]"):
+        reward(images()[:, :1], TEXTS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_under_autocast_the_model_runs_in_bfloat16_and_the_similarity_in_float32(models, dtype):
+    reward = tiny.new_reward(models.clip, dtype=dtype)
+    seen = []
+    reward.clip.vision_model.encoder.register_forward_hook(lambda *args: seen.append(args[-1].last_hidden_state.dtype))
+    reward.clip.vision_model.encoder.layers[0].mlp.fc1.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = reward(images(), TEXTS)
+        features, texts = reward.image_features(images()), reward.text_features(TEXTS)
+    assert torch.bfloat16 in seen
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, (features @ texts.T).diagonal())
 
 
 def test_a_missing_folder_is_refused_with_the_cure(tmp_path):

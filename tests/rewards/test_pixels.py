@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing, resize, resize_and_crop
+from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing, resize, resize_and_crop, resize_and_pad
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -18,15 +18,58 @@ def smooth(height: int, width: int) -> torch.Tensor:
     return (picture * 255).round()[None] / 255
 
 
-@pytest.mark.parametrize(("source", "target"), [((64, 64), (28, 28)), ((48, 80), (32, 20)), ((16, 16), (40, 24))])
-def test_resizing_equals_pils_bicubic_to_the_rounding_of_its_8_bits(source, target):
-    """PIL rounds after each of its two passes: within 1 / 255 everywhere, 0.4 / 255 on average."""
-    images = smooth(*source)
+def noise(height: int, width: int) -> torch.Tensor:
+    """The hardest picture: every pixel black or white."""
+    return (draw(1, 3, height, width) > 0.5).float()
+
+
+@pytest.mark.parametrize("kind", [smooth, noise])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [((64, 64), (28, 28)), ((48, 80), (32, 20)), ((16, 16), (40, 24)), ((225, 333), (224, 332)), ((100, 37), (50, 90))],
+)
+def test_resizing_equals_pils_bicubic_to_one_of_its_8_bit_levels(kind, source, target):
+    """PIL rounds after each of its two passes; without those roundings the two differ by less than 1e-5."""
+    images = kind(*source)
     picture = Image.fromarray((images[0].permute(1, 2, 0) * 255).byte().numpy())
-    theirs = torch.from_numpy(np.array(picture.resize(target[::-1], Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
-    difference = (resize(images, target)[0] - theirs).abs()
-    assert difference.max() <= 1.01 / 255
-    assert difference.mean() < 0.4 / 255
+    theirs = torch.from_numpy(np.array(picture.resize(target[::-1], Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    levels = resize(images, target)[0] * 255
+    assert (levels.round() - theirs).abs().max() <= 1
+    assert (levels - theirs).abs().mean() < 0.4
+
+
+def test_without_clamp_resizing_equals_pils_bicubic_in_floating_point():
+    """PIL's mode F neither rounds nor clamps."""
+    for source, target in [((64, 64), (28, 28)), ((16, 20), (40, 24))]:
+        images = noise(*source)
+        theirs = [
+            np.array(Image.fromarray(channel.numpy()).resize(target[::-1], Image.Resampling.BICUBIC))
+            for channel in images[0]
+        ]
+        ours = resize(images, target, clamp=False)[0]
+        assert ours.max() > 1
+        torch.testing.assert_close(ours, torch.from_numpy(np.stack(theirs)), rtol=0, atol=1e-5)
+
+
+def test_padding_keeps_the_whole_picture_centred_on_black():
+    padded = resize_and_pad(torch.ones(1, 3, 10, 20), (16, 16))
+    torch.testing.assert_close(padded[0, 0].amax(1), torch.tensor([0.0] * 4 + [1.0] * 8 + [0.0] * 4))
+    assert resize_and_pad(torch.ones(1, 3, 1, 500), (16, 16)).sum().item() == pytest.approx(3 * 16)
+    images = draw(1, 3, 16, 16)
+    assert torch.equal(resize_and_pad(images, (16, 16)), images)
+
+
+def test_half_a_pixel_of_the_crop_is_rounded_to_even_or_down():
+    """23 wide at height 16: 7 columns to spare, half of which torchvision's CenterCrop rounds to 4, others to 3."""
+    images = torch.arange(23.0).expand(1, 3, 16, 23) / 23
+    assert resize_and_crop(images, (16, 16), half_even=True)[0, 0, 0, 0] == images[0, 0, 0, 4]
+    assert resize_and_crop(images, (16, 16))[0, 0, 0, 0] == images[0, 0, 0, 3]
+
+
+def test_half_precision_is_resized_in_float32():
+    images = draw(1, 3, 20, 20).bfloat16()
+    pixels = Preprocessing((8, 8))(images)
+    assert torch.equal(pixels, Preprocessing((8, 8))(images.float()))
 
 
 def test_the_right_size_is_returned_untouched():
@@ -43,11 +86,11 @@ def test_overshoot_is_clamped():
     assert larger.max() == 1
 
 
-@pytest.mark.parametrize("keep_aspect", [True, False])
-def test_the_gradient_of_preprocessing_is_right(keep_aspect):
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_the_gradient_of_preprocessing_is_right(fit):
     """torch.autograd.gradcheck in float64, away from the clamp."""
     images = (draw(1, 3, 6, 8).double() * 0.5 + 0.25).requires_grad_()
-    assert torch.autograd.gradcheck(Preprocessing((4, 4), keep_aspect), (images,))
+    assert torch.autograd.gradcheck(Preprocessing((4, 4), fit), (images,))
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (20, 40), (49, 98), (31, 17), (33, 99)])
@@ -67,16 +110,16 @@ def test_pixels_equal_the_image_processors(height, width, crop):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({}, Preprocessing((16, 16), True, CLIP_MEAN, CLIP_STD)),
+        ({}, Preprocessing((16, 16), "crop", CLIP_MEAN, CLIP_STD)),
         ({"crop_size": 20, "size": 24}, Preprocessing((20, 20))),
         ({"crop_size": {"height": 20, "width": 12}}, Preprocessing((20, 12))),
         ({"size": {"shortest_edge": 20}}, Preprocessing((20, 20))),
-        ({"size": {"height": 20, "width": 12}, "do_center_crop": False}, Preprocessing((20, 12), False)),
+        ({"size": {"height": 20, "width": 12}, "do_center_crop": False}, Preprocessing((20, 12), "squash")),
         (
             {"size": {"height": 8, "width": 8}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": False},
-            Preprocessing((8, 8), False),
+            Preprocessing((8, 8), "squash"),
         ),
-        ({"image_mean": [0.5] * 3, "image_std": [0.1] * 3}, Preprocessing((16, 16), True, [0.5] * 3, [0.1] * 3)),
+        ({"image_mean": [0.5] * 3, "image_std": [0.1] * 3}, Preprocessing((16, 16), "crop", [0.5] * 3, [0.1] * 3)),
     ],
 )
 def test_a_processors_configuration_is_read_as_transformers_reads_it(config, expected):

@@ -1,0 +1,91 @@
+"""Human Preference Score v2 and v2.1, and the metric that the SRPO paper derives from it."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import ftfy
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPModel
+
+from srpo_lightning.pretrained import read_weights, weights_file
+from srpo_lightning.rewards.base import Images, Scores
+from srpo_lightning.rewards.clip import ClipReward
+from srpo_lightning.rewards.open_clip import clip_model
+from srpo_lightning.rewards.pixels import Preprocessing
+from srpo_lightning.rewards.words import SEMANTIC_GUIDED
+
+NUM_HEADS = 16  # of ViT-H-14, image and text tower
+
+
+class HPSv2(ClipReward):
+    """HPSv2.1 (or v2): the cosine of image and text under a fine-tuned ViT-H-14, about 0.2 to 0.35.
+
+    Source: arXiv 2306.09341; tgxs002/HPSv2, `hpsv2/img_score.py`; `fit` crop is what SRPO trains with.
+
+    Args:
+        pretrained: the published file, a folder that holds it or that `convert` wrote, or the hub id.
+        filename: of the published file in the folder or on the hub (HPS_v2_compressed.pt for v2).
+        processor: a folder or hub id with CLIP's tokenizer; None: the folder that `convert` wrote, or LAION's ViT-H-14.
+        fit: crop the centre, as SRPO trains; or pad with black, as HPSv2 evaluates. Equal for squares.
+        logit_scale_divisor: None leaves the cosine as it is, as published.
+        dtype: of the weights.
+        cache_size: how many texts' features are kept.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "xswu/HPSv2",
+        filename: str = "HPS_v2.1_compressed.pt",
+        processor: str | None = None,
+        fit: Literal["crop", "pad"] = "crop",
+        logit_scale_divisor: float | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        cache_size: int = 16384,
+    ) -> None:
+        self.is_converted = (Path(pretrained).expanduser() / "config.json").is_file()
+        if processor is None:
+            processor = pretrained if self.is_converted else "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+        super().__init__(pretrained, processor, logit_scale_divisor, dtype, cache_size)
+        self.filename = filename
+        self.fit = fit
+        if Path(pretrained).expanduser().exists() and not self.is_converted:
+            weights_file(pretrained, filename)
+
+    def preprocessing(self, image_size: int) -> Preprocessing:
+        """Torchvision's Resize on tensors, which leaves the overshoot."""
+        return Preprocessing((image_size, image_size), self.fit, half_even=True, clamp=False)
+
+    def read_model(self) -> CLIPModel:
+        """The folder that `convert` wrote, or the published file."""
+        if self.is_converted:
+            return super().read_model()
+        path = weights_file(self.pretrained, self.filename)
+        return clip_model(read_weights(path), NUM_HEADS, path)
+
+    def clean(self, text: str) -> str:
+        """As open_clip: mend broken unicode, resolve HTML entities, collapse white space, lower case."""
+        return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+class SGPHPS(HPSv2):
+    """The probability, in [0, 1], with which HPSv2.1 prefers an image as "Realistic photo" to "CG Render".
+
+    A metric of the SRPO paper (arXiv 2509.06942, SGP-HPS; 0.41 to 0.51 there), because HPS itself hardly moves under
+    SRPO. Its formula is not published: a softmax over the two scores, times the model's logit scale, is inferred from
+    the published values.
+    """
+
+    def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
+        """The preference under each prompt."""
+        (positive,), (negative,) = SEMANTIC_GUIDED.positive, SEMANTIC_GUIDED.negative
+        pairs = [[f"{word}. {text}" for text in column] for column in texts for word in (positive, negative)]
+        photo, render = super().scores(images, pairs).unflatten(1, (-1, 2)).unbind(2)
+        return torch.sigmoid(self.logit_scale / self.scale * (photo - render))
+
+    def forward(self, images: Images, texts: Sequence[str]) -> Scores:
+        """The preference under each image's own prompt."""
+        return self.scores(images, [texts])[:, 0]

@@ -1,0 +1,30 @@
+"""Control words and where they come from. Whether a reward model understands them: `control-words` measures it."""
+
+from typing import NamedTuple
+
+
+class WordList(NamedTuple):
+    """Control words.
+
+    Args:
+        positive: towards these.
+        negative: away from these.
+        source: where they come from.
+    """
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    source: str
+
+
+REALISM = WordList(
+    ("Natural-lighting", "Detail", "Detailed", "Real"),
+    ("Concept art", "Painting", "Anime", "Flat", "Oil"),
+    "arXiv 2509.06942 with its research code, under HPSv2.1; no published check under another reward model",
+)
+
+SEMANTIC_GUIDED = WordList(
+    ("Realistic photo",),
+    ("CG Render",),
+    "arXiv 2509.06942, the pair of its SGP-HPS metric",
+)

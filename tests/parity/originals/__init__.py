@@ -1,0 +1,32 @@
+"""Runs the reward models' own published code, each with its own packages in a process of its own.
+
+`<name>.txt` pins the packages (installed without their dependencies into `.originals/<name>` by `make originals`),
+`<name>.py` runs them: it reads a dictionary of inputs and writes one of outputs, both by torch.save.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(name: str, folder: Path, **inputs: Any) -> dict[str, Any]:
+    """What the original of `name` makes of the inputs; `folder` is for files in between."""
+    packages = ROOT / ".originals" / name
+    if not packages.is_dir():
+        pytest.skip(f"{packages} is missing: `make originals` installs the original's own packages")
+    source, target = folder / "inputs.pt", folder / "outputs.pt"
+    torch.save(inputs, source)
+    script = Path(__file__).with_name(f"{name}.py")
+    environment = os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, script, source, target], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(target, weights_only=True)
