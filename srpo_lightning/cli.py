@@ -1,11 +1,12 @@
-"""The command line: LightningCLI with one module, one data module and one fixed run folder."""
+"""The command line: LightningCLI with one module, one data module and one fixed run folder; jobs without a model."""
 
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, auto_cli
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -16,7 +17,11 @@ from transformers.utils.logging import disable_progress_bar
 from srpo_lightning.callbacks import RunCheckpoint
 from srpo_lightning.checkpoints import checkpoints, newest
 from srpo_lightning.data import PromptData
+from srpo_lightning.jobs.control_words import control_words
+from srpo_lightning.jobs.convert import convert
 from srpo_lightning.module import SRPOModule
+
+JOBS: dict[str, Callable[..., None]] = {"control-words": control_words, "convert": convert}
 
 CONFIG = "config.yaml"
 
@@ -39,16 +44,31 @@ def main(args: ArgsType = None) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     disable_progress_bar()  # of reading weights
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words and words[0] in JOBS:
+        run_job(words[0], words[1:])
+        return
     SRPOCLI(
         SRPOModule,
         PromptData,
         args=args,
         seed_everything_default=0,
         parser_class=ShortUsageParser,
+        parser_kwargs={"epilog": f"Also, each with its own --help: {', '.join(JOBS)}."},
         save_config_callback=SaveConfigInRunFolder,
         auto_configure_optimizers=False,
         trainer_defaults={"gradient_clip_val": 0.1, "use_distributed_sampler": False},
     )
+
+
+def run_job(name: str, args: list[str]) -> None:
+    """Run one of `JOBS`; what it refuses ends in one line."""
+    try:
+        auto_cli(
+            JOBS[name], args=args, as_positional=False, parser_class=ShortUsageParser, prog=f"srpo_lightning {name}"
+        )
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 class ShortUsageParser(LightningArgumentParser):

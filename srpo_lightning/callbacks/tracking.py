@@ -28,32 +28,45 @@ class RewardTracking(Callback):
     second falls, the policy is exploiting its reward), `prompt` (the judge's score of image and prompt),
     `share/<label>` (images that the judge finds most like each label), `top<k>` (images whose own prompt the judge
     ranks among the best k of `candidates`), `saturation`, and `diversity` (mean distance of the judge's image features,
-    where it has any).
+    where it has any), and the mean score of image and prompt under each of `metrics`.
 
     Args:
-        judge: a reward model other than the training reward.
+        judge: a reward model other than the training reward; it must read text.
         labels: texts to tell images apart by, for instance styles.
         candidates: prompt files; each image's own prompt competes against all prompts in them.
         top_k: how many of the candidates count as right.
+        metrics: further reward models by the name that their mean score of image and prompt is logged under.
     """
 
     def __init__(
-        self, judge: Reward, labels: Sequence[str] = (), candidates: Sequence[str] = (), top_k: PositiveInt = 5
+        self,
+        judge: Reward,
+        labels: Sequence[str] = (),
+        candidates: Sequence[str] = (),
+        top_k: PositiveInt = 5,
+        metrics: dict[str, Reward] | None = None,
     ) -> None:
+        judge.check_contrast()
         self.judge = judge
+        self.scorers = metrics or {}
         self.labels = list(labels)
         self.candidates = [prompt for path in candidates for prompt in read_prompts(path).prompts]
         self.top_k = top_k
         self._metrics: dict[str, dict[str, Metric]] = {}
+        taken = self.scorers.keys() & {"reward", "judge", "prompt", f"top{top_k}", "saturation", "diversity", "share"}
+        if taken:
+            raise ValueError(f"metrics has {', '.join(taken)}, which is logged already: choose another name")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the judge's weights."""
-        self.judge.load()
-        self.judge.requires_grad_(False)
+        """Read the weights of the judge and of the other metrics."""
+        for model in (self.judge, *self.scorers.values()):
+            model.load()
+            model.requires_grad_(False)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting anew."""
-        self.judge.to(pl_module.device)
+        for model in (self.judge, *self.scorers.values()):
+            model.to(pl_module.device)
         self._metrics = {}
 
     def on_validation_batch_end(  # type: ignore[override]  # the outputs of SRPOModule.validation_step
@@ -89,9 +102,8 @@ class RewardTracking(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def _new_metrics(self, device: torch.device) -> dict[str, Metric]:
-        metrics: dict[str, Metric] = {
-            name: MeanMetric() for name in ("reward", "judge", "prompt", f"top{self.top_k}", "saturation")
-        }
+        means = ("reward", "judge", "prompt", f"top{self.top_k}", "saturation", *self.scorers)
+        metrics: dict[str, Metric] = {name: MeanMetric() for name in means}
         if self.labels:
             metrics["share"] = LabelShare(len(self.labels))
         if isinstance(self.judge, ClipReward):
@@ -103,6 +115,8 @@ class RewardTracking(Callback):
         metrics["judge"].update(module.objective.score(self.judge, images, prompts))
         metrics["prompt"].update(self.judge(images, prompts))
         metrics["saturation"].update(saturation(images))
+        for name, scorer in self.scorers.items():
+            metrics[name].update(scorer(images, prompts))
         if self.labels:
             metrics["share"].update(self.judge.compare(images, self.labels))
         candidates = list(dict.fromkeys([*self.candidates, *prompts]))

@@ -56,7 +56,7 @@ class ClipReward(Reward):
         if self.clip is not None:
             return
         with unreadable_is_refused(self.processor):
-            self.tokenizer = CLIPTokenizer.from_pretrained(self.processor)
+            self.tokenizer = self.read_tokenizer()
         with unreadable_is_refused(self.pretrained):
             clip = self.read_model()
         self.preprocess = self.preprocessing(clip.config.vision_config.image_size)
@@ -69,6 +69,10 @@ class ClipReward(Reward):
     def preprocessing(self, image_size: int) -> Preprocessing:
         """How images of any size become the model's pixels."""
         return Preprocessing.from_config(self.preprocessor, image_size)
+
+    def read_tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer's files."""
+        return CLIPTokenizer.from_pretrained(self.processor)
 
     def read_model(self) -> CLIPModel:
         """The weights."""

@@ -9,9 +9,9 @@ import ftfy
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTokenizer
 
-from srpo_lightning.pretrained import read_weights, weights_file
+from srpo_lightning.pretrained import read_json, read_weights, weights_file
 from srpo_lightning.rewards.base import Images, Scores
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.rewards.open_clip import clip_model
@@ -55,9 +55,17 @@ class HPSv2(ClipReward):
         if Path(pretrained).expanduser().exists() and not self.is_converted:
             weights_file(pretrained, filename)
 
+    def read_preprocessor(self) -> dict[str, object]:
+        """Nothing but a check of the tokenizer's path: the pixels are the same for every HPSv2."""
+        return read_json(self.processor, "", "tokenizer_config.json")
+
     def preprocessing(self, image_size: int) -> Preprocessing:
         """Torchvision's Resize on tensors, which leaves the overshoot."""
         return Preprocessing((image_size, image_size), self.fit, half_even=True, clamp=False)
+
+    def read_tokenizer(self) -> CLIPTokenizer:
+        """A special token that is spelt out in a prompt is text, as in open_clip."""
+        return CLIPTokenizer.from_pretrained(self.processor, split_special_tokens=True)
 
     def read_model(self) -> CLIPModel:
         """The folder that `convert` wrote, or the published file."""

@@ -114,7 +114,7 @@ class _Eager(torch.autograd.Function):
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():
             scores = score(leaf)
-        (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+        (gradient,) = torch.autograd.grad(scores, leaf, torch.ones_like(scores))
         ctx.save_for_backward(gradient)
         return scores.detach()
 

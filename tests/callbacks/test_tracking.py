@@ -67,3 +67,23 @@ def test_records_are_appended_and_read_back_in_order(tmp_path):
     append_record(tmp_path / "new", {"step": 0})
     append_record(tmp_path / "new", {"step": 2, "weights": "ema"})
     assert read_records(tmp_path / "new") == [{"step": 0}, {"step": 2, "weights": "ema"}]
+
+
+def test_further_metrics_are_logged_by_their_names(models, features, tmp_path):
+    record, module = validate(
+        models, features, tmp_path, ClipReward(str(models.judge)), metrics={"light": Brightness()}
+    )
+    data = tiny.new_data(models, features)
+    data.prepare_data()
+    pictures = torch.cat([module.sample(batch) for batch in data.val_dataloader()])
+    assert record["light"] == pytest.approx(float(pictures.mean()), abs=1e-5)
+
+
+def test_a_judge_without_text_and_a_metric_with_a_taken_name_are_refused(models):
+    class Blind(Brightness):
+        reads_text = False
+
+    with pytest.raises(ValueError, match=r"Blind reads no text.*WeightedReward"):
+        RewardTracking(Blind())
+    with pytest.raises(ValueError, match="metrics has saturation, which is logged already"):
+        RewardTracking(Brightness(), metrics={"saturation": Brightness()})

@@ -23,10 +23,11 @@ def run(name: str, folder: Path, **inputs: Any) -> dict[str, Any]:
         pytest.skip(f"{packages} is missing: `make originals` installs the original's own packages")
     source, target = folder / "inputs.pt", folder / "outputs.pt"
     torch.save(inputs, source)
-    script = Path(__file__).with_name(f"{name}.py")
+    # Run by path, the script would hide the package of the same name.
+    script = f"import runpy; runpy.run_path({str(Path(__file__).with_name(f'{name}.py'))!r}, run_name='__main__')"
     environment = os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, script, source, target], env=environment, cwd=folder, capture_output=True, text=True
+        [sys.executable, "-c", script, source, target], env=environment, cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return torch.load(target, weights_only=True)

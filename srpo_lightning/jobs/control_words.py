@@ -1,0 +1,240 @@
+"""`control-words`: how strongly a reward model tells two words apart, measured on pictures."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby, product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from jsonargparse.typing import PositiveInt
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from srpo_lightning.data.prompts import read_prompts
+from srpo_lightning.rewards import Reward
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+INVENTED = ("Blorfy", "Quandish", "Trevolic", "Zumbral")  # words that no model has met
+
+
+class Picture(NamedTuple):
+    """A picture file and what it is of."""
+
+    path: Path
+    prompt: str
+
+
+class Pair(NamedTuple):
+    """What a reward model makes of two words.
+
+    Args:
+        words: "positive/negative".
+        contrast: mean over the pictures of R(positive. prompt) - R(negative. prompt).
+        spread: its standard deviation over the pictures: the same contrast everywhere tells no pictures apart.
+        separation: spread over that of pairs of invented words; about 1 is not understood.
+        pull: norm of the contrast's gradient in the pixels over that of the plain score's: what training feels.
+        auc: how often a picture of `images` has the larger contrast than one of `against`; 0.5 is chance.
+    """
+
+    words: str
+    contrast: float
+    spread: float
+    separation: float
+    pull: float
+    auc: float | None
+
+
+def control_words(
+    reward: Reward,
+    images: str,
+    prompts: str,
+    words: list[str] | None = None,
+    against: str | None = None,
+    against_prompts: str | None = None,
+    template: str = "{word}. {prompt}",
+    batch_size: PositiveInt = 8,
+    device: str = "auto",
+    output: str | None = None,
+) -> None:
+    """Measure, on given pictures, how strongly a reward model separates pairs of control words.
+
+    Args:
+        reward: the reward model, for instance `HPSv2` with `--reward.pretrained`.
+        images: a folder of pictures.
+        prompts: what they are of: a prompt file whose lines follow the pictures' names in order, or a .jsonl with keys
+            `file` and `prompt`, as the samples and predictions of a run have it.
+        words: pairs such as `[Real/Painting, Detailed/Flat]`; None: all pairs of the reward's own word lists.
+        against: a folder of pictures that the negative words should fit better than the positive ones.
+        against_prompts: what those are of; None: `prompts`.
+        template: how a word meets a prompt.
+        batch_size: pictures scored at once.
+        device: where; auto takes a GPU if there is one.
+        output: a .json file for the table.
+
+    Raises:
+        ValueError: naming the cure, if pictures, prompts or words are missing or do not fit together.
+    """
+    pairs = _pairs(reward, words)
+    kinds = [read_pictures(images, prompts)]
+    if against is not None:
+        kinds.append(read_pictures(against, against_prompts or prompts))
+    reward.check_contrast()
+    reward.load()
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    reward.requires_grad_(False).to(chosen)
+
+    invented = [(one, other) for one, other in product(INVENTED, INVENTED) if one < other]
+    measured = [_measure(reward, kind, [*pairs, *invented], template, batch_size, chosen) for kind in kinds]
+    contrasts = torch.cat([kind.contrasts for kind in measured])
+    pulls = torch.cat([kind.pulls for kind in measured]).mean(0)
+    scores = torch.cat([kind.scores for kind in measured])
+    spreads = contrasts.std(0)
+    floor = spreads[len(pairs) :].square().mean().sqrt()
+    table = [
+        Pair(
+            f"{positive}/{negative}",
+            float(contrasts[:, i].mean()),
+            float(spreads[i]),
+            float(spreads[i] / floor),
+            float(pulls[i]),
+            _auc(measured[0].contrasts[:, i], measured[1].contrasts[:, i]) if against else None,
+        )
+        for i, (positive, negative) in enumerate(pairs)
+    ]
+    table.sort(key=lambda pair: pair.separation, reverse=True)
+    _report(table, scores, output)
+
+
+class Measured(NamedTuple):
+    """N pictures under P pairs of words.
+
+    Args:
+        scores: [N] of the bare prompts.
+        contrasts: [N, P].
+        pulls: [N, P].
+    """
+
+    scores: Float[Tensor, " N"]
+    contrasts: Float[Tensor, "N P"]
+    pulls: Float[Tensor, "N P"]
+
+
+def read_pictures(folder: str, prompts: str) -> list[Picture]:
+    """The pictures of a folder, in the order of their names, with their prompts."""
+    paths = sorted(path for path in Path(folder).expanduser().glob("*") if path.suffix.lower() in SUFFIXES)
+    if len(paths) < 2:
+        raise ValueError(f"{folder} holds {len(paths)} pictures ({', '.join(SUFFIXES)}): two is the least, better 100")
+    by_file = _by_file(Path(prompts).expanduser())
+    if by_file is not None:
+        missing = [str(path) for path in paths if path.resolve() not in by_file]
+        if missing:
+            raise ValueError(f"{prompts} names no prompt for {missing[0]} and {len(missing) - 1} other pictures")
+        return [Picture(path, by_file[path.resolve()]) for path in paths]
+    texts = read_prompts(prompts).prompts
+    if len(texts) != len(paths):
+        raise ValueError(
+            f"{prompts} holds {len(texts)} prompts and {folder} {len(paths)} pictures: give one prompt for each "
+            "picture in the order of their names, or a .jsonl with keys `file` and `prompt`"
+        )
+    return [Picture(path, text) for path, text in zip(paths, texts, strict=True)]
+
+
+def _by_file(prompts: Path) -> dict[Path, str] | None:
+    if prompts.suffix != ".jsonl" or not prompts.is_file():
+        return None
+    records = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not all(isinstance(record, dict) and {"file", "prompt"} <= record.keys() for record in records):
+        return None
+    return {(prompts.parent / record["file"]).resolve(): record["prompt"] for record in records}
+
+
+def _pairs(reward: Reward, words: Sequence[str] | None) -> list[tuple[str, str]]:
+    if words is None:
+        pairs = [p for known in reward.word_lists.values() for p in product(known.positive, known.negative)]
+        if not pairs:
+            raise ValueError(f"{type(reward).__name__} brings no word lists: name pairs, --words '[Real/Painting]'")
+        return pairs
+    split = [tuple(part.strip() for part in pair.split("/")) for pair in words]
+    for pair, parts in zip(words, split, strict=True):
+        if len(parts) != 2 or not all(parts):
+            raise ValueError(f"--words has {pair!r}: write a positive and a negative word as positive/negative")
+    return [(positive, negative) for positive, negative in split]
+
+
+def _measure(
+    reward: Reward,
+    pictures: Sequence[Picture],
+    pairs: Sequence[tuple[str, str]],
+    template: str,
+    batch_size: int,
+    device: str,
+) -> Measured:
+    parts = []
+    batches = list(_batches(pictures, batch_size))
+    for images, prompts in tqdm(batches, desc="pictures", unit="batch"):
+        pixels = images.to(device).requires_grad_()
+        scores, gradients = _with_gradient(reward, pixels, [prompts], [1.0])
+        floor = gradients.flatten(1).norm(dim=1)
+        columns = []
+        for pair in pairs:
+            texts = [[template.format(word=word, prompt=prompt) for prompt in prompts] for word in pair]
+            contrasts, gradients = _with_gradient(reward, pixels, texts, [1.0, -1.0])
+            columns.append((contrasts, gradients.flatten(1).norm(dim=1) / floor))
+        contrast_columns, pull_columns = zip(*columns, strict=True)
+        parts.append(Measured(scores, torch.stack(contrast_columns, 1), torch.stack(pull_columns, 1)))
+    return Measured(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+
+
+def _with_gradient(
+    reward: Reward, pixels: Tensor, texts: Sequence[Sequence[str]], coefficients: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    weights = pixels.new_tensor(coefficients).expand(len(pixels), -1)
+    values = reward.contrast(pixels, texts, weights)
+    (gradients,) = torch.autograd.grad(values.sum(), pixels)
+    return values.detach(), gradients
+
+
+def _batches(pictures: Sequence[Picture], batch_size: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Pictures of one size together, [B, 3, H, W] in [0, 1]."""
+
+    def size(picture: Picture) -> tuple[int, int]:
+        with Image.open(picture.path) as image:
+            return image.size
+
+    for _, group in groupby(sorted(pictures, key=size), key=size):
+        alike = list(group)
+        for start in range(0, len(alike), batch_size):
+            batch = alike[start : start + batch_size]
+            images = [np.array(Image.open(picture.path).convert("RGB")) for picture in batch]
+            yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, [picture.prompt for picture in batch]
+
+
+def _auc(positive: Float[Tensor, " N"], negative: Float[Tensor, " M"]) -> float:
+    """Area under the ROC curve: the share of pairs in which the positive one is larger, ties counted half."""
+    difference = positive[:, None] - negative
+    return float((difference > 0).float().mean() + (difference == 0).float().mean() / 2)
+
+
+def _report(table: Sequence[Pair], scores: Float[Tensor, " N"], output: str | None) -> None:
+    width = max(len("words"), *(len(pair.words) for pair in table))
+    print(f"{len(scores)} pictures; score of the bare prompt: mean {scores.mean():.4g}, std {scores.std():.4g}")
+    print(f"{'words':{width}}  contrast    spread  separation    pull    AUC")
+    for pair in table:
+        auc = "" if pair.auc is None else f"{pair.auc:7.3f}"
+        print(
+            f"{pair.words:{width}}  {pair.contrast:8.4g}  {pair.spread:8.4g}  {pair.separation:10.2f}"
+            f"  {pair.pull:6.2f}{auc}"
+        )
+    print("separation: spread over that of invented words, about 1 is not understood; pull: gradient over the score's")
+    if output:
+        record = {
+            "num_pictures": len(scores),
+            "mean": float(scores.mean()),
+            "std": float(scores.std()),
+            "pairs": [pair._asdict() for pair in table],
+        }
+        Path(output).write_text(json.dumps(record, indent=2), encoding="utf-8")
