@@ -20,6 +20,8 @@ from srpo_lightning.rewards import Reward
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 INVENTED = ("Blorfy", "Quandish", "Trevolic", "Zumbral")  # words that no model has met
 
+NO_AUC = "these tell how much a pair moves the score, not whether it means what you think: give --against for that"
+
 
 class Picture(NamedTuple):
     """A picture file and what it is of."""
@@ -35,9 +37,11 @@ class Pair(NamedTuple):
         words: "positive/negative".
         contrast: mean over the pictures of R(positive. prompt) - R(negative. prompt).
         spread: its standard deviation over the pictures: the same contrast everywhere tells no pictures apart.
-        separation: spread over that of pairs of invented words; about 1 is not understood.
+        separation: spread over that of pairs of invented words; about 1 is no more than chance, more is strength, which
+            need not be the right meaning.
         pull: norm of the contrast's gradient in the pixels over that of the plain score's: what training feels.
-        auc: how often a picture of `images` has the larger contrast than one of `against`; 0.5 is chance.
+        auc: how often a picture of `images` has the larger contrast than one of `against`; 0.5 is chance. The one
+            measure of meaning.
     """
 
     words: str
@@ -93,7 +97,7 @@ def control_words(
     pulls = torch.cat([kind.pulls for kind in measured]).mean(0)
     scores = torch.cat([kind.scores for kind in measured])
     spreads = contrasts.std(0)
-    floor = spreads[len(pairs) :].square().mean().sqrt()
+    floor = spreads[len(pairs) :].square().mean().sqrt().clamp(min=torch.finfo(spreads.dtype).tiny)
     table = [
         Pair(
             f"{positive}/{negative}",
@@ -105,7 +109,7 @@ def control_words(
         )
         for i, (positive, negative) in enumerate(pairs)
     ]
-    table.sort(key=lambda pair: pair.separation, reverse=True)
+    table.sort(key=lambda pair: pair.separation if pair.auc is None else pair.auc, reverse=True)
     _report(table, scores, output)
 
 
@@ -229,7 +233,8 @@ def _report(table: Sequence[Pair], scores: Float[Tensor, " N"], output: str | No
             f"{pair.words:{width}}  {pair.contrast:8.4g}  {pair.spread:8.4g}  {pair.separation:10.2f}"
             f"  {pair.pull:6.2f}{auc}"
         )
-    print("separation: spread over that of invented words, about 1 is not understood; pull: gradient over the score's")
+    print("separation: spread over that of invented words; pull: gradient over the score's")
+    print("AUC: 1 if the words tell the two folders apart, 0.5 if not" if table[0].auc is not None else NO_AUC)
     if output:
         record = {
             "num_pictures": len(scores),

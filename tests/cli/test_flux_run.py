@@ -16,7 +16,7 @@ def test_the_flux_configuration_trains_to_its_report_on_models_in_the_same_layou
     text = (REPOSITORY / "configs" / "flux_srpo.yaml").read_text()
     replacements = {
         "black-forest-labs/FLUX.1-dev": str(models.pipeline),
-        "models/HPSv2.1": str(models.clip),
+        "xswu/HPSv2": str(models.clip),
         "openai/clip-vit-large-patch14": str(models.judge),
         "prompts/train.txt": str(models.train),
         "prompts/eval.txt": str(models.evaluation),
