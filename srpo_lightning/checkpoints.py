@@ -10,6 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 FOLDER = "checkpoints"
 SUFFIX = ".ckpt"
 PARTIAL = ".partial"
+METADATA = "meta.pt"  # of a sharded checkpoint: what is no tensor of a parameter's shape
 
 
 def checkpoint_path(run_folder: str | Path, step: int) -> Path:
@@ -53,11 +54,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file or a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -10,6 +10,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from srpo_lightning import flow
@@ -68,8 +69,9 @@ class SRPOModule(LightningModule):
         self._update_start_s = self._update_end_s = 0.0
 
     def configure_model(self) -> None:
-        """Read the weights, once."""
-        self.policy.load()
+        """Read the weights, once; a strategy that shards divides the policy's."""
+        strategy = self.trainer.strategy if self._trainer else None
+        self.policy.load(getattr(strategy, "shard", None))
         self.reward.load()
 
     def configure_optimizers(self) -> Any:
@@ -112,6 +114,7 @@ class SRPOModule(LightningModule):
         """Log the gradient norm; skip the step if it is not finite."""
         gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.log("train/gradient_norm", norm)
         if norm.isfinite():
             self.skipped_steps = 0
@@ -184,6 +187,10 @@ class SRPOModule(LightningModule):
                 "this checkpoint is of another policy: set model.policy to the one that it was trained with, or leave "
                 f"--ckpt_path away.\n  checkpoint: {saved['policy']}\n  config:     {self.policy.fingerprint}"
             )
+        self.micro_step = saved["micro_step"]
+        self.loaded_steps = checkpoint["global_step"]
+        if "state_dict" not in checkpoint:
+            return  # a sharded one: the strategy has read the weights, and checked them
         shapes = {name: tuple(p.shape) for name, p in self.trainable_parameters()}
         found = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
         if shapes != found:
@@ -192,8 +199,6 @@ class SRPOModule(LightningModule):
                 f"this checkpoint differs from the policy in {len(odd)} parameters, first {odd[0]}: "
                 f"found {found.get(odd[0])}, expected {shapes.get(odd[0])}; set model.policy to the trained one"
             )
-        self.micro_step = saved["micro_step"]
-        self.loaded_steps = checkpoint["global_step"]
 
     def _now_s(self) -> float:
         if self.device.type == "cuda":

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def part(pretrained: str, subfolder: str, filename: str) -> str:
@@ -27,8 +29,8 @@ def part(pretrained: str, subfolder: str, filename: str) -> str:
         path = folder / subfolder / filename
         if not path.is_file():
             raise ValueError(
-                f"{path} is missing: pretrained must be a whole model folder, for a FLUX policy with model_index.json, "
-                "transformer/, vae/, scheduler/ and both text encoders, as FluxPipeline.save_pretrained writes it"
+                f"{path} is missing: give a whole model folder as it was published; a FLUX policy's holds "
+                "model_index.json, transformer/, vae/, scheduler/ and both text encoders"
             )
         return str(path)
     try:
@@ -36,8 +38,8 @@ def part(pretrained: str, subfolder: str, filename: str) -> str:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"pretrained is {pretrained!r}, which is neither a folder here ({folder.resolve()}) nor a hub model that "
-            f"could be fetched ({type(error).__name__}): give the path of a downloaded model folder, "
-            "or a hub id such as black-forest-labs/FLUX.1-dev (gated: log in with `hf auth login` first)"
+            f"could be fetched ({type(error).__name__}): give the path of a downloaded model folder, or a hub id "
+            "(for a gated model such as black-forest-labs/FLUX.1-dev log in with `hf auth login` first)"
         ) from error
 
 
@@ -89,6 +91,59 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
             "give the file or the class that belongs to it"
         )
     model.load_state_dict(state, assign=True)
+
+
+def safetensors_files(pretrained: str, subfolder: str, stem: str) -> dict[str, Path]:
+    """Where each tensor of a model lies: in one file, or in the several that an index names."""
+    index = f"{stem}.safetensors.index.json"
+    try:
+        names: dict[str, str] = read_json(pretrained, subfolder, index)["weight_map"]
+    except ValueError:
+        path = Path(part(pretrained, subfolder, f"{stem}.safetensors"))
+        with unreadable_is_refused(pretrained), safe_open(path, "pt") as file:
+            return dict.fromkeys(file.keys(), path)
+    paths = {name: Path(part(pretrained, subfolder, name)) for name in set(names.values())}
+    return {tensor: paths[name] for tensor, name in names.items()}
+
+
+@torch.no_grad()
+def stream_into(model: nn.Module, files: Mapping[str, Path]) -> None:
+    """Fill a model's parameters from safetensors files, tensor by tensor, of sharded ones only this rank's part.
+
+    Never more than one tensor's part is in memory besides the parameters.
+
+    Raises:
+        ValueError: naming the first differences, if the files are another model's, or damaged.
+    """
+    parameters = dict(model.named_parameters())
+    missing, unexpected = sorted(parameters.keys() - files.keys()), sorted(files.keys() - parameters.keys())
+    source = next(iter(files.values())).parent
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} holds other weights than its config.json describes: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}; copy or download the folder again"
+        )
+    for path in dict.fromkeys(files.values()):
+        with unreadable_is_refused(str(source)), safe_open(path, "pt") as file:
+            for name in (name for name, own in files.items() if own == path):
+                parameter, stored = parameters[name], file.get_slice(name)
+                if list(parameter.shape) != stored.get_shape():
+                    raise ValueError(
+                        f"{path}: {name} is {stored.get_shape()}, config.json says {list(parameter.shape)}; copy or "
+                        "download the folder again"
+                    )
+                local, rows = own_part(parameter)
+                if local.numel():
+                    local.copy_(stored[rows])
+
+
+def own_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """This rank's part of a parameter, and where in the whole it lies."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (slice(None),) * parameter.ndim
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    places = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return parameter.to_local(), places
 
 
 def read_json(pretrained: str, subfolder: str, filename: str) -> dict[str, Any]:

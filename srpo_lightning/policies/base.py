@@ -1,11 +1,16 @@
 """What an objective, the module and the callbacks ask of a policy."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from srpo_lightning.batch import Conditions
+
+Shard: TypeAlias = Callable[[nn.Module, Iterable[nn.Module]], None]
+"""Divides a model on the meta device over the ranks, block by block, and gives it memory, not yet filled."""
 
 
 class Policy(nn.Module, ABC):
@@ -16,8 +21,12 @@ class Policy(nn.Module, ABC):
     """
 
     @abstractmethod
-    def load(self) -> None:
-        """Read the weights, once; a second call does nothing."""
+    def load(self, shard: Shard | None = None) -> None:
+        """Read the weights, once; a second call does nothing.
+
+        Args:
+            shard: divide what is trained over the ranks, each of which reads its own part only.
+        """
 
     @abstractmethod
     def forward(

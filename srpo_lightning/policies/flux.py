@@ -8,6 +8,7 @@ import math
 from typing import Any, Literal, TypeAlias
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from jaxtyping import Float
 from jsonargparse.typing import PositiveInt
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
-from srpo_lightning.policies.base import Policy
-from srpo_lightning.pretrained import read_json, unreadable_is_refused
+from srpo_lightning.policies.base import Policy, Shard
+from srpo_lightning.pretrained import read_json, safetensors_files, stream_into, unreadable_is_refused
 
 Packed: TypeAlias = Float[Tensor, "B L C"]
 Spatial: TypeAlias = Float[Tensor, "B c h w"]
@@ -80,17 +81,15 @@ class FluxPolicy(Policy):
         }
         self.transformer: FluxTransformer2DModel | None = None
 
-    def load(self) -> None:
+    def load(self, shard: Shard | None = None) -> None:
         """Read transformer and VAE, once; only the transformer is trained."""
         if self.transformer is not None:
             return
         with unreadable_is_refused(self.pretrained):
-            transformer = FluxTransformer2DModel.from_pretrained(
-                self.pretrained, subfolder="transformer", torch_dtype=self.dtype, use_safetensors=True
-            )
             vae = AutoencoderKL.from_pretrained(
                 self.pretrained, subfolder="vae", torch_dtype=self.vae_dtype, use_safetensors=True
             )
+            transformer = self._read_transformer() if shard is None else self._stream_transformer(shard)
         self.transformer = transformer.train().requires_grad_(True)
         self.vae = vae.requires_grad_(False)
         if self.gradient_checkpointing:
@@ -99,6 +98,18 @@ class FluxPolicy(Policy):
             self.vae.enable_gradient_checkpointing()
         if self.vae_tiling:
             self.vae.enable_tiling()
+
+    def _read_transformer(self) -> FluxTransformer2DModel:
+        return FluxTransformer2DModel.from_pretrained(
+            self.pretrained, subfolder="transformer", torch_dtype=self.dtype, use_safetensors=True
+        )
+
+    def _stream_transformer(self, shard: Shard) -> FluxTransformer2DModel:
+        with init_empty_weights(include_buffers=False):
+            transformer = FluxTransformer2DModel.from_config(self.configs["transformer"]).to(self.dtype)
+        shard(transformer, [*transformer.transformer_blocks, *transformer.single_transformer_blocks])
+        stream_into(transformer, safetensors_files(self.pretrained, "transformer", "diffusion_pytorch_model"))
+        return transformer
 
     def forward(self, x: Packed, sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float) -> Packed:
         """The velocity at `x`; `guidance` is the distilled one, ignored by models that have no embedding for it."""

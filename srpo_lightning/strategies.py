@@ -1,0 +1,125 @@
+"""FSDP2 as a Lightning strategy: parameters sharded block by block, checkpoints complete or absent."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from srpo_lightning.checkpoints import METADATA, PARTIAL, sync
+
+PARAMETER_LIKE = ("ema",)
+"""Keys of a checkpoint that hold tensors by parameter name, sharded as the parameters are."""
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over `shard_size` ranks, repeated `replicate_size` times.
+
+    Parameters, gradients, optimizer states and averages are divided over the ranks of one copy; with bf16-mixed
+    precision the parameters travel in bfloat16 and their gradients are summed in float32, on float32 masters. Several
+    copies (hybrid sharding, usually one per node) gather parameters within a copy and average gradients between them.
+    Both sizes are given, and their product must be the number of ranks.
+
+    Args:
+        shard_size: ranks that share one copy.
+        replicate_size: copies.
+        cpu_offload: keep parameters, gradients and optimizer states in host memory; slower.
+        reshard_after_forward: free each block's gathered parameters after its forward pass; False keeps them for the
+            backward pass, faster and larger.
+    """
+
+    def __init__(
+        self,
+        shard_size: PositiveInt,
+        replicate_size: PositiveInt = 1,
+        cpu_offload: bool = False,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        super().__init__(data_parallel_size=shard_size * replicate_size, tensor_parallel_size=1)
+        self.shard_size = shard_size
+        self.replicate_size = replicate_size
+        self.cpu_offload = cpu_offload
+        self.reshard_after_forward = reshard_after_forward
+        self.mesh: DeviceMesh | None = None
+
+    def setup_environment(self) -> None:
+        """Connect the ranks."""
+        world_size = self.num_nodes * self.num_processes
+        if self.shard_size * self.replicate_size != world_size:
+            raise ValueError(
+                f"shard_size {self.shard_size} x replicate_size {self.replicate_size} is not the number of ranks, "
+                f"{world_size}: set their product to it, for instance shard_size {world_size} and replicate_size 1"
+            )
+        super().setup_environment()
+        sizes, names = (self.replicate_size, self.shard_size), ("replicate", "shard")
+        self.mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+
+    def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Divide the model's parameters, gathered block by block when it runs."""
+        assert self.mesh is not None, "setup_environment() comes first"
+        is_mixed = self.precision_plugin.precision == "bf16-mixed"
+        settings: dict[str, Any] = {
+            "mesh": self.mesh if self.replicate_size > 1 else self.mesh["shard"],
+            "reshard_after_forward": self.reshard_after_forward,
+            # Inputs stay as they are: autocast rounds where it should, and noise levels not at all.
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if is_mixed else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+        }
+        for block in blocks:
+            fully_shard(block, **settings)
+        fully_shard(model, **settings)
+        model.to_empty(device="cpu" if self.cpu_offload else self.root_device)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Every rank writes its part beside the final name; when all have, the folder gets it."""
+        if storage_options is not None:
+            raise TypeError("ShardedStrategy writes to folders and takes no storage_options")
+        path = Path(self.broadcast(str(filepath)))
+        partial = path.with_name(path.name + PARTIAL)
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.barrier()
+        sharded = {"state_dict": checkpoint.pop("state_dict")}
+        sharded |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        sharded |= {key: checkpoint.pop(key) for key in PARAMETER_LIKE if key in checkpoint}
+        save(sharded, checkpoint_id=partial)
+        if self.is_global_zero:
+            torch.save(checkpoint, partial / METADATA)
+            for written in partial.iterdir():
+                sync(written)
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+            sync(path.parent)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Each rank reads its part, whatever number of ranks wrote it."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        assert self.lightning_module is not None
+        if path.is_dir():
+            # Refuses a checkpoint of another policy before its tensors are asked for.
+            self.lightning_module.on_load_checkpoint(torch.load(path / METADATA, weights_only=True))
+        checkpoint = super().load_checkpoint(path, weights_only)
+        if path.is_dir():
+            stored = FileSystemReader(path).read_metadata().state_dict_metadata
+            for key in PARAMETER_LIKE:
+                parameters = self.lightning_module.named_parameters()
+                own = {name: torch.empty_like(p) for name, p in parameters if f"{key}.{name}" in stored}
+                if own:
+                    load({key: own}, checkpoint_id=path)
+                    checkpoint[key] = own
+        return checkpoint
