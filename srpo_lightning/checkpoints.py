@@ -1,11 +1,15 @@
 """Checkpoints that are there whole or not at all, and finding the newest one."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 FOLDER = "checkpoints"
 SUFFIX = ".ckpt"
@@ -38,10 +42,20 @@ def newest(run_folder: str | Path) -> Path:
     return found[-1]
 
 
+def remove(path: Path) -> None:
+    """Delete a checkpoint, at no moment leaving a part of it under its name."""
+    gone = path.rename(path.with_name(path.name + PARTIAL))
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the final name, flushes to the disk, then renames.
 
-    A kill at any moment leaves the checkpoint complete or absent. Nothing is pickled into a buffer first.
+    A kill at any moment leaves the checkpoint complete or absent. Nothing is pickled into a buffer first. A sharded
+    checkpoint is read whole, so that a run on several ranks can go on in one process.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -55,6 +69,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(stream.fileno())
         partial.replace(path)
         sync(path.parent)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a file, or gather a sharded checkpoint."""
+        return gathered(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *args, **kwargs)
+
+
+def gathered(path: Path) -> dict[str, Any]:
+    """A sharded checkpoint as one process would have written it."""
+    checkpoint: dict[str, Any] = torch.load(path / METADATA, weights_only=True)
+    sharded: dict[str, Any] = {}
+    reader, planner = FileSystemReader(path), _EmptyStateDictLoadPlanner()
+    _load_state_dict(sharded, storage_reader=reader, planner=planner, no_dist=True)
+    optimizers = [sharded.pop(key) for key in sorted(sharded) if key.startswith("optimizer_")]
+    return checkpoint | sharded | {"optimizer_states": [_numbered(state) for state in optimizers]}
+
+
+def _numbered(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state by the numbers of its parameters instead of their names."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    number = {name: i for i, name in enumerate(names)}
+    groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {number[name]: own for name, own in state["state"].items()}, "param_groups": groups}
 
 
 def sync(path: Path) -> None:

@@ -1,12 +1,12 @@
-"""Every random number of training, as a function of (seed, step, rank, purpose).
+"""Every random number of training, as a function of (seed, step, sample, purpose).
 
-No hidden state: a resumed run draws what the unbroken run would have drawn, "the same noise on every rank" is one
-argument, and a logged sample depends on its own seed alone, whatever the batch or the number of GPUs.
+No hidden state: a resumed run draws what the unbroken run would have drawn, also on another number of ranks, "the same
+noise for every sample" is one argument, and a logged sample depends on its own seed alone, whatever the batch.
 Numbers are drawn on the CPU, so that they are the same on every device.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 class Draws(NamedTuple):
-    """The randomness of one training step on one rank.
+    """The randomness of one training step.
+
+    A step's samples are counted over all ranks: sample j of rank r is number r B + j, so that 4 ranks with a batch of 1
+    draw what 1 rank with a batch of 4 draws.
 
     Args:
         seed: of the run.
@@ -26,17 +29,19 @@ class Draws(NamedTuple):
     step: int = 0
     rank: int = 0
 
-    def generator(self, purpose: str, *, shared: bool) -> torch.Generator:
-        """A fresh generator; `shared` makes it the same on every rank."""
-        return keyed_generator(self.seed, self.step, 0 if shared else self.rank, purpose)
-
     def noise(self, shape: Sequence[int], *, shared: bool) -> Tensor:
-        """Standard normal noise, float32 on the CPU."""
-        return _normal(shape, self.generator("noise", shared=shared))
+        """Standard normal noise, float32 [B, ...] on the CPU; `shared` gives every sample the same."""
+        return self._each(shape[0], "noise", shared, lambda generator: _normal(shape[1:], generator))
 
     def integers(self, purpose: str, low: int, high: int, count: int, *, shared: bool) -> Tensor:
-        """`count` integers, uniform on low..high, both ends included; int64 [count]."""
-        return torch.randint(low, high + 1, (count,), generator=self.generator(purpose, shared=shared))
+        """An integer for each of B = `count` samples, uniform on low..high, both ends included; int64 [B]."""
+        return self._each(count, purpose, shared, lambda g: torch.randint(low, high + 1, (), generator=g))
+
+    def _each(self, count: int, purpose: str, shared: bool, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        own = range(self.rank * count, (self.rank + 1) * count)
+        samples: Sequence[int | str] = ["all"] * count if shared else own
+        drawn = {s: draw(keyed_generator(self.seed, self.step, s, purpose)) for s in dict.fromkeys(samples)}
+        return torch.stack([drawn[s] for s in samples])
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:

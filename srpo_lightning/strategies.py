@@ -1,19 +1,20 @@
 """FSDP2 as a Lightning strategy: parameters sharded block by block, checkpoints complete or absent."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from srpo_lightning.checkpoints import METADATA, PARTIAL, sync
 
@@ -110,16 +111,28 @@ class ShardedStrategy(ModelParallelStrategy):
         """Each rank reads its part, whatever number of ranks wrote it."""
         path = Path(self.broadcast(str(checkpoint_path)))
         assert self.lightning_module is not None
-        if path.is_dir():
-            # Refuses a checkpoint of another policy before its tensors are asked for.
-            self.lightning_module.on_load_checkpoint(torch.load(path / METADATA, weights_only=True))
+        # Refuses a checkpoint of another policy before its tensors are asked for.
+        whole = torch.load(path / METADATA if path.is_dir() else path, mmap=True, map_location="cpu", weights_only=True)
+        self.lightning_module.on_load_checkpoint(whole)
         checkpoint = super().load_checkpoint(path, weights_only)
-        if path.is_dir():
-            stored = FileSystemReader(path).read_metadata().state_dict_metadata
-            for key in PARAMETER_LIKE:
-                parameters = self.lightning_module.named_parameters()
-                own = {name: torch.empty_like(p) for name, p in parameters if f"{key}.{name}" in stored}
-                if own:
-                    load({key: own}, checkpoint_id=path)
-                    checkpoint[key] = own
+        parameters = dict(self.lightning_module.named_parameters())
+        for key in PARAMETER_LIKE:
+            if path.is_dir():
+                checkpoint[key] = self._own_parts(path, key, parameters)
+            else:
+                tensors = whole.get(key, {})
+                checkpoint[key] = {name: _distributed_like(parameters[name], t) for name, t in tensors.items()}
         return checkpoint
+
+    def _own_parts(self, path: Path, key: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        own = {name: torch.empty_like(p) for name, p in parameters.items() if f"{key}.{name}" in stored}
+        if own:
+            load({key: own}, checkpoint_id=path)
+        return own
+
+
+def _distributed_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -40,8 +40,30 @@ def test_shared_noise_is_equal_on_every_rank_and_own_noise_is_not(rank):
     assert not torch.equal(zero.noise((2, 3), shared=False), other.noise((2, 3), shared=False))
 
 
+DRAWS = {
+    "noise": lambda draws, count: draws.noise((count, 3), shared=False),
+    "integers": lambda draws, count: draws.integers("position", 0, 9**9, count, shared=False),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
+def test_one_rank_draws_for_its_batch_what_several_draw_for_theirs(draw):
+    together = draw(Draws(3, 5, 0), 4)
+    assert torch.equal(torch.cat([draw(Draws(3, 5, rank), 1) for rank in range(4)]), together)
+    assert torch.equal(torch.cat([draw(Draws(3, 5, rank), 2) for rank in range(2)]), together)
+    assert len(together.unique(dim=0)) == 4
+
+
+def test_shared_numbers_are_the_same_for_every_sample():
+    noise, position = Draws(3).noise((3, 2), shared=True), Draws(3).integers("position", 0, 9**9, 3, shared=True)
+    assert torch.equal(noise[0], noise[2])
+    assert torch.equal(noise, Draws(3, rank=2).noise((3, 2), shared=True))
+    assert len(position.unique()) == 1
+    assert not torch.equal(noise[0, 0], noise[0, 1])
+
+
 def test_integers_cover_both_ends():
-    drawn = Draws(0).integers("position", 5, 8, 400, shared=True)
+    drawn = Draws(0).integers("position", 5, 8, 400, shared=False)
     assert drawn.dtype == torch.int64
     assert drawn.unique().tolist() == [5, 6, 7, 8]
 

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.checkpoints import checkpoint_path, checkpoints, remove
 
 
 class RunCheckpoint(Checkpoint):
@@ -59,5 +59,5 @@ class RunCheckpoint(Checkpoint):
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             for old in checkpoints(trainer.default_root_dir)[: -self.keep]:
-                old.unlink()
+                remove(old)
         rank_zero_info(f"checkpoint: {path}")

@@ -74,7 +74,7 @@ class SRPO(Objective):
         denoise_lambda: lambda of the denoising branch, from the noisy to the clean end of the grid.
         inversion_lambda: the same of the inversion branch.
         margin: the hinge: a reward above it has no gradient.
-        shared_noise: every rank draws the same noise (their prompts differ).
+        shared_noise: all samples of a step, on every rank, have the same noise (their prompts differ).
         position_per_sample: each sample has its own position on the grid instead of one for all.
         reward_batch_size: images decoded and scored at once; None: the whole batch.
     """
@@ -172,10 +172,9 @@ class SRPO(Objective):
         )
 
     def positions(self, batch_size: int, draws: Draws) -> Int[Tensor, " B"]:
-        """Where on the grid each sample of the step trains, shared by all ranks; counted from the noisy end."""
-        count = batch_size if self.position_per_sample else 1
-        mid = draws.integers("position", self.edge, self.grid_size - self.edge, count, shared=True)
-        return mid.expand(batch_size)
+        """Where on the grid each sample of the step trains; counted from the noisy end."""
+        shared = not self.position_per_sample
+        return draws.integers("position", self.edge, self.grid_size - self.edge, batch_size, shared=shared)
 
     def branches(self, mid: Int[Tensor, " B"], schedule: Float[Tensor, " N"]) -> Branches:
         """Noise levels and lambdas of both branches at positions `mid`, in the dtype of `schedule`.

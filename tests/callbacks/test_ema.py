@@ -32,6 +32,45 @@ def test_the_average_equals_a_loop_over_the_optimizer_steps(models, features, tm
         assert not average.requires_grad
 
 
+def test_an_average_every_third_step_uses_the_third_power_of_the_decay(models, features, tmp_path):
+    module, ema, history = tiny.new_module(models), EMA(decay=0.5, warmup=False, every_n_steps=3), History()
+    module.configure_model()
+    start = {name: p.detach().clone() for name, p in module.trainable_parameters()}
+    tiny.new_trainer(tmp_path, [ema, history], max_steps=7).fit(module, tiny.new_data(models, features))
+    expected = by_hand(start, history.weights[2::3], 0.5**3, warmup=False)
+    assert ema.num_updates == 6
+    for name, average in ema.average.items():
+        torch.testing.assert_close(average.double(), expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "bfloat16"}, {"device": "host"}, {"dtype": "bfloat16", "device": "host"}]
+)
+def test_a_rounded_average_leaves_the_weights_bit_for_bit_as_they_were(models, features, tmp_path, settings):
+    module, ema = tiny.new_module(models), EMA(decay=0.5, **settings)
+    tiny.new_trainer(tmp_path, [ema], max_steps=2, limit_val_batches=1, val_check_interval=2).fit(
+        module, tiny.new_data(models, features)
+    )
+    before = snapshot(module)
+    with module.weight_variants["ema"]():
+        inside = snapshot(module)
+    assert all(torch.equal(inside[name], ema.average[name].to(inside[name])) for name in before)
+    assert any(not torch.equal(inside[name], before[name]) for name in before)
+    assert all(torch.equal(p, before[name]) for name, p in module.trainable_parameters())
+    dtype = torch.bfloat16 if "dtype" in settings else torch.float32
+    assert {average.dtype for average in ema.average.values()} == {dtype}
+
+
+@pytest.mark.parametrize(("evaluate", "shown"), [("both", ["policy", "ema"]), ("ema", ["ema"]), ("policy", ["policy"])])
+def test_evaluation_shows_the_weights_that_were_asked_for(models, features, tmp_path, evaluate, shown):
+    module = tiny.new_module(models)
+    trainer = tiny.new_trainer(
+        tmp_path, [EMA(evaluate=evaluate)], max_steps=1, limit_val_batches=1, val_check_interval=1
+    )
+    trainer.fit(module, tiny.new_data(models, features))
+    assert list(module.weight_variants) == shown
+
+
 def fitted(models, features, folder, **settings):
     module, ema = tiny.new_module(models), EMA(decay=0.5)
     trainer = tiny.new_trainer(

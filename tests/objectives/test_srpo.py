@@ -86,7 +86,7 @@ def test_the_template_places_word_and_prompt_and_leaves_their_braces_alone():
 def test_positions_are_shared_by_the_ranks_and_by_the_batch_unless_asked_otherwise(per_sample):
     objective = SRPO(WORDS, position_per_sample=per_sample)
     steps = torch.stack([objective.positions(4, Draws(0, step)) for step in range(300)])
-    assert torch.equal(steps[9], objective.positions(4, Draws(0, 9, rank=5)))
+    assert torch.equal(steps[9], objective.positions(4, Draws(0, 9, rank=5))) != per_sample
     assert (len(steps[0].unique()) == 1) != per_sample
     assert steps.min() >= 5
     assert steps.max() <= 995
