@@ -9,7 +9,7 @@ venv: .venv/installed ## set up .venv with everything that tests and the demo ne
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --editable '.[dev,emoji]'
+	.venv/bin/pip install --quiet --editable '.[dev,emoji,lora,quant]'
 	touch $@
 
 ORIGINALS := $(wildcard tests/parity/originals/*.txt)

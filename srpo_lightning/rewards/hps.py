@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import ftfy
@@ -16,7 +17,7 @@ from srpo_lightning.rewards.base import Images, Scores
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.rewards.open_clip import clip_model
 from srpo_lightning.rewards.pixels import Preprocessing
-from srpo_lightning.rewards.words import SEMANTIC_GUIDED
+from srpo_lightning.rewards.words import REALISM, SEMANTIC_GUIDED
 
 NUM_HEADS = 16  # of ViT-H-14, image and text tower
 
@@ -35,6 +36,8 @@ class HPSv2(ClipReward):
         dtype: of the weights.
         cache_size: how many texts' features are kept.
     """
+
+    word_lists = MappingProxyType({"realism": REALISM, "realism (SGP-HPS)": SEMANTIC_GUIDED})
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from srpo_lightning.pretrained import load_exactly, part, read_json, read_weight
 from srpo_lightning.rewards.aesthetic import HIDDEN, Head
 from srpo_lightning.rewards.base import Images, Reward, Scores, check_lengths
 from srpo_lightning.rewards.pixels import Preprocessing
+from srpo_lightning.rewards.words import REALISM
 
 VIT_LARGE = {
     "hidden_size": 1024,
@@ -92,6 +94,8 @@ class ImageReward(Reward):
         tokenizer: bert-base-uncased, as a folder or hub id.
         dtype: of the weights but the head's, which computes in float32 either way.
     """
+
+    word_lists = MappingProxyType({"realism": REALISM})
 
     def __init__(
         self,

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from srpo_lightning.rewards import ClipReward, Reward
+from srpo_lightning.rewards import ClipReward, PickScore, Reward
 from tests import tiny
 
 TEXTS = ["a cat", "b", "a much longer text than fits"]
@@ -46,6 +46,16 @@ def test_the_logit_scale_divisor_scales_the_cosine(models, reward):
         torch.testing.assert_close(scaled(images(), TEXTS), factor * reward(images(), TEXTS), rtol=1e-6, atol=0)
         expected = factor * reward.compare(images(), TEXTS)
         torch.testing.assert_close(scaled.compare(images(), TEXTS), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_pickscore_is_the_published_one_with_its_processor_elsewhere(models, reward, tmp_path):
+    """exp(logit_scale) times the cosine; the model's folder lacks tokenizer and preprocessor."""
+    CLIPModel.from_pretrained(models.clip).save_pretrained(tmp_path)
+    pickscore = PickScore(str(tmp_path), str(models.clip))
+    pickscore.load()
+    with torch.no_grad():
+        expected = reward.clip.logit_scale.exp() * reward(images(), TEXTS)
+        torch.testing.assert_close(pickscore(images(), TEXTS), expected, rtol=1e-6, atol=0)
 
 
 def test_scores_under_several_texts_equal_separate_calls(reward):
