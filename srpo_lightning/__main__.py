@@ -1,6 +1,11 @@
 import logging
+import os
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel whenever it is imported
+# Libraries warn, whenever they are imported, of optional parts of each other. Their own variables turn that on again.
+for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+    os.environ.setdefault(name, "error")
 
 from srpo_lightning.cli import main  # noqa: E402
 

@@ -27,6 +27,11 @@ def checkpoints(run_folder: str | Path) -> list[Path]:
     return sorted((Path(run_folder) / FOLDER).glob(f"step-*{SUFFIX}"))
 
 
+def step_of(path: Path) -> int:
+    """The number of optimizer steps that a checkpoint's name tells."""
+    return int(path.name.removeprefix("step-").removesuffix(SUFFIX))
+
+
 def newest(run_folder: str | Path) -> Path:
     """The newest whole checkpoint.
 
@@ -44,7 +49,7 @@ def newest(run_folder: str | Path) -> Path:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint, at no moment leaving a part of it under its name."""
-    gone = path.rename(path.with_name(path.name + PARTIAL))
+    gone = path.rename(path.with_name(path.name + ".deleted"))
     if gone.is_dir():
         shutil.rmtree(gone)
     else:
@@ -67,12 +72,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if path.is_dir():  # an earlier run's, on several ranks
+            remove(path)
         partial.replace(path)
         sync(path.parent)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a file, or gather a sharded checkpoint."""
-        return gathered(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *args, **kwargs)
+        if Path(path).is_dir():
+            return gathered(Path(path))
+        # Lightning's own place for tensors is a function, which torch does not take for 8-bit optimizer states.
+        return super().load_checkpoint(path, *args, **{"map_location": "cpu"} | kwargs)
 
 
 def gathered(path: Path) -> dict[str, Any]:

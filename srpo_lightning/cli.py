@@ -3,10 +3,11 @@
 import sys
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, auto_cli
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # it is public and documented
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -14,14 +15,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
-from srpo_lightning.callbacks import RunCheckpoint
+from srpo_lightning.arguments import add_project_arguments
+from srpo_lightning.callbacks.checkpoint import ranked
 from srpo_lightning.checkpoints import checkpoints, newest
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs.control_words import control_words
 from srpo_lightning.jobs.convert import convert
+from srpo_lightning.jobs.estimate import estimate
 from srpo_lightning.module import SRPOModule
 
-JOBS: dict[str, Callable[..., None]] = {"control-words": control_words, "convert": convert}
+JOBS: dict[str, Callable[..., None]] = {"control-words": control_words, "convert": convert, "estimate": estimate}
 
 CONFIG = "config.yaml"
 
@@ -57,16 +60,21 @@ def main(args: ArgsType = None) -> None:
         parser_kwargs={"epilog": f"Also, each with its own --help: {', '.join(JOBS)}."},
         save_config_callback=SaveConfigInRunFolder,
         auto_configure_optimizers=False,
-        trainer_defaults={"gradient_clip_val": 0.1, "use_distributed_sampler": False},
     )
 
 
 def run_job(name: str, args: list[str]) -> None:
     """Run one of `JOBS`; what it refuses ends in one line."""
+    job = JOBS[name]
+    own = signature(job).parameters
+    summary = (job.__doc__ or "").partition("\n")[0]
+    parser = ShortUsageParser(prog=f"srpo_lightning {name}", description=summary)
+    if "config" not in own:
+        parser.add_argument("--config", action=ActionConfigFile, help="a file with the arguments below")
+    parser.add_function_arguments(job, as_positional=False, sub_configs=True)
+    values = parser.instantiate_classes(parser.parse_args(args))
     try:
-        auto_cli(
-            JOBS[name], args=args, as_positional=False, parser_class=ShortUsageParser, prog=f"srpo_lightning {name}"
-        )
+        job(**{argument: values[argument] for argument in own})
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 
@@ -84,21 +92,7 @@ class SRPOCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What is said once counts everywhere."""
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("model.policy.init_args.pretrained", "data.pretrained")
-        parser.set_defaults(
-            {
-                "trainer.default_root_dir": "runs/default",
-                # The module's own default is a function without a name, which config.yaml could not hold.
-                "model.optimizer": {
-                    "class_path": "torch.optim.AdamW",
-                    "init_args": {"lr": 5e-6, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 1e-4},
-                },
-                "trainer.plugins": [{"class_path": "srpo_lightning.checkpoints.AtomicCheckpointIO"}],
-            }
-        )
+        add_project_arguments(parser)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -128,6 +122,14 @@ class SRPOCLI(LightningCLI):
         if config.ckpt_path == "last":
             config.ckpt_path = str(newest(folder))
             rank_zero_info(f"resuming from {config.ckpt_path}")
+        elif config.ckpt_path == "best":
+            if not config.checkpoint.monitor:
+                raise ValueError("--ckpt_path best needs checkpoint.monitor, the number to be best in: try ema/judge")
+            best = ranked(folder, config.checkpoint.monitor, config.checkpoint.mode)
+            if not best:
+                raise ValueError(f"--ckpt_path best: no checkpoint in {folder} was evaluated in checkpoint.monitor")
+            config.ckpt_path = str(best[0])
+            rank_zero_info(f"the best in {config.checkpoint.monitor} is {config.ckpt_path}")
         elif config.ckpt_path and not Path(config.ckpt_path).exists():
             raise ValueError(f"--ckpt_path {config.ckpt_path} does not exist: `last` takes the newest of {folder}")
         elif self.config.subcommand == "fit" and not config.ckpt_path and checkpoints(folder):

@@ -6,17 +6,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch import LightningModule
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
-from srpo_lightning.draws import Draws, sample_noise
+from srpo_lightning.draws import Draws, keyed_generator, sample_noise
 from srpo_lightning.objectives.base import Objective
+from srpo_lightning.optimizers import InBackward, check_settings, whole
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
 
@@ -34,6 +36,10 @@ class SRPOModule(LightningModule):
         sample_guidance: distilled guidance of evaluation samples.
         seed: of every random number of training and evaluation.
         max_skipped_steps: consecutive steps with a loss or gradient that is not finite before the run is stopped.
+        optimizer_in_backward: step each parameter as soon as its gradient is there, then free the gradient: no memory
+            for a whole gradient, and no clipping of it (trainer.gradient_clip_val: 0) nor accumulation.
+        clip_norm_per_parameter: with optimizer_in_backward, clip the gradient of each parameter to this norm. Not the
+            same as trainer.gradient_clip_val, which scales all gradients by one factor: this turns their direction.
     """
 
     def __init__(
@@ -49,9 +55,16 @@ class SRPOModule(LightningModule):
         sample_guidance: float = 3.5,
         seed: int = 0,
         max_skipped_steps: NonNegativeInt = 5,
+        optimizer_in_backward: bool = False,
+        clip_norm_per_parameter: PositiveFloat | None = None,
     ) -> None:
         super().__init__()
         objective.check_reward(reward)
+        if clip_norm_per_parameter and not optimizer_in_backward:
+            raise ValueError(
+                "model.clip_norm_per_parameter belongs to model.optimizer_in_backward: set that to true, or clip with "
+                "trainer.gradient_clip_val"
+            )
         self.policy = policy
         self.reward = reward
         self.objective = objective
@@ -61,12 +74,21 @@ class SRPOModule(LightningModule):
         self.sample_guidance = sample_guidance
         self.seed = seed
         self.max_skipped_steps = max_skipped_steps
+        self.optimizer_in_backward = optimizer_in_backward
+        self.clip_norm_per_parameter = clip_norm_per_parameter
         self.strict_loading = False
         self.micro_step = 0
         self.loaded_steps = 0
         self.skipped_steps = 0
+        self.in_backward: InBackward | None = None
         self.weight_variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"policy": nullcontext}
         self._update_start_s = self._update_end_s = 0.0
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add none: the first that Lightning asks for, so the place to refuse settings before anything is read."""
+        trial = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        check_settings(self.trainer, self.policy.dtype, trial, in_backward=self.optimizer_in_backward)
+        return []
 
     def configure_model(self) -> None:
         """Read the weights, once; a strategy that shards divides the policy's."""
@@ -77,6 +99,9 @@ class SRPOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Trainable parameters only; the scheduler counts optimizer steps."""
         optimizer = self.optimizer([p for _, p in self.trainable_parameters()])
+        if self.in_backward:
+            self.in_backward.remove()
+        self.in_backward = InBackward(optimizer, self.clip_norm_per_parameter) if self.optimizer_in_backward else None
         if self.lr_scheduler is None:
             return optimizer
         return {
@@ -106,15 +131,22 @@ class SRPOModule(LightningModule):
         self.log("train/seconds_rollout", self._update_start_s - start_s, batch_size=batch.batch_size)
         return outcome.loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Skip the whole step before its first parameter is stepped, if the loss is not finite on any rank."""
+        if not self.in_backward or self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="sum").isfinite():
+            super().backward(loss, *args, **kwargs)
+
     def on_after_backward(self) -> None:
         """The update ends here while gradients accumulate."""
         self._update_end_s = self._now_s()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient norm; skip the step if it is not finite."""
-        gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        """Log the gradient norm; skip the step if it is not finite (in the backward pass: what of it is not)."""
+        if self.in_backward:
+            norm = self.in_backward.take_norm()
+        else:
+            gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
         self.log("train/gradient_norm", norm)
         if norm.isfinite():
             self.skipped_steps = 0
@@ -127,8 +159,20 @@ class SRPOModule(LightningModule):
             f"({self.skipped_steps} in a row, the run stops after {self.max_skipped_steps})"
         )
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip with fused optimizers too: Lightning refuses them for a loss scaling that bfloat16 does without."""
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The update ends here otherwise; callbacks that save or evaluate are not part of it."""
+        # Stochastic rounding draws from torch's global generator.
+        torch.manual_seed(keyed_generator(self.seed, "rounding", self.global_step).initial_seed())
         super().optimizer_step(*args, **kwargs)
         self._update_end_s = self._now_s()
 

@@ -107,15 +107,14 @@ def safetensors_files(pretrained: str, subfolder: str, stem: str) -> dict[str, P
 
 
 @torch.no_grad()
-def stream_into(model: nn.Module, files: Mapping[str, Path]) -> None:
-    """Fill a model's parameters from safetensors files, tensor by tensor, of sharded ones only this rank's part.
+def stream_into(parameters: Mapping[str, Tensor], files: Mapping[str, Path]) -> None:
+    """Fill a model's parameters, by name, from safetensors files, tensor by tensor; of sharded ones this rank's part.
 
     Never more than one tensor's part is in memory besides the parameters.
 
     Raises:
         ValueError: naming the first differences, if the files are another model's, or damaged.
     """
-    parameters = dict(model.named_parameters())
     missing, unexpected = sorted(parameters.keys() - files.keys()), sorted(files.keys() - parameters.keys())
     source = next(iter(files.values())).parent
     if missing or unexpected:

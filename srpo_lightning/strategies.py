@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from srpo_lightning.checkpoints import METADATA, PARTIAL, sync
+from srpo_lightning.checkpoints import METADATA, PARTIAL, remove, sync
 
 PARAMETER_LIKE = ("ema",)
 """Keys of a checkpoint that hold tensors by parameter name, sharded as the parameters are."""
@@ -67,6 +67,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Divide the model's parameters, gathered block by block when it runs."""
         assert self.mesh is not None, "setup_environment() comes first"
+        is_cuda = self.root_device.type == "cuda"
         is_mixed = self.precision_plugin.precision == "bf16-mixed"
         settings: dict[str, Any] = {
             "mesh": self.mesh if self.replicate_size > 1 else self.mesh["shard"],
@@ -75,7 +76,7 @@ class ShardedStrategy(ModelParallelStrategy):
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16 if is_mixed else None, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=is_cuda) if self.cpu_offload else OffloadPolicy(),
         }
         for block in blocks:
             fully_shard(block, **settings)
@@ -102,7 +103,8 @@ class ShardedStrategy(ModelParallelStrategy):
             torch.save(checkpoint, partial / METADATA)
             for written in partial.iterdir():
                 sync(written)
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                remove(path)
             partial.rename(path)
             sync(path.parent)
         self.barrier()

@@ -1,6 +1,8 @@
 """What tests put into a run to break it or to listen in; named in configurations by class path."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,17 @@ class History(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.weights.append({name: p.detach().clone() for name, p in pl_module.trainable_parameters()})
         self.steps.append(trainer.global_step)
+
+
+class Terminate(Callback):
+    """Sends SIGTERM to one rank's process after so many micro-batches."""
+
+    def __init__(self, after: int, rank: int = 0) -> None:
+        self.after, self.rank = after, rank
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if pl_module.micro_step == self.after and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Stop(Callback):

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,6 +20,9 @@ class Policy(nn.Module, ABC):
     The constructor stores paths and numbers only; `load` reads the weights. Exactly the parameters that are trained
     require a gradient.
     """
+
+    dtype: torch.dtype = torch.float32
+    """Of the weights."""
 
     @abstractmethod
     def load(self, shard: Shard | None = None) -> None:

@@ -1,13 +1,11 @@
 """HPSv3: a human preference score by a vision-language model."""
 
-import importlib
 import math
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -17,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 
+from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits
 from srpo_lightning.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
 from srpo_lightning.rewards.base import Images, Reward, Scores, check_lengths
 from srpo_lightning.rewards.pixels import Preprocessing
@@ -117,8 +116,8 @@ class HPSv3(Reward):
             )
         if Path(weights).expanduser().exists() or weights.count("/") != 1:  # a hub id has one
             weights_file(weights, FILENAME)
-        if quantize == "nf4" and find_spec("bitsandbytes") is None:
-            raise ValueError("quantize is nf4, which needs bitsandbytes: pip install 'srpo-lightning[quant]'")
+        if quantize == "nf4":
+            check_bitsandbytes()
         self.pretrained = pretrained
         self.weights = weights
         self.dtype = getattr(torch, dtype)
@@ -265,24 +264,3 @@ def to_patches(pixels: Images, patch: int, merged: int, num_frames: int) -> Floa
     # Image, square (row, column), patch in it (row, column), channel, frame, pixel in it (row, column).
     squares = squares.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
     return squares.expand(*squares.shape[:6], num_frames, patch, patch).flatten(5).flatten(0, 4)
-
-
-def keep_in_4_bits(module: nn.Module) -> None:
-    """Turn linear layers into NF4 (arXiv 2305.14314), one after another; gradients pass through them."""
-    bitsandbytes: Any = importlib.import_module("bitsandbytes.nn")
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear):
-            small = bitsandbytes.Linear4bit(
-                layer.in_features,
-                layer.out_features,
-                layer.bias is not None,
-                compute_dtype=layer.weight.dtype,
-                quant_type="nf4",
-                device="meta",
-            )
-            weight = bitsandbytes.Params4bit(
-                layer.weight.data, quant_type="nf4", compress_statistics=False, module=small
-            )
-            small.weight, small.bias = weight.to("cpu"), layer.bias
-            small.support_avx512bf16_for_cpu = False  # a fast path that repacks the weights and has no gradient
-            module.set_submodule(name, small)

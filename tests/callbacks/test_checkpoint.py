@@ -1,4 +1,4 @@
-import os
+import math
 import signal
 
 import pytest
@@ -7,9 +7,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from srpo_lightning.callbacks import EMA, RunCheckpoint
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.callbacks.checkpoint import ranked
+from srpo_lightning.callbacks.tracking import append_record
+from srpo_lightning.checkpoints import checkpoint_path, checkpoints, step_of
 from tests import tiny
-from tests.faults import History, Stop
+from tests.faults import History, Stop, Terminate
 
 
 def fit(models, features, folder, *callbacks, ckpt_path=None, **settings) -> None:
@@ -35,27 +37,41 @@ def test_steps_are_optimizer_steps_when_gradients_accumulate(models, features, t
     assert saved["srpo"]["micro_step"] == 12
 
 
-class Terminate(Callback):
-    """Sends SIGTERM to this process after so many micro-batches; Lightning ends the run between two of them."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if batch_idx + 1 == self.after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_ended_by_sigterm_saves_the_weights_of_its_last_whole_step(models, features, tmp_path, accumulate):
-    history = History()
-    with pytest.raises(SIGTERMException):
+def test_a_run_ended_by_sigterm_finishes_its_step_and_saves_it(models, features, tmp_path, accumulate):
+    history, before = History(), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SIGTERMException) as error:
         fit(models, features, tmp_path, history, RunCheckpoint(100), Terminate(5), accumulate_grad_batches=accumulate,
             max_steps=9)  # fmt: skip
-    assert steps(tmp_path) == [5 // accumulate]
-    saved = states(tmp_path, 5 // accumulate)
-    assert saved["srpo"]["micro_step"] == saved["PromptData"]["num_batches"] == 5
+    assert error.value.code == 143
+    assert steps(tmp_path) == [-(-5 // accumulate)]
+    saved = states(tmp_path, steps(tmp_path)[0])
+    assert saved["srpo"]["micro_step"] == saved["PromptData"]["num_batches"] == 5 + 5 % accumulate
     assert all(torch.equal(saved["state_dict"][name], weights) for name, weights in history.weights[-1].items())
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+class Records(Callback):
+    """Stands in for RewardTracking: writes one number for each validation."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = iter(values)
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        record = {"step": trainer.global_step, "weights": "ema", "judge": next(self.values)}
+        append_record(trainer.default_root_dir, record)
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("max", [2, 3, 6]), ("min", [1, 4, 6])])
+def test_the_best_and_the_newest_are_kept(models, features, tmp_path, mode, kept):
+    """Every evaluated step is saved, whatever `every_n_steps`; a score that is not a number is never the best."""
+    saver = RunCheckpoint(100, keep=1, monitor="ema/judge", mode=mode, keep_best=2)
+    records = Records(0.1, 0.9, 0.8, 0.2, math.nan, 0.3)
+    fit(models, features, tmp_path, saver, records, max_steps=6, val_check_interval=1, limit_val_batches=1)
+    assert steps(tmp_path) == kept
+    best = [2, 3, 6] if mode == "max" else [1, 4, 6]
+    assert [step_of(path) for path in ranked(tmp_path, "ema/judge", mode)] == best
+    assert ranked(tmp_path, "policy/judge", mode) == []
 
 
 class InStep(Stop):

@@ -1,6 +1,7 @@
 """`main([...])` in this process, on the tiny models."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,20 @@ def test_evaluating_a_checkpoint_finds_the_metrics_that_training_found(finished,
           "--trainer.default_root_dir", str(tmp_path / "eval")])  # fmt: skip
     records = lines(tmp_path / "eval" / "metrics.jsonl")
     assert records == lines(run / "metrics.jsonl")[-2:]
+
+
+def test_best_is_the_checkpoint_with_the_highest_score(finished, tmp_path, capsys):
+    config, run = finished
+    scores = {r["step"]: r["judge"] for r in lines(run / "metrics.jsonl") if r["weights"] == "ema"}
+    folder = shutil.copytree(run, tmp_path / "run")
+    main(["validate", "--config", config, "--ckpt_path", "best", "--checkpoint.monitor", "ema/judge",
+          "--trainer.default_root_dir", str(folder)])  # fmt: skip
+    assert lines(folder / "metrics.jsonl")[-1]["step"] == max(scores, key=scores.get)
+    for monitor, cure in ((None, "needs checkpoint.monitor"), ("ema/nothing", "was evaluated in checkpoint.monitor")):
+        flags = ["--checkpoint.monitor", monitor] if monitor else []
+        with pytest.raises(ValueError, match=cure):
+            main(["validate", "--config", config, "--ckpt_path", "best", *flags,
+                  "--trainer.default_root_dir", str(folder)])  # fmt: skip
 
 
 def test_predict_writes_a_picture_of_every_prompt_by_both_weights(finished, tmp_path):

@@ -7,24 +7,44 @@ from srpo_lightning.data import PromptData
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy
-from srpo_lightning.rewards import ClipReward
+from srpo_lightning.rewards import (
+    AestheticV25,
+    ClipReward,
+    HPSv2,
+    HPSv3,
+    ImageReward,
+    LaionAesthetic,
+    PickScore,
+    Term,
+    WeightedReward,
+)
+from srpo_lightning.strategies import ShardedStrategy
 
 FLAGS = {
     SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
-    "max_skipped_steps",
+    "max_skipped_steps optimizer_in_backward clip_norm_per_parameter",
     PromptData: "train evaluation pretrained batch_size eval_batch_size num_eval_prompts eval_samples_per_prompt field "
     "cache_dir max_sequence_length text_dtype text_batch_size text_device num_workers seed",
-    RunCheckpoint: "every_n_steps keep",
+    RunCheckpoint: "every_n_steps keep monitor mode keep_best",
     SRPO: "control_words word_choice template num_rollout_steps rollout_guidance guidance shift num_schedule_steps "
     "window grid_size ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
     "reward_batch_size",
     ControlWords: "positive negative",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
-    "resolution_shift quantize_timesteps",
-    ClipReward: "pretrained logit_scale_divisor cache_size",
-    EMA: "decay warmup",
+    "resolution_shift quantize_timesteps adapter quantize",
+    ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",
+    PickScore: "pretrained processor logit_scale_divisor dtype cache_size",
+    HPSv2: "pretrained filename processor fit logit_scale_divisor dtype cache_size",
+    ImageReward: "pretrained tokenizer dtype",
+    LaionAesthetic: "head pretrained dtype",
+    AestheticV25: "head pretrained dtype",
+    HPSv3: "pretrained weights dtype gradient_checkpointing quantize",
+    WeightedReward: "terms",
+    Term: "reward weight mean std plain",
+    ShardedStrategy: "shard_size replicate_size cpu_offload reshard_after_forward",
+    EMA: "decay warmup every_n_steps dtype device evaluate",
     SampleLogger: "num_samples columns",
-    RewardTracking: "judge labels candidates top_k",
+    RewardTracking: "judge labels candidates top_k metrics",
     Report: "num_columns scale",
 }
 

@@ -5,6 +5,8 @@ Each run is a program of its own. A step's four samples are divided over the ran
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 from tests import tiny
 
@@ -67,6 +70,24 @@ def assert_close(ours: dict, theirs: dict) -> None:
             torch.testing.assert_close(ours[kind][name], tensor, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+DYING = """
+import os, signal, sys
+from srpo_lightning import strategies
+
+save, calls = strategies.save, []
+
+def dying(state, checkpoint_id):
+    save(state, checkpoint_id=checkpoint_id)
+    calls.append(checkpoint_id)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+strategies.save = dying
+from srpo_lightning.cli import main
+main(sys.argv[1:])
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("sharded")
@@ -92,3 +113,93 @@ def test_a_run_on_two_ranks_goes_on_to_the_weights_of_one_process(models, featur
     assert [p.name for p in checkpoints(two)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
     assert not list(two.rglob("*.partial"))
     assert_close(whole(two, 4), single)
+
+
+def test_a_sharded_run_goes_on_in_one_process(models, features, folder, two, single):
+    shutil.copytree(two, folder / "gathered")
+    path = config(models, features, folder / "gathered", 1)
+    fit(path, "--ckpt_path", str(checkpoint_path(folder / "gathered", 2)))
+    assert_close(whole(folder / "gathered", 4), single)
+
+
+def test_a_run_of_one_process_goes_on_sharded_and_replicated_on_four_ranks(models, features, folder, single):
+    """Hybrid sharding: two copies of two halves."""
+    run = folder / "hybrid"
+    fit(config(models, features, run, 1), "--trainer.max_steps", "2")
+    fit(config(models, features, run, 4, strategy=sharded(2, replicate_size=2)), "--ckpt_path", "last")
+    assert_close(whole(run, 4), single)
+
+
+def test_sigterm_on_one_rank_lets_all_finish_the_step_save_and_leave(models, features, folder, single):
+    run = folder / "terminated"
+    terminate = {"class_path": "tests.faults.Terminate", "init_args": {"after": 2, "rank": 1}}
+    path = config(models, features, run, 2)
+    settings = json.loads(path.read_text())
+    settings["checkpoint"]["every_n_steps"] = 100
+    stopping = json.loads(json.dumps(settings))
+    stopping["trainer"]["callbacks"].append(terminate)
+    path.write_text(json.dumps(stopping))
+    done = start(path)
+    assert done.returncode == 143, done.stdout + done.stderr
+    assert [p.name for p in checkpoints(run)] == ["step-00000002.ckpt"]
+    path.write_text(json.dumps(settings))
+    fit(path, "--ckpt_path", "last")
+    assert_close(whole(run, 4), single)
+
+
+def test_ranks_killed_while_they_save_leave_the_checkpoint_before(models, features, folder, single):
+    run, program = folder / "killed", folder / "dying.py"
+    path = config(models, features, run, 2)
+    program.write_text(DYING)
+    command = [sys.executable, str(program), "fit", "--config", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    died = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+    assert died.returncode == -signal.SIGKILL
+    assert [p.name for p in checkpoints(run)] == ["step-00000002.ckpt"]
+    assert (run / "checkpoints" / "step-00000004.ckpt.partial").is_dir()
+    fit(path, "--ckpt_path", "last")
+    assert_close(whole(run, 4), single)
+    assert not list(run.rglob("*.partial"))
+
+
+def test_with_parameters_in_host_memory_the_run_is_the_same(models, features, folder, single):
+    run = folder / "offloaded"
+    fit(config(models, features, run, 2, strategy=sharded(2, cpu_offload=True)))
+    assert_close(whole(run, 4), single)
+
+
+def test_bfloat16_parameters_travel_and_float32_masters_are_saved(models, features, folder, two, single):
+    run = folder / "mixed"
+    fit(config(models, features, run, 2, precision="bf16-mixed"))
+    mixed = whole(run, 4)
+    assert {tensor.dtype for tensor in mixed["state_dict"].values()} == {torch.float32}
+    distances = [(mixed["state_dict"][name] - tensor).norm() for name, tensor in single["state_dict"].items()]
+    assert 0 < sum(distances) / sum(tensor.norm() for tensor in single["state_dict"].values()) < 0.05
+
+
+def test_evaluation_on_two_ranks_reads_weights_and_average(models, features, two):
+    path = config(models, features, two, 2)
+    settings = tiny.config(models, two, features)["trainer"]["callbacks"]
+    evaluated = json.loads(path.read_text())
+    evaluated["trainer"]["callbacks"] = settings[:3]
+    path.write_text(json.dumps(evaluated))
+    done = start(path, "--ckpt_path", str(checkpoint_path(two, 2)), command="validate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = read_records(two)
+    assert [(r["step"], r["weights"]) for r in records[-2:]] == [(2, "policy"), (2, "ema")]
+    assert records[-1]["reward"] != records[-2]["reward"]
+
+
+def test_sizes_that_do_not_make_the_number_of_ranks_are_refused(models, features, folder):
+    done = start(config(models, features, folder / "refused", 2, strategy=sharded(4)))
+    assert done.returncode != 0
+    assert "shard_size 4 x replicate_size 1 is not the number of ranks, 2: set their product to it" in done.stderr
+
+
+def test_a_checkpoint_of_another_policy_is_refused_before_its_tensors_are_read(models, features, two, tmp_path):
+    wider = tiny.write_pipeline(tmp_path / "wider", width=24)
+    done = start(
+        config(models, features, two, 2), "--ckpt_path", "last", "--model.policy.init_args.pretrained", str(wider)
+    )
+    assert done.returncode != 0
+    assert "this checkpoint is of another policy" in done.stderr

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from srpo_lightning import nf4
 from srpo_lightning.rewards import hpsv3
 from srpo_lightning.rewards.hpsv3 import IMAGE_TOKEN, INSTRUCTION, QUESTION, REWARD_TOKEN, HPSv3, Network
 from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing
@@ -419,7 +420,7 @@ def test_the_language_models_linear_layers_take_half_a_byte_for_each_number(rewa
 
 
 def test_4_bits_without_their_package_are_refused_with_the_cure(base, weights, monkeypatch):
-    monkeypatch.setattr(hpsv3, "find_spec", lambda _: None)
+    monkeypatch.setattr(nf4, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'srpo-lightning\[quant\]'"):
         HPSv3(str(base), str(weights), quantize="nf4")
 

@@ -1,0 +1,94 @@
+"""Adapters as files that diffusers reads."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from srpo_lightning.callbacks.ema import EMA
+from srpo_lightning.checkpoints import PARTIAL, sync
+from srpo_lightning.module import SRPOModule
+from srpo_lightning.optimizers import whole
+from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies.adapters import save_lora
+
+FOLDER = "lora"
+PREFIX = "policy.transformer."
+
+
+def lora_path(run_folder: str | Path, step: int) -> Path:
+    """The folder of the adapter after `step` optimizer steps."""
+    return Path(run_folder) / FOLDER / f"step-{step:08d}"
+
+
+class LoraExport(Checkpoint):  # Lightning calls these last: the average has followed by then
+    """Writes the adapter into `<run folder>/lora/step-*/`, and its average into `ema/` therein, when training ends.
+
+    Either folder goes to `FluxPipeline.load_lora_weights`. They are there complete or not at all.
+
+    Args:
+        every_n_steps: also after each so many optimizer steps; null: at the end only.
+    """
+
+    def __init__(self, every_n_steps: PositiveInt | None = None) -> None:
+        self.every_n_steps = every_n_steps
+        self._written_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a policy that has no adapter, before its weights are read."""
+        _policy(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write on every n-th optimizer step, once."""
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._written_step:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the result."""
+        if trainer.global_step != self._written_step:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, SRPOModule)
+        self._written_step = trainer.global_step
+        transformer = _policy(module).transformer
+        assert transformer is not None
+        folder = lora_path(trainer.default_root_dir, trainer.global_step)
+        partial = folder.with_name(folder.name + PARTIAL)
+        averages = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), {})  # type: ignore[attr-defined]
+        weights = _whole(dict(module.trainable_parameters())), _whole(averages)
+        if trainer.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            for tensors, place in zip(weights, (partial, partial / "ema"), strict=True):
+                if tensors:
+                    save_lora(transformer, tensors, place)
+            for written in [*partial.rglob("*"), partial]:
+                sync(written)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            sync(folder.parent)
+        trainer.strategy.barrier()
+        rank_zero_info(f"adapter: {folder}")
+
+
+def _policy(module: LightningModule) -> FluxPolicy:
+    assert isinstance(module, SRPOModule)
+    if not isinstance(module.policy, FluxPolicy) or module.policy.adapter is None:
+        raise ValueError(
+            "LoraExport writes adapters, and the policy has none: take it out of trainer.callbacks, or give "
+            "model.policy.init_args.adapter, for instance {rank: 32}"
+        )
+    return module.policy
+
+
+def _whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors by their names in the transformer, in host memory, gathered from all ranks where they are divided."""
+    return {name.removeprefix(PREFIX): whole(tensor.detach()).cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,46 @@
+"""NF4: frozen linear layers in 4 bits (arXiv 2305.14314), by bitsandbytes, on the CPU too."""
+
+import importlib
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+
+def check_bitsandbytes() -> None:
+    """Refuse early what could not be loaded.
+
+    Raises:
+        ValueError: with the command that installs the missing package.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("quantize asks for nf4, which needs bitsandbytes: pip install 'srpo-lightning[quant]'")
+
+
+def keep_in_4_bits(module: nn.Module, double: bool = False) -> None:
+    """Turn the linear layers in a module into NF4, one after another; gradients pass through them to their inputs.
+
+    A weight takes 4.5 bits: 4, and a float32 scale per block of 64. Products are computed in the dtype that the weights
+    had.
+
+    Args:
+        double: round the scales to 8 bits too: 4.13 bits per weight.
+    """
+    bitsandbytes: Any = importlib.import_module("bitsandbytes.nn")
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear):
+            small = bitsandbytes.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                compute_dtype=layer.weight.dtype,
+                compress_statistics=double,
+                quant_type="nf4",
+                device="meta",
+            )
+            weight = bitsandbytes.Params4bit(
+                layer.weight.data, quant_type="nf4", compress_statistics=double, module=small
+            )
+            small.weight, small.bias = weight.to("cpu"), layer.bias
+            small.support_avx512bf16_for_cpu = False  # a fast path that repacks the weights and has no gradient
+            module.set_submodule(name, small)

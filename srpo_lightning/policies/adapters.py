@@ -1,0 +1,166 @@
+"""LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353) and rsLoRA (arXiv 2312.03732) on a transformer, by peft."""
+
+import importlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from srpo_lightning.draws import keyed_generator
+from srpo_lightning.pretrained import own_part
+
+NAME = "default"  # of the adapter, in peft
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MLP = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
+"""Of double blocks, then of single blocks, whose proj_out is attention's output too."""
+
+
+@dataclass
+class Lora:
+    """What is trained beside the frozen weights of a policy's linear layers: W + scale B A, B being zero at first.
+
+    FLUX.1's default layers have 4.09 million adapter weights per rank: 131 million, 0.52 GB, at rank 32.
+
+    Args:
+        rank: columns of B and rows of A.
+        alpha: the scale is alpha / rank, with rslora alpha / sqrt(rank). Null is the rank: a scale of 1 without rslora,
+            which programs that ignore an adapter's alpha assume.
+        target_modules: ends of the names of the blocks' linear layers that get an adapter, such as to_q or
+            transformer_blocks.3.ff.net.2; null is every projection of attention and MLP.
+        dropout: of the adapters' inputs, in the trained step only. Drawn from torch's global generator: with it a
+            resumed run is not the unbroken one bit for bit.
+        dora: train the length of each row of the weights apart from its direction; slower.
+        rslora: see alpha.
+        seed: of A.
+    """
+
+    rank: PositiveInt = 32
+    alpha: PositiveFloat | None = None
+    target_modules: list[str] | None = None
+    dropout: ClosedUnitInterval = 0.0
+    dora: bool = False
+    rslora: bool = False
+    seed: int = 0
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What the trained weights mean anything with."""
+        return {
+            "rank": self.rank,
+            "alpha": float(self.alpha or self.rank),
+            "target_modules": sorted(self.target_modules or [*ATTENTION, *MLP]),
+            "dora": self.dora,
+            "rslora": self.rslora,
+        }
+
+    def check(self, blocks: Iterable[tuple[str, nn.Module]]) -> None:
+        """Refuse what could not be added to a model with these named blocks; they may be on the meta device.
+
+        Raises:
+            ValueError: with the command that installs peft, or with the names that there are.
+        """
+        if find_spec("peft") is None:
+            raise ValueError("an adapter needs peft: pip install 'srpo-lightning[lora]'")
+        self.targets(blocks)
+
+    def targets(self, blocks: Iterable[tuple[str, nn.Module]]) -> list[str]:
+        """The names of the linear layers that get an adapter.
+
+        Raises:
+            ValueError: listing the names that there are, if one of `target_modules` is the end of none.
+        """
+        linear = [
+            (f"{prefix}.{name}", name)
+            for prefix, block in blocks
+            for name, layer in block.named_modules()
+            if isinstance(layer, nn.Linear)
+        ]
+        found: dict[str, None] = {}
+        for end in self.target_modules or [*ATTENTION, *MLP]:
+            own = [full for full, _ in linear if f".{full}".endswith(f".{end}")]
+            if self.target_modules and not own:
+                raise ValueError(
+                    f"target_modules has {end!r}, with which the name of no linear layer in the model's blocks ends: "
+                    f"choose from {', '.join(sorted({name for _, name in linear}))}, or put the block before it, as in "
+                    f"{linear[0][0]}"
+                )
+            found |= dict.fromkeys(own)
+        return list(found)
+
+
+def add(transformer: FluxTransformer2DModel, lora: Lora, blocks: Iterable[tuple[str, nn.Module]]) -> None:
+    """Give a transformer adapters in float32, on the meta device where it is there, and freeze the rest."""
+    peft: Any = importlib.import_module("peft")
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.architecture["alpha"],
+        target_modules=lora.targets(blocks),
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws what `start` draws again
+        transformer.add_adapter(config, NAME)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if lora.dropout:
+        for _, layer in _adapted(transformer):
+            layer.lora_dropout[NAME] = TrainedStepDropout(lora.dropout)
+
+
+@torch.no_grad()
+def start(transformer: FluxTransformer2DModel, lora: Lora) -> None:
+    """Let the adapters change nothing yet: A is a function of the seed and the layer's name, on any number of ranks."""
+    for name, layer in _adapted(transformer):
+        a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        drawn, generator = torch.empty(a.shape, dtype=a.dtype), keyed_generator(lora.seed, "lora", name)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        local, rows = own_part(a)
+        local.copy_(drawn[rows])
+        b.zero_()
+        if lora.dora:
+            integrations: Any = importlib.import_module("peft.utils.integrations")
+            weight = integrations.dequantize_module_weight(layer.get_base_layer())
+            layer.lora_magnitude_vector[NAME].weight.copy_(torch.linalg.vector_norm(weight.float(), dim=1))
+
+
+def base_parameters(transformer: nn.Module) -> dict[str, Tensor]:
+    """The parameters by the names that they have without adapters, and without the adapters' own."""
+    named = transformer.named_parameters()
+    return {name.replace(".base_layer.", "."): p for name, p in named if ".lora_" not in name}
+
+
+def save_lora(transformer: FluxTransformer2DModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write `pytorch_lora_weights.safetensors` for `FluxPipeline.load_lora_weights`.
+
+    Args:
+        weights: the adapters', whole, by their names in `transformer`, whose adapters' own values play no part.
+        folder: made if need be.
+    """
+    peft: Any = importlib.import_module("peft")
+    FluxPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=peft.get_peft_model_state_dict(transformer, dict(weights), adapter_name=NAME),
+        transformer_lora_adapter_metadata=transformer.peft_config[NAME].to_dict(),
+    )
+
+
+class TrainedStepDropout(nn.Dropout):
+    """Dropout that leaves rollouts, which have no gradient, alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself, where no gradient is asked for."""
+        return super().forward(x) if torch.is_grad_enabled() else x
+
+
+def _adapted(transformer: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in transformer.named_modules() if hasattr(layer, "lora_A")]

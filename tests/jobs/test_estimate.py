@@ -1,0 +1,217 @@
+"""Predictions against what the allocator reports, and what the command says."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from srpo_lightning.cli import main
+from srpo_lightning.jobs import estimate as job
+from srpo_lightning.jobs.estimate import OPTIONS, POLICY, local_files, parse_bytes, read_config
+from srpo_lightning.jobs.prediction import GRADIENTS, STATES, TRAINED, num_devices, predict, quiet, without_weights
+from srpo_lightning.jobs.published import PUBLISHED
+from srpo_lightning.memory import MemoryTracker, cuda_operations
+from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.rewards import ClipReward, HPSv2
+from tests import tiny
+from tests.jobs.measured import measured_peak
+
+EMOJI = "configs/emoji_srpo.yaml"
+FLUX = "configs/flux_srpo.yaml"
+
+
+def changed(path, **settings):
+    config = read_config(str(path))
+    chosen = config.trainer.callbacks or []
+    config.trainer.callbacks = [callback for callback in chosen if callback.class_path.endswith(".EMA")]
+    for key, value in settings.items():
+        config[key.replace("__", ".")] = value
+    return config
+
+
+def predicted(config, target="cuda"):
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        return predict(config, target)
+
+
+def peak(config, target="cuda"):
+    tracker = predicted(config, target)
+    return tracker.peaks[tracker.peak_phase]
+
+
+@pytest.fixture
+def small(models, features, tmp_path):
+    """The path of a configuration of tiny models."""
+    return tiny.write_config(models, tmp_path / "run", features)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainer__precision": "32-true", "data__batch_size": 2},
+        {
+            "trainer__precision": "bf16-mixed",
+            "data__batch_size": 4,
+            "trainer__accumulate_grad_batches": 2,
+            "trainer__callbacks": None,
+            "model__objective__init_args__reward_batch_size": 2,
+        },
+        {
+            "trainer__precision": "bf16-mixed",
+            "data__batch_size": 4,
+            f"{POLICY}.gradient_checkpointing": True,
+            f"{POLICY}.vae_checkpointing": True,
+        },
+    ],
+)
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(settings):
+    config = changed(EMOJI, **settings)
+    assert peak(config, "cpu").total == pytest.approx(measured_peak(config), rel=0.1)
+
+
+def test_fake_tensors_count_as_many_bytes_as_real_ones():
+    def peaks(mode):
+        with mode:
+            network = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
+            x = torch.ones(64, 256)
+            tracker = MemoryTracker("forward", {TRAINED: "casts"})
+            tracker.label(network.parameters(), TRAINED)
+            with tracker:
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = network(x)
+                tracker.phase = "backward"
+                y.sum().backward()
+            return tracker.peaks
+
+    fake, real = peaks(FakeTensorMode()), peaks(torch.enable_grad())
+    assert fake == real
+    sizes = [256 * 512, 512, 512 * 256, 256]
+    assert fake["forward"].parts[TRAINED] == 4 * sum(sizes)
+    assert fake["forward"].parts["casts"] == 2 * sum(sizes)
+
+
+def test_a_storage_counts_until_its_last_tensor_is_gone():
+    tracker = MemoryTracker("first", {})
+    with tracker:
+        x = torch.zeros(100)
+        view = x[:1]
+        del x
+        tracker.phase = "second"
+        y = torch.zeros(10)
+        assert tracker.peaks["second"].parts == {"first": 400, "second": 40}
+        del view
+        tracker.phase = "third"
+        y = y + 1
+    assert tracker.peaks["third"].parts == {"first": 0, "second": 40, "third": 40}
+
+
+def test_autocast_normalises_in_float32_on_cuda_and_not_on_a_cpu():
+    x, weight = torch.ones(2, 4, 8, dtype=torch.bfloat16), torch.ones(4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.functional.group_norm(x, 2, weight).dtype == torch.bfloat16
+        with cuda_operations():
+            assert nn.functional.group_norm(x, 2, weight).dtype == torch.float32
+            assert nn.functional.layer_norm(x, (8,)).dtype == torch.float32
+            assert (x @ x.mT).dtype == torch.bfloat16
+        assert nn.functional.layer_norm(x, (8,)).dtype == torch.bfloat16
+
+
+def test_sharding_divides_what_is_trained_and_leaves_activations_alone(small):
+    trained = (TRAINED, GRADIENTS, STATES)
+    whole = predicted(changed(small)).peaks["optimizer step"].parts
+    strategy = {"class_path": "srpo_lightning.strategies.ShardedStrategy", "init_args": {"shard_size": 4}}
+    config = json.loads(small.read_text())
+    config["trainer"] |= {"strategy": strategy, "devices": 4}
+    small.write_text(json.dumps(config))
+    settings = changed(small)
+    assert num_devices(settings.trainer) == 4
+    parts = predicted(settings).peaks["optimizer step"].parts
+    for label in trained:
+        assert parts[label] == pytest.approx(whole[label] / 4, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "states"), [("torch.optim.AdamW", 8), ("torch.optim.SGD", 0), ("torchao.optim.AdamW8bit", 2)]
+)
+def test_the_optimizers_states_are_those_of_its_class(models, class_name, states):
+    wide = tiny.write_pipeline(models.pipeline.parent / "wide", width=128)
+    config = changed(EMOJI, data__batch_size=1, **{f"{POLICY}.pretrained": str(wide)})
+    config[f"{POLICY}.height"] = config[f"{POLICY}.width"] = 32
+    config.model.optimizer.class_path = class_name
+    config.model.optimizer.init_args = type(config)(lr=1e-3)
+    parts = predicted(config).peaks["rollout"].parts
+    assert parts.get(STATES, 0) / (parts[TRAINED] / 4) == pytest.approx(states, abs=0.3)
+
+
+def test_published_architectures_have_the_published_numbers_of_weights(tmp_path):
+    config = changed(FLUX, trainer__callbacks=None)
+    with local_files(config) as used, without_weights(), quiet():
+        folder = config[f"{POLICY}.pretrained"]
+        policy, reward = FluxPolicy(folder), HPSv2(config.model.reward.init_args.pretrained)
+        policy.load()
+        reward.load()
+    assert used == ["black-forest-labs/FLUX.1-dev", "xswu/HPSv2"]
+    count = {name: sum(p.numel() for p in m.parameters()) for name, m in [("t", policy.transformer), ("v", policy.vae)]}
+    assert count == {"t": 11_901_408_320, "v": 83_819_683}
+    assert sum(p.numel() for p in reward.clip.parameters()) == 986_109_441
+    config.model.reward.init_args.pretrained = "openai/clip-vit-large-patch14"
+    with local_files(config), without_weights():
+        small = ClipReward(config.model.reward.init_args.pretrained)
+        small.load()
+    assert sum(p.numel() for p in small.clip.parameters()) == 427_616_513
+
+
+def run(capsys, *arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main(["estimate", *arguments])
+    return capsys.readouterr().out
+
+
+def test_flux_is_estimated_without_any_of_its_files(capsys, monkeypatch):
+    """With one block of each kind, which is faster; everything else as published."""
+    one = PUBLISHED["black-forest-labs/FLUX.1-dev"]["transformer/config.json"] | {"num_layers": 1}
+    monkeypatch.setitem(
+        PUBLISHED["black-forest-labs/FLUX.1-dev"], "transformer/config.json", one | {"num_single_layers": 1}
+    )
+    printed = run(capsys, "--config", FLUX)
+    assert (
+        "architecture: black-forest-labs/FLUX.1-dev, xswu/HPSv2, openai/clip-vit-large-patch14 as published" in printed
+    )
+    assert re.search(r"\nfits a device of 80.00 GiB", printed)
+    assert "One change at a time" not in printed
+
+
+def test_where_it_does_not_fit_options_follow_those_that_save_most_first(capsys, small, monkeypatch):
+    chosen = [o for o in OPTIONS if re.search("vae_checkpointing|batch_size 1,|device: host", o.setting)]
+    monkeypatch.setattr(job, "OPTIONS", chosen)
+    printed = run(capsys, "--config", str(small), "--device_memory", "1MB", "--reserve", "1MB")
+    assert "does not fit a device" in printed
+    rows = re.findall(r"^ +([\d.]+) +([\d.]+)  (fits|does not fit): (.*)$", printed, re.MULTILINE)
+    saved = [float(row[0]) for row in rows]
+    assert len(saved) == 3
+    assert saved == sorted(saved, reverse=True)
+    assert re.search(r"Together 0.\d+ GiB, (fits|does not fit): \S+ .*; .*; ", printed)
+
+
+def test_a_model_that_cannot_be_reached_is_refused_with_a_cure(small):
+    config = json.loads(small.read_text())
+    config["model"]["policy"]["init_args"]["pretrained"] = "someone/unheard-of"
+    small.write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=r"neither a folder here .* nor a hub model .*: give the path"):
+        main(["estimate", "--config", str(small)])
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 << 30), ("24 GB", 24 * 10**9), ("1.5mib", 3 << 19)])
+def test_sizes_of_memory_have_units(text, size):
+    assert parse_bytes(text) == size
+
+
+def test_a_size_without_a_unit_is_refused():
+    with pytest.raises(ValueError, match="'80' is no size of memory: write it as 80GiB"):
+        parse_bytes("80")
