@@ -20,8 +20,9 @@ from tests.jobs.measured import measured_peak
 
 SGD = Namespace(class_path="torch.optim.SGD", init_args=Namespace(lr=1e-3))
 
-EIGHT_BIT = {"model.optimizer": Namespace(class_path="torchao.optim.AdamW8bit", init_args=Namespace(lr=5e-6))}
+EIGHT_BIT = {"model.optimizer": Namespace(class_path="srpo_lightning.low_bit.AdamW8bit", init_args=Namespace(lr=5e-6))}
 ADAPTER = Namespace(**vars(Lora()))
+NF4 = {f"{POLICY}.quantize": "nf4"}
 
 MIXED = {"trainer.precision": "bf16-mixed"}
 FULL = {"trainer.precision": "32-true"}

@@ -6,7 +6,7 @@ for itself while it runs, what an allocator keeps beside, and the context of a G
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._tools.common_utils import get_untyped_storages
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -58,7 +59,7 @@ class MemoryTracker(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         self._live: Counter[str] = Counter()
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage to its [label, bytes]
-        self._patches: list[AbstractContextManager[Any]] = []
+        self._patches = ExitStack()
 
     @property
     def peak_phase(self) -> str:
@@ -82,13 +83,21 @@ class MemoryTracker(TorchDispatchMode):
                 tracker._look()
             return result
 
-        self._patches.append(patch.object(torch.UntypedStorage, "resize_", tracked))
-        self._patches[-1].__enter__()
+        # DTensor works out whole shapes on fake tensors of its own, which are nobody's memory.
+        work_out = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def untracked(*args: Any) -> Any:
+            with _disable_current_modes():
+                return work_out(*args)
+
+        self._patches = ExitStack()
+        self._patches.enter_context(patch.object(torch.UntypedStorage, "resize_", tracked))
+        self._patches.enter_context(patch.object(ShardingPropagator, work_out.__name__, untracked))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._patches.pop().__exit__(*exception)
+        self._patches.close()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

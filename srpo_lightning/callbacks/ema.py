@@ -8,6 +8,7 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from srpo_lightning.module import SRPOModule
 
@@ -114,6 +115,9 @@ class EMA(Callback):
     def _swap(self, module: SRPOModule, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put `tensors` in the parameters' place; what was there is returned, in their memory where it fits."""
         waiting = {}
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # or what was gathered before would stand in for the new weights
         for name, parameter in module.trainable_parameters():
             own, other = parameter.to(tensors[name].device, copy=True), tensors[name]
             parameter.copy_(other)

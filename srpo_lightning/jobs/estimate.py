@@ -98,7 +98,7 @@ def small_states(config: Namespace) -> bool:
     """AdamW with states of 8 bits."""
     if config.model.optimizer.class_path.endswith("8bit"):
         return False
-    config.model.optimizer.class_path = "torchao.optim.AdamW8bit"
+    config.model.optimizer.class_path = "srpo_lightning.low_bit.AdamW8bit"
     return True
 
 
@@ -153,7 +153,7 @@ OPTIONS = (
     turn("model.reward.init_args.dtype", "bfloat16"),
     turn("model.objective.init_args.reward_batch_size", 1),
     Option("data.batch_size 1, with as much more trainer.accumulate_grad_batches", smaller_batch),
-    Option("model.optimizer.class_path torchao.optim.AdamW8bit (on one device also bitsandbytes')", small_states),
+    Option("model.optimizer.class_path srpo_lightning.low_bit.AdamW8bit", small_states),
     Option("EMA with device: host", average_on_host),
     Option("model.optimizer_in_backward true, without accumulation and trainer.gradient_clip_val", in_backward),
     turn(f"{POLICY}.dtype", "bfloat16"),
@@ -177,8 +177,8 @@ def report(config: Namespace, tracker: MemoryTracker, published: list[str]) -> s
     policy = config.model.policy.init_args
     source = f"{', '.join(published)} as published" if published else "the models' config.json"
     head = (
-        f"{config.trainer.precision}, {policy.get('height')} x {policy.get('width')} px, "
-        f"{config.data.batch_size} prompts per micro-batch, {num_devices(config.trainer)} devices"
+        f"{config.trainer.precision}, {policy.get('height')} x {policy.get('width')} px, batch_size "
+        f"{config.data.batch_size}, devices: {num_devices(config.trainer)}"
         f"{', sharded' if is_sharded(config.trainer) else ''}; architecture: {source}"
     )
     parts = sorted(highest.parts.items(), key=lambda part: (part[0] not in LASTING, -part[1]))

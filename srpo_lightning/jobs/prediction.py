@@ -2,8 +2,9 @@
 
 The module's own rollout, loss and optimizer run on fake tensors, which have shapes and no numbers, while every live
 byte is counted (memory.py), in the order of calls in which Lightning makes them. Models are built from their
-config.json; no weights are read. Sharded, FSDP2 itself runs on fake tensors, in a process group that pretends to have
-so many ranks. Optimizers and layers of compiled libraries have stand-ins.
+config.json; no weights are read, but those of rewards that do without `from_pretrained`. Sharded, FSDP2 itself runs on
+fake tensors, in a process group that pretends to have so many ranks. Optimizers and layers of compiled libraries have
+stand-ins.
 
 Not counted: kernels' workspaces, the allocator's fragmentation, the CUDA context and NCCL's buffers; evaluation, whose
 rollout is that of training with a larger batch; text encoders, which are freed before training; and host memory.
@@ -23,7 +24,11 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -200,7 +205,11 @@ def quiet() -> Iterator[None]:
 
 
 def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> MemoryTracker:
-    """Run a configuration's training steps on fake tensors."""
+    """Run a configuration's training step on fake tensors.
+
+    Raises:
+        ValueError: with a cure, if a model cannot be built, or shapes in it depend on numbers.
+    """
     config = config.clone()
     if re.search("adamw?8bit$", config.model.optimizer.class_path, re.IGNORECASE):
         config.model.optimizer = Namespace(
@@ -230,7 +239,13 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
         for judge in judges:
             make_fake(judge)
             tracker.label((*judge.parameters(), *judge.buffers()), JUDGES)
-        train(module, fake_conditions(config), config.trainer, ema, tracker, on_cuda=target == "cuda")
+        try:
+            train(module, fake_conditions(config), config.trainer, ema, tracker, on_cuda=target == "cuda")
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise ValueError(
+                f"{type(module.reward).__name__} decides by numbers, which are not there ({error}): estimate with HPSv2 "
+                "in its place, and add the difference of their weights"
+            ) from error
     return tracker
 
 

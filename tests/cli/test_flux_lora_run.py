@@ -1,4 +1,4 @@
-"""configs/flux_lora.yaml and flux_qlora.yaml from first line to exported adapter, with tiny models for large ones."""
+"""configs/flux_srpo_lora.yaml and flux_srpo_qlora.yaml from first line to exported adapter, with tiny models for large ones."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from srpo_lightning.checkpoints import checkpoint_path
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("name", "package"), [("flux_lora", "peft"), ("flux_qlora", "bitsandbytes")])
+@pytest.mark.parametrize(("name", "package"), [("flux_srpo_lora", "peft"), ("flux_srpo_qlora", "bitsandbytes")])
 def test_the_configurations_of_adapters_train_to_their_files_on_models_in_the_same_layout(
     models, tmp_path, name, package
 ):
@@ -23,7 +23,7 @@ def test_the_configurations_of_adapters_train_to_their_files_on_models_in_the_sa
     pytest.importorskip("peft")
     pytest.importorskip(package)
     text = (REPOSITORY / "configs" / f"{name}.yaml").read_text()
-    px = 512 if name == "flux_qlora" else 720
+    px = 512 if name == "flux_srpo_qlora" else 720
     replacements = {
         "black-forest-labs/FLUX.1-dev": str(models.pipeline),
         "xswu/HPSv2": str(models.clip),

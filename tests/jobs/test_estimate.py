@@ -12,7 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from srpo_lightning.cli import main
 from srpo_lightning.jobs import estimate as job
 from srpo_lightning.jobs.estimate import OPTIONS, POLICY, local_files, parse_bytes, read_config
-from srpo_lightning.jobs.prediction import GRADIENTS, STATES, TRAINED, num_devices, predict, quiet, without_weights
+from srpo_lightning.jobs.prediction import (
+    GRADIENTS,
+    STATES,
+    STEP,
+    TRAINED,
+    num_devices,
+    predict,
+    quiet,
+    without_weights,
+)
 from srpo_lightning.jobs.published import PUBLISHED
 from srpo_lightning.memory import MemoryTracker, cuda_operations
 from srpo_lightning.policies import FluxPolicy
@@ -122,7 +131,7 @@ def test_autocast_normalises_in_float32_on_cuda_and_not_on_a_cpu():
 
 
 def test_sharding_divides_what_is_trained_and_leaves_activations_alone(small):
-    trained = (TRAINED, GRADIENTS, STATES)
+    trained = (TRAINED, GRADIENTS, STATES, STEP)
     whole = predicted(changed(small)).peaks["optimizer step"].parts
     strategy = {"class_path": "srpo_lightning.strategies.ShardedStrategy", "init_args": {"shard_size": 4}}
     config = json.loads(small.read_text())
@@ -136,7 +145,8 @@ def test_sharding_divides_what_is_trained_and_leaves_activations_alone(small):
 
 
 @pytest.mark.parametrize(
-    ("class_name", "states"), [("torch.optim.AdamW", 8), ("torch.optim.SGD", 0), ("torchao.optim.AdamW8bit", 2)]
+    ("class_name", "states"),
+    [("torch.optim.AdamW", 8), ("torch.optim.SGD", 0), ("srpo_lightning.low_bit.AdamW8bit", 2)],
 )
 def test_the_optimizers_states_are_those_of_its_class(models, class_name, states):
     wide = tiny.write_pipeline(models.pipeline.parent / "wide", width=128)
@@ -175,10 +185,9 @@ def run(capsys, *arguments):
 
 def test_flux_is_estimated_without_any_of_its_files(capsys, monkeypatch):
     """With one block of each kind, which is faster; everything else as published."""
-    one = PUBLISHED["black-forest-labs/FLUX.1-dev"]["transformer/config.json"] | {"num_layers": 1}
-    monkeypatch.setitem(
-        PUBLISHED["black-forest-labs/FLUX.1-dev"], "transformer/config.json", one | {"num_single_layers": 1}
-    )
+    flux = PUBLISHED["black-forest-labs/FLUX.1-dev"]
+    small = flux["transformer/config.json"] | {"num_layers": 1, "num_single_layers": 1}
+    monkeypatch.setitem(flux, "transformer/config.json", small)
     printed = run(capsys, "--config", FLUX)
     assert (
         "architecture: black-forest-labs/FLUX.1-dev, xswu/HPSv2, openai/clip-vit-large-patch14 as published" in printed
