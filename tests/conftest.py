@@ -2,7 +2,9 @@
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -40,3 +42,10 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """LightningCLI warns where both pytest and a test of `main` bring arguments."""
     monkeypatch.setattr("sys.argv", ["srpo_lightning"])
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """A trainer leaves its rank in the environment, with which a later test's processes would wait for others."""
+    with mock.patch.dict(os.environ):
+        yield

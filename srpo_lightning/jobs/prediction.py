@@ -243,8 +243,8 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
             train(module, fake_conditions(config), config.trainer, ema, tracker, on_cuda=target == "cuda")
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
             raise ValueError(
-                f"{type(module.reward).__name__} decides by numbers, which are not there ({error}): estimate with HPSv2 "
-                "in its place, and add the difference of their weights"
+                f"{type(module.reward).__name__} decides by numbers, which are not there ({error}): estimate with "
+                "HPSv2 in its place, and add the difference of their weights"
             ) from error
     return tracker
 

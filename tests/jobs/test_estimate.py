@@ -60,27 +60,34 @@ def small(models, features, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "tolerance"),
     [
-        {"trainer__precision": "32-true", "data__batch_size": 2},
-        {
-            "trainer__precision": "bf16-mixed",
-            "data__batch_size": 4,
-            "trainer__accumulate_grad_batches": 2,
-            "trainer__callbacks": None,
-            "model__objective__init_args__reward_batch_size": 2,
-        },
-        {
-            "trainer__precision": "bf16-mixed",
-            "data__batch_size": 4,
-            f"{POLICY}.gradient_checkpointing": True,
-            f"{POLICY}.vae_checkpointing": True,
-        },
+        ({"trainer__precision": "32-true", "data__batch_size": 2}, 0.01),
+        (
+            {
+                "trainer__precision": "bf16-mixed",
+                "data__batch_size": 4,
+                "trainer__accumulate_grad_batches": 2,
+                "trainer__callbacks": None,
+                "model__objective__init_args__reward_batch_size": 2,
+            },
+            0.01,
+        ),
+        (
+            {
+                "trainer__precision": "bf16-mixed",
+                "data__batch_size": 4,
+                f"{POLICY}.gradient_checkpointing": True,
+                f"{POLICY}.vae_checkpointing": True,
+            },
+            0.1,
+        ),
     ],
 )
-def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(settings):
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(settings, tolerance):
+    """Within a hundredth but for kernels' workspaces, which are seen where the VAE's layers are recomputed."""
     config = changed(EMOJI, **settings)
-    assert peak(config, "cpu").total == pytest.approx(measured_peak(config), rel=0.1)
+    assert peak(config, "cpu").total == pytest.approx(measured_peak(config), rel=tolerance)
 
 
 def test_fake_tensors_count_as_many_bytes_as_real_ones():
@@ -140,6 +147,7 @@ def test_sharding_divides_what_is_trained_and_leaves_activations_alone(small):
     settings = changed(small)
     assert num_devices(settings.trainer) == 4
     parts = predicted(settings).peaks["optimizer step"].parts
+    assert parts[FROZEN] == whole[FROZEN] > 0
     for label in trained:
         assert parts[label] == pytest.approx(whole[label] / 4, rel=0.1)
 
