@@ -1,8 +1,8 @@
 """One reward step at full size, ViT-H-14 with random weights: image encoded once for both words, against two calls.
 
-python benchmarks/rewards.py [--batch_size 4] [--repeats 3]
+python benchmarks/rewards.py [--batch_size 4] [--repeats 3] [--precision 32]
 
-Three ways, interleaved, forward and backward to the pixels under bfloat16 autocast:
+Three ways, interleaved, forward and backward to the pixels, in bfloat16 under autocast or in float32:
   shared    the images through the vision tower once, text features from the cache: what training does
   separate  two calls of the reward, text features from the cache
   uncached  two calls, and text features computed anew in each, as the research code does
@@ -11,6 +11,7 @@ Three ways, interleaved, forward and backward to the pixels under bfloat16 autoc
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -44,13 +45,14 @@ class RandomViTH(ClipReward):
     def read_model(self) -> CLIPModel:
         """Random weights."""
         config = CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=1024)
-        return CLIPModel(config).to(torch.bfloat16)
+        return CLIPModel(config)
 
 
-def main(batch_size: int = 4, repeats: int = 3, size: int = 720) -> None:
+def main(batch_size: int = 4, repeats: int = 3, size: int = 720, precision: Literal["bf16", "32"] = "bf16") -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reward = RandomViTH("srpo_lightning/assets/emoji-clip", dtype="bfloat16")
+    is_mixed = precision == "bf16"
+    reward = RandomViTH("srpo_lightning/assets/emoji-clip", dtype="bfloat16" if is_mixed else "float32")
     reward.load()
     reward.preprocess = reward.preprocess._replace(size=(224, 224))
     reward.to(device)
@@ -77,7 +79,7 @@ def main(batch_size: int = 4, repeats: int = 3, size: int = 720) -> None:
             pixels = images.clone().requires_grad_()
             synchronize(device)
             start = time.perf_counter()
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=is_mixed):
                 values = way(pixels)
             values.sum().backward()
             synchronize(device)
