@@ -182,16 +182,19 @@ def report(config: Namespace, tracker: MemoryTracker, published: list[str]) -> s
         f"{', sharded' if is_sharded(config.trainer) else ''}; architecture: {source}"
     )
     parts = sorted(highest.parts.items(), key=lambda part: (part[0] not in LASTING, -part[1]))
-    rows = [f"{in_gib(size):>10}  {name if name in (*LASTING, CASTS) else f'made in: {name}'}" for name, size in parts]
+    rows = [
+        f"{in_gib(size):>10}  {name if name in (*LASTING, CASTS) else f'made in: {name}'}"
+        for name, size in parts
+        if size > highest.total / 10_000
+    ]
     phases = [f"{in_gib(peak.total):>10}  {phase}" for phase, peak in tracker.peaks.items()]
-    shown = [row for row in rows if not row.startswith(f"{in_gib(0):>10}")]
     return "\n".join(
         [
             f"Predicted memory per device in GiB ({head})",
             "\nPeaks:",
             *phases,
             f"\nThe highest, in: {tracker.peak_phase}",
-            *shown,
+            *rows,
             f"{in_gib(highest.total):>10}  in all",
         ]
     )

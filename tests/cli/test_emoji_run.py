@@ -25,7 +25,7 @@ def test_the_emoji_configuration_trains_two_steps_and_reports(tmp_path):
     command = [sys.executable, "-m", "srpo_lightning", "fit", "--config", "configs/emoji_srpo.yaml"]
     command += [str(part) for flag in flags.items() for part in flag]
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "2"}
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr
