@@ -1,4 +1,4 @@
-"""configs/flux_srpo_lora.yaml and flux_srpo_qlora.yaml from first line to exported adapter, with tiny models for large ones."""
+"""The recipes for adapters from first line to exported adapter, with tiny models for the large ones."""
 
 import os
 import subprocess
