@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 FOLDER = "checkpoints"
 SUFFIX = ".ckpt"
 PARTIAL = ".partial"
-METADATA = "meta.pt"  # of a sharded checkpoint: what is no tensor of a parameter's shape
+METADATA = _METADATA_FILENAME  # where Lightning looks for what of a sharded checkpoint is no tensor
 
 
 def checkpoint_path(run_folder: str | Path, step: int) -> Path:
@@ -49,7 +50,9 @@ def newest(run_folder: str | Path) -> Path:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint, at no moment leaving a part of it under its name."""
-    gone = path.rename(path.with_name(path.name + ".deleted"))
+    gone = path.with_name(path.name + ".deleted")
+    shutil.rmtree(gone, ignore_errors=True)  # what a kill in here has left
+    path.rename(gone)
     if gone.is_dir():
         shutil.rmtree(gone)
     else:
@@ -101,6 +104,24 @@ def _numbered(state: dict[str, Any]) -> dict[str, Any]:
     number = {name: i for i, name in enumerate(names)}
     groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
     return {"state": {number[name]: own for name, own in state["state"].items()}, "param_groups": groups}
+
+
+def begin_folder(path: Path) -> Path:
+    """An empty folder beside the final name, for what `finish_folder` is to put there."""
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def finish_folder(partial: Path, path: Path) -> None:
+    """Flush a folder that is whole now, and give it its name."""
+    for written in [*partial.rglob("*"), partial]:
+        sync(written)
+    if path.exists():
+        remove(path)
+    partial.rename(path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

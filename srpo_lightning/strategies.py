@@ -1,6 +1,5 @@
 """FSDP2 as a Lightning strategy: parameters sharded block by block, checkpoints complete or absent."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from srpo_lightning.checkpoints import METADATA, PARTIAL, remove, sync
+from srpo_lightning.checkpoints import METADATA, PARTIAL, begin_folder, finish_folder
 
 PARAMETER_LIKE = ("ema",)
 """Keys of a checkpoint that hold tensors by parameter name, sharded as the parameters are."""
@@ -61,8 +60,12 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"{world_size}: set their product to it, for instance shard_size {world_size} and replicate_size 1"
             )
         super().setup_environment()
+        self.make_mesh(self.root_device.type)
+
+    def make_mesh(self, device_type: str) -> None:
+        """Arrange the ranks, which are connected: copies in rows."""
         sizes, names = (self.replicate_size, self.shard_size), ("replicate", "shard")
-        self.mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+        self.mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
 
     def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Divide the model's parameters, gathered block by block when it runs."""
@@ -92,8 +95,7 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(str(filepath)))
         partial = path.with_name(path.name + PARTIAL)
         if self.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            begin_folder(path)
         self.barrier()
         sharded = {"state_dict": checkpoint.pop("state_dict")}
         sharded |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
@@ -101,12 +103,7 @@ class ShardedStrategy(ModelParallelStrategy):
         save(sharded, checkpoint_id=partial)
         if self.is_global_zero:
             torch.save(checkpoint, partial / METADATA)
-            for written in partial.iterdir():
-                sync(written)
-            if path.exists():
-                remove(path)
-            partial.rename(path)
-            sync(path.parent)
+            finish_folder(partial, path)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import PARTIAL, AtomicCheckpointIO, checkpoint_path, checkpoints, newest
+from srpo_lightning.checkpoints import PARTIAL, AtomicCheckpointIO, checkpoint_path, checkpoints, newest, remove
 
 SAVE_FOREVER = """
 import itertools, sys, torch
@@ -83,3 +83,11 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda self, target: calls.append("rename") or replace(self, target))
     AtomicCheckpointIO().save_checkpoint({}, checkpoint_path(tmp_path, 1))
     assert calls == ["fsync", "rename", "fsync"]
+
+
+def test_a_folder_is_removed_although_a_kill_left_a_part_of_its_removal(tmp_path):
+    for folder in (tmp_path / "step-00000001.ckpt", tmp_path / "step-00000001.ckpt.deleted"):
+        folder.mkdir()
+        (folder / "part").touch()
+    remove(tmp_path / "step-00000001.ckpt")
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,5 @@
 """Adapters as files that diffusers reads."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.callbacks.ema import EMA
-from srpo_lightning.checkpoints import PARTIAL, sync
+from srpo_lightning.checkpoints import begin_folder, finish_folder
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.optimizers import whole
 from srpo_lightning.policies import FluxPolicy
@@ -62,19 +61,14 @@ class LoraExport(Checkpoint):  # Lightning calls these last: the average has fol
         transformer = _policy(module).transformer
         assert transformer is not None
         folder = lora_path(trainer.default_root_dir, trainer.global_step)
-        partial = folder.with_name(folder.name + PARTIAL)
         averages = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), {})  # type: ignore[attr-defined]
         weights = _whole(dict(module.trainable_parameters())), _whole(averages)
         if trainer.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
+            partial = begin_folder(folder)
             for tensors, place in zip(weights, (partial, partial / "ema"), strict=True):
                 if tensors:
                     save_lora(transformer, tensors, place)
-            for written in [*partial.rglob("*"), partial]:
-                sync(written)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            sync(folder.parent)
+            finish_folder(partial, folder)
         trainer.strategy.barrier()
         rank_zero_info(f"adapter: {folder}")
 

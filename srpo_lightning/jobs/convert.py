@@ -1,11 +1,11 @@
 """`convert`: a published HPSv2 file, once, into a folder that loads without unpickling."""
 
 import json
-import shutil
 from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from srpo_lightning.checkpoints import begin_folder, finish_folder
 from srpo_lightning.pretrained import unreadable_is_refused
 from srpo_lightning.rewards import HPSv2
 from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD
@@ -22,7 +22,7 @@ def convert(source: str, output: str, processor: str = "laion/CLIP-ViT-H-14-laio
     Raises:
         ValueError: if the source is another file, or the output exists.
     """
-    folder, incomplete = Path(output).expanduser(), Path(f"{output}.incomplete").expanduser()
+    folder = Path(output).expanduser()
     if folder.exists():
         raise ValueError(f"{folder} exists already: name another output, or delete it")
     if not Path(source).expanduser().is_file():
@@ -33,7 +33,7 @@ def convert(source: str, output: str, processor: str = "laion/CLIP-ViT-H-14-laio
     reward.load()
     assert reward.clip is not None
     size = reward.clip.config.vision_config.image_size
-    shutil.rmtree(incomplete, ignore_errors=True)
+    incomplete = begin_folder(folder)
     reward.clip.save_pretrained(incomplete)
     with unreadable_is_refused(processor):
         CLIPTokenizer.from_pretrained(processor).save_pretrained(incomplete)
@@ -49,5 +49,5 @@ def convert(source: str, output: str, processor: str = "laion/CLIP-ViT-H-14-laio
             indent=2,
         )
     )
-    incomplete.rename(folder)
+    finish_folder(incomplete, folder)
     print(f"{folder}: {sum(p.numel() for p in reward.clip.parameters()):,} parameters from {source}")

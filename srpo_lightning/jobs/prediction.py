@@ -30,7 +30,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.distributed import destroy_process_group, init_process_group
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -77,11 +76,10 @@ def train(
         on_cuda: whether CUDA is what the fake tensors stand for.
     """
     parameters = [p for _, p in module.trainable_parameters()]
-    trained = set(parameters)
     offloads = is_sharded(trainer) and trainer.strategy.init_args.cpu_offload
     trained_label, gradient_label, state_label = [""] * 3 if offloads else [TRAINED, GRADIENTS, STATES]
-    tracker.label(trained, trained_label)
-    tracker.label((t for t in (*module.parameters(), *module.buffers()) if t not in trained), FROZEN)
+    tracker.label(parameters, trained_label)
+    tracker.label((t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad), FROZEN)
     tracker.label(conditions[1:], BATCH)
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], gradient_label))
@@ -94,12 +92,7 @@ def train(
         if num_devices(trainer) > 1 and not is_sharded(trainer):
             buckets = [torch.zeros_like(parameter) for parameter in parameters]
             tracker.label(buckets, BUCKETS)
-        configured = module.configure_optimizers()
-        optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
-        if on_cuda:
-            for group in optimizer.param_groups:
-                if group.get("foreach", False) is None and not group.get("fused"):
-                    group["foreach"] = True  # which optimizers choose there by themselves
+        optimizer = configured_optimizer(module, on_cuda=on_cuda)
         # After a first step there are optimizer states, and gradients until the next backward pass frees them.
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -122,6 +115,16 @@ def train(
             tracker.phase = AVERAGING
             progress.global_step = ema.every_n_steps
             ema.on_train_batch_end(progress, module, None, conditions, 0)
+
+
+def configured_optimizer(module: SRPOModule, *, on_cuda: bool) -> Optimizer:
+    """The module's, with the kernels that it would choose."""
+    configured = module.configure_optimizers()
+    optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    for group in optimizer.param_groups if on_cuda else ():
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+    return optimizer
 
 
 def step(optimizer: Optimizer, tracker: MemoryTracker, label: str) -> None:
@@ -272,8 +275,7 @@ def sharded(trainer: Namespace) -> Iterator[ShardedStrategy]:
         strategy.precision_plugin = MixedPrecision("bf16-mixed", "cpu")
     init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
-        names = ("replicate", "shard")
-        strategy.mesh = init_device_mesh("cpu", (strategy.replicate_size, strategy.shard_size), mesh_dim_names=names)
+        strategy.make_mesh("cpu")
         yield strategy
     finally:
         destroy_process_group()

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from srpo_lightning.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
-from srpo_lightning.rewards.base import Images, Reward, Scores, check_lengths
+from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
 
 HIDDEN = (1024, 128, 64, 16)  # between features and score, in every head of more than one layer
@@ -139,8 +139,7 @@ class AestheticReward(Reward):
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
         """The score of each image, computed once, T times over."""
-        for column in texts:
-            check_lengths(images, column)
+        check_columns(images, texts)
         return self.forward(images, [])[:, None].expand(-1, len(texts))
 
 

@@ -99,3 +99,9 @@ def check_lengths(images: Tensor, texts: Sequence[str]) -> None:
     if isinstance(texts, str) or len(texts) != len(images):
         count = "one string" if isinstance(texts, str) else f"{len(texts)} texts"
         raise ValueError(f"{count} for {len(images)} images: give a list with one text for each image")
+
+
+def check_columns(images: Tensor, columns: Sequence[Sequence[str]]) -> None:
+    """The same for T times B texts."""
+    for texts in columns:
+        check_lengths(images, texts)

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -12,9 +11,9 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
 from srpo_lightning.pretrained import read_json, unreadable_is_refused
-from srpo_lightning.rewards.base import Images, Reward, Scores, check_lengths
+from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
-from srpo_lightning.rewards.words import REALISM
+from srpo_lightning.rewards.words import PUBLISHED
 
 
 class ClipReward(Reward):
@@ -31,7 +30,7 @@ class ClipReward(Reward):
         cache_size: how many texts' features are kept; at 1,024 numbers each the default takes 64 MiB.
     """
 
-    word_lists = MappingProxyType({"realism": REALISM})
+    word_lists = PUBLISHED
 
     def __init__(
         self,
@@ -95,8 +94,7 @@ class ClipReward(Reward):
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
         """Each image goes through CLIP once, and each distinct text."""
-        for column in texts:
-            check_lengths(images, column)
+        check_columns(images, texts)
         row_of = {text: row for row, text in enumerate(dict.fromkeys(text for column in texts for text in column))}
         rows = torch.tensor([[row_of[text] for text in column] for column in texts], device=images.device)
         image_features, text_features = self.image_features(images), self.text_features(list(row_of))

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from srpo_lightning.pretrained import read_json, read_weights, weights_file
-from srpo_lightning.rewards.base import Images, Scores
+from srpo_lightning.rewards.base import Images
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.rewards.open_clip import clip_model
 from srpo_lightning.rewards.pixels import Preprocessing
-from srpo_lightning.rewards.words import REALISM, SEMANTIC_GUIDED
+from srpo_lightning.rewards.words import PUBLISHED, SEMANTIC_GUIDED
 
 NUM_HEADS = 16  # of ViT-H-14, image and text tower
 
@@ -37,7 +37,7 @@ class HPSv2(ClipReward):
         cache_size: how many texts' features are kept.
     """
 
-    word_lists = MappingProxyType({"realism": REALISM, "realism (SGP-HPS)": SEMANTIC_GUIDED})
+    word_lists = MappingProxyType({**PUBLISHED, "realism (SGP-HPS)": SEMANTIC_GUIDED})
 
     def __init__(
         self,
@@ -96,7 +96,3 @@ class SGPHPS(HPSv2):
         pairs = [[f"{word}. {text}" for text in column] for column in texts for word in (positive, negative)]
         photo, render = super().scores(images, pairs).unflatten(1, (-1, 2)).unbind(2)
         return torch.sigmoid(self.logit_scale / self.scale * (photo - render))
-
-    def forward(self, images: Images, texts: Sequence[str]) -> Scores:
-        """The preference under each image's own prompt."""
-        return self.scores(images, [texts])[:, 0]

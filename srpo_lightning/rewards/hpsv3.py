@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -17,9 +16,9 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 
 from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits
 from srpo_lightning.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
-from srpo_lightning.rewards.base import Images, Reward, Scores, check_lengths
+from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns, check_lengths
 from srpo_lightning.rewards.pixels import Preprocessing
-from srpo_lightning.rewards.words import REALISM
+from srpo_lightning.rewards.words import PUBLISHED
 
 FILENAME = "HPSv3.safetensors"
 NUM_PIXELS = 256 * 28 * 28  # about as many as an image is resized to
@@ -97,7 +96,7 @@ class HPSv3(Reward):
             not quite the published scores. Needs the extra `quant`.
     """
 
-    word_lists = MappingProxyType({"realism": REALISM})
+    word_lists = PUBLISHED
 
     def __init__(
         self,
@@ -161,8 +160,7 @@ class HPSv3(Reward):
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
         """Each image goes through the vision tower once; the language model takes one column of texts after another."""
-        for column in texts:
-            check_lengths(images, column)
+        check_columns(images, texts)
         features = self.image_features(images)
         columns = [self._judge(features, column)[:, 0] for column in texts]
         return torch.stack(columns, dim=1).to(torch.promote_types(torch.float32, images.dtype))

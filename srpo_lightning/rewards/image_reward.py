@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -21,9 +20,9 @@ from transformers import (
 
 from srpo_lightning.pretrained import load_exactly, part, read_json, read_weights, unreadable_is_refused, weights_file
 from srpo_lightning.rewards.aesthetic import HIDDEN, Head
-from srpo_lightning.rewards.base import Images, Reward, Scores, check_lengths
+from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
-from srpo_lightning.rewards.words import REALISM
+from srpo_lightning.rewards.words import PUBLISHED
 
 VIT_LARGE = {
     "hidden_size": 1024,
@@ -95,7 +94,7 @@ class ImageReward(Reward):
         dtype: of the weights but the head's, which computes in float32 either way.
     """
 
-    word_lists = MappingProxyType({"realism": REALISM})
+    word_lists = PUBLISHED
 
     def __init__(
         self,
@@ -137,8 +136,7 @@ class ImageReward(Reward):
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
         """Each image goes through the image encoder once; the text encoder looks at it anew for each text."""
-        for column in texts:
-            check_lengths(images, column)
+        check_columns(images, texts)
         assert self.model is not None, "load() comes first"
         pixels = self.preprocess(images)
         patches = self.model.visual_encoder(pixel_values=pixels).last_hidden_state

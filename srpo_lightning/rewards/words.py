@@ -1,5 +1,6 @@
 """Control words and where they come from. Whether a reward model understands them: `control-words` measures it."""
 
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -28,3 +29,6 @@ SEMANTIC_GUIDED = WordList(
     ("CG Render",),
     "arXiv 2509.06942, the pair of its SGP-HPS metric",
 )
+
+PUBLISHED = MappingProxyType({"realism": REALISM})
+"""What to start from under a reward model for which no list of its own is published."""

@@ -80,7 +80,7 @@ def test_the_converted_folder_gives_the_same_scores(original, tmp_path):
         assert torch.equal(converted.compare(images, TEXTS + AWKWARD), ours.compare(images, TEXTS + AWKWARD))
     config = json.loads((tmp_path / "converted" / "preprocessor_config.json").read_text())
     assert config["size"] == {"shortest_edge": 28}
-    assert not list(tmp_path.glob("*.incomplete"))
+    assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(ValueError, match="exists already: name another output"):
         convert(original["weights"], str(tmp_path / "converted"), original["processor"])
 

@@ -7,7 +7,7 @@ from srpo_lightning.rewards import hpsv3
 from srpo_lightning.rewards.hpsv3 import INSTRUCTION, QUESTION, HPSv3, smart_resize
 from srpo_lightning.rewards.pixels import CLIP_STD
 from tests.parity import originals
-from tests.rewards.test_hpsv3 import write_base
+from tests.rewards.qwen import write_base
 
 AS_THEY_ARE = [(448, 448), (224, 896), (1792, 112)]  # nothing is resized
 RESIZED = [(512, 512), (300, 700), (64, 48)]

@@ -1,158 +1,20 @@
 import hashlib
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from srpo_lightning import nf4
 from srpo_lightning.rewards import hpsv3
-from srpo_lightning.rewards.hpsv3 import IMAGE_TOKEN, INSTRUCTION, QUESTION, REWARD_TOKEN, HPSv3, Network
-from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing
+from srpo_lightning.rewards.hpsv3 import IMAGE_TOKEN, INSTRUCTION, REWARD_TOKEN, HPSv3
+from srpo_lightning.rewards.pixels import Preprocessing
+from tests.rewards.qwen import write_base, write_weights
 
 TEXTS = ["a cat", "Painting. a horse on Mars", "a much longer text, " * 9]
-
-NAMES = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start
-vision_end vision_pad image_pad video_pad"""
-SPECIAL = [f"<|{name}|>" for name in NAMES.split()]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}"
-    "<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def write_tokenizer(folder: Path) -> int:
-    """Qwen's: bytes, and pairs that are frequent in the instruction. Returns the number of tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([INSTRUCTION, QUESTION], trainer)
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = [" ".join(pair) for pair in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    config = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "added_tokens_decoder": {str(tokenizer.token_to_id(t)): {"content": t, **flags} for t in SPECIAL},
-        "additional_special_tokens": SPECIAL[1:],
-        "bos_token": None,
-        "unk_token": None,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "model_max_length": 32768,
-        "errors": "replace",
-        "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
-    return tokenizer.get_vocab_size()
-
-
-def write_base(folder: Path) -> Path:
-    """Qwen2-VL's folder, in the form of its hub page, without weights."""
-    num_tokens = write_tokenizer(folder)
-    ids = {token: num_tokens - len(SPECIAL) + i for i, token in enumerate(SPECIAL)}
-    vision = {
-        "depth": 2,
-        "embed_dim": 32,
-        "num_heads": 2,
-        "hidden_size": 32,
-        "mlp_ratio": 2,
-        "in_chans": 3,
-        "patch_size": 14,
-        "spatial_patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
-    config = {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "max_position_embeddings": 32768,
-        "max_window_layers": 2,
-        "use_sliding_window": False,
-        "sliding_window": 32768,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "vocab_size": num_tokens + 7,  # as the published one, more than there are tokens
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_token_id": ids["<|vision_pad|>"],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_config": vision,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    preprocessor = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2VLProcessor",
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return folder
-
-
-def write_weights(base: Path, path: Path) -> Path:
-    """Random ones, in the form of the published file."""
-    torch.manual_seed(0)
-    config = Qwen2VLConfig.from_pretrained(base)
-    network = Network(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            spread = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            parameter += spread * torch.randn_like(parameter)
-    state = {
-        name: tensor if name.startswith("rm_head.") else tensor.bfloat16()
-        for name, tensor in network.state_dict().items()
-    }
-    words = config.text_config.vocab_size - 6  # there are seven spare ones, and one is added
-    embeddings = state["model.embed_tokens.weight"][:words].clone()
-    save_file(state | {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings.clone()}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
