@@ -1,8 +1,11 @@
 """The one thing that travels from data to policy."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
+
+Size: TypeAlias = tuple[int, int]
+"""Height and width of a picture in pixels."""
 
 
 class Conditions(NamedTuple):
@@ -12,13 +15,23 @@ class Conditions(NamedTuple):
         prompts: the B texts, for rewards and logs.
         prompt_embeds: [B, T, D] sequence features (FLUX: T5), padded to the full length T.
         pooled_prompt_embeds: [B, P] pooled features (FLUX: CLIP).
-        indices: [B] int64, each prompt's position in its list; seeds evaluation samples.
+        indices: [B] int64, each prompt's position in its list.
+        size: of the pictures of this batch; None: the policy's own.
+        x0: [B, L, C] clean latents of real images with these captions, in the policy's packing; None: there are none.
+        seeds: what each prompt's evaluation sample is drawn from; where None, that is its position.
+        negative_prompts: what each picture should move away from; where None, the objective's negative word says it.
+        tags: of each prompt, to report by.
     """
 
     prompts: list[str]
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
     indices: Tensor
+    size: Size | None = None
+    x0: Tensor | None = None
+    seeds: list[int | None] | None = None
+    negative_prompts: list[str | None] | None = None
+    tags: list[list[str]] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -32,4 +45,9 @@ class Conditions(NamedTuple):
             self.prompt_embeds.repeat(times, 1, 1),
             self.pooled_prompt_embeds.repeat(times, 1),
             self.indices.repeat(times),
+            self.size,
+            None if self.x0 is None else self.x0.repeat(times, 1, 1),
+            self.seeds and self.seeds * times,
+            self.negative_prompts and self.negative_prompts * times,
+            self.tags and self.tags * times,
         )
