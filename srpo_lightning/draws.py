@@ -50,12 +50,18 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+def sample_noise(
+    seed: int, indices: Sequence[int], shape: Sequence[int], own_seeds: Sequence[int | None] | None = None
+) -> Tensor:
     """The starting noise of evaluation samples, float32 [len(indices), *shape].
 
-    Each sample's noise is a function of (seed, its own index) and of nothing else.
+    Each sample's noise is a function of (seed, its own index), or of its own seed where it has one, and of nothing else.
     """
-    return torch.stack([_normal(shape, keyed_generator(seed, "sample", i)) for i in indices])
+    own = own_seeds or [None] * len(indices)
+    keys: list[tuple[int | str, ...]] = [
+        (seed, "sample", i) if s is None else ("own seed", s) for i, s in zip(indices, own, strict=True)
+    ]
+    return torch.stack([_normal(shape, keyed_generator(*key)) for key in keys])
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:

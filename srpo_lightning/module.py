@@ -204,13 +204,14 @@ class SRPOModule(LightningModule):
     @torch.no_grad()
     def sample(self, conditions: Conditions) -> Tensor:
         """One image per prompt; each depends on the seed and its own index alone."""
-        noise = sample_noise(self.seed, conditions.indices.tolist(), self.policy.latent_shape)
+        shape = self.policy.latent_shape(conditions.size)
+        noise = sample_noise(self.seed, conditions.indices.tolist(), shape, conditions.seeds)
         latents = flow.integrate(
             lambda x, sigma: self.policy(x, sigma, conditions, self.sample_guidance),
             noise.to(conditions.prompt_embeds.device),
-            self.policy.sigmas(self.num_sample_steps),
+            self.policy.sigmas(self.num_sample_steps, size=conditions.size),
         )
-        return self.policy.decode(latents)
+        return self.policy.decode(latents, conditions.size)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
         """Trainable parameters only: frozen parts stay out of checkpoints."""

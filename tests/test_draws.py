@@ -89,6 +89,14 @@ def test_the_noise_of_a_sample_does_not_depend_on_its_batch(indices):
         assert torch.equal(batch[row], sample_noise(7, [index], (2, 3))[0])
 
 
+def test_a_sample_with_a_seed_of_its_own_depends_on_that_alone():
+    a, b, c = sample_noise(7, [0, 1, 2], (4,), [None, 5, 5])
+    assert torch.equal(b, c)
+    assert torch.equal(b, sample_noise(8, [9], (4,), [5])[0])
+    assert torch.equal(a, sample_noise(7, [0], (4,))[0])
+    assert not torch.equal(b, sample_noise(7, [5], (4,))[0])
+
+
 def test_different_samples_and_seeds_have_different_noise():
     a, b = sample_noise(7, [0, 1], (4,))
     assert not torch.equal(a, b)

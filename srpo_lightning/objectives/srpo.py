@@ -122,13 +122,15 @@ class SRPO(Objective):
 
     @torch.no_grad()
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
-        """Step 1: a clean sample and the noise it grew from."""
-        shape = (conditions.batch_size, *policy.latent_shape)
+        """Step 1: a clean sample and the noise it grew from; offline a real image and fresh noise."""
+        shape = (conditions.batch_size, *policy.latent_shape(conditions.size))
         noise = draws.noise(shape, shared=self.shared_noise).to(conditions.prompt_embeds.device)
+        if conditions.x0 is not None:
+            return Rollout(conditions.x0.to(noise), noise)
         x0 = flow.integrate(
             lambda x, sigma: policy(x, sigma, conditions, self.rollout_guidance),
             noise,
-            policy.sigmas(self.num_rollout_steps, self.shift),
+            policy.sigmas(self.num_rollout_steps, self.shift, conditions.size),
         )
         return Rollout(x0, noise)
 
@@ -136,7 +138,7 @@ class SRPO(Objective):
         """Steps 2 to 5."""
         # 2. Noise levels: a position in the window gives a denoising and an inversion branch.
         batch_size = conditions.batch_size
-        schedule = policy.sigmas(self.num_schedule_steps, self.shift)
+        schedule = policy.sigmas(self.num_schedule_steps, self.shift, conditions.size)
         branches = Branches(
             *(part.to(rollout.x0) for part in self.branches(self.positions(batch_size, draws), schedule))
         )
@@ -149,13 +151,13 @@ class SRPO(Objective):
         x0_hat = flow.recover(x_next, noise, branches.sigma_next)
 
         # 4. Semantic relative reward: the words swap in the inversion branch.
-        positive, negative = self.texts(conditions.prompts, draws)
+        positive, negative = self.texts(conditions, draws)
         towards, away = positive + negative, negative + positive
 
         coefficients = torch.stack([1 + branches.weight, -torch.ones_like(branches.weight)], dim=1)
 
         def relative_reward(latents: Tensor, rows: slice) -> Tensor:
-            images = policy.decode(latents)
+            images = policy.decode(latents, conditions.size)
             relative = reward.contrast(images, [towards[rows], away[rows]], coefficients[rows])
             return relative + branches.sign[rows] * reward.plain(images, [*conditions.prompts * 2][rows])
 
@@ -196,11 +198,14 @@ class SRPO(Objective):
         )
         return Branches(sigma, sigma_next, weight)
 
-    def texts(self, prompts: Sequence[str], draws: Draws) -> tuple[list[str], list[str]]:
-        """The prompts under the step's positive word and under its negative word."""
+    def texts(self, conditions: Conditions, draws: Draws) -> tuple[list[str], list[str]]:
+        """The prompts under the step's positive word and under its negative word, or their own negative prompts."""
         positive = self._word(self.control_words.positive, "positive", draws)
         negative = self._word(self.control_words.negative, "negative", draws)
-        return self._under(positive, prompts), self._under(negative, prompts)
+        away, own = self._under(negative, conditions.prompts), conditions.negative_prompts
+        if own is not None:
+            away = [text if mine is None else mine for text, mine in zip(away, own, strict=True)]
+        return self._under(positive, conditions.prompts), away
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """The relative reward without lambda, averaged over all words."""

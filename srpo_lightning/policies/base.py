@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from srpo_lightning.batch import Conditions
+from srpo_lightning.batch import Conditions, Size
 
 Shard: TypeAlias = Callable[[nn.Module, Iterable[nn.Module]], None]
 """Divides a model on the meta device over the ranks, block by block, and gives it memory, not yet filled."""
@@ -36,19 +36,22 @@ class Policy(nn.Module, ABC):
     def forward(
         self, x: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float
     ) -> Float[Tensor, "B *rest"]:
-        """The velocity at latents `x` of noise level `sigma` (flow.py's convention)."""
-
-    @property
-    @abstractmethod
-    def latent_shape(self) -> tuple[int, ...]:
-        """The shape of one sample's latents."""
+        """The velocity at latents `x` of noise level `sigma` (flow.py's convention), of pictures of `conditions.size`."""
 
     @abstractmethod
-    def decode(self, latents: Float[Tensor, "B *rest"]) -> Float[Tensor, "B 3 H W"]:
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """The shape of one sample's latents.
+
+        Args:
+            size: of the picture, here and below; None is the policy's own.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "B *rest"], size: Size | None = None) -> Float[Tensor, "B 3 H W"]:
         """Clean latents to images in [0, 1], differentiable."""
 
     @abstractmethod
-    def sigmas(self, num_steps: int, shift: float | None = None) -> Float[Tensor, " N"]:
+    def sigmas(self, num_steps: int, shift: float | None = None, size: Size | None = None) -> Float[Tensor, " N"]:
         """The schedule of an Euler sampler, `num_steps + 1` levels from 1 to 0, in float64.
 
         Args:

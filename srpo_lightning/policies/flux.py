@@ -15,7 +15,7 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from srpo_lightning import flow
-from srpo_lightning.batch import Conditions
+from srpo_lightning.batch import Conditions, Size
 from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits
 from srpo_lightning.policies import adapters
 from srpo_lightning.policies.adapters import Lora
@@ -70,15 +70,15 @@ class FluxPolicy(Policy):
         quantize: Literal["none", "nf4", "nf4-double"] = "none",
     ) -> None:
         super().__init__()
-        for name, size in (("height", height), ("width", width)):
-            if size % IMAGE_PX_PER_TOKEN:
-                below = size - size % IMAGE_PX_PER_TOKEN
+        for name, side in (("height", height), ("width", width)):
+            if side % IMAGE_PX_PER_TOKEN:
+                below = side - side % IMAGE_PX_PER_TOKEN
                 raise ValueError(
-                    f"{name} is {size} pixels, which {IMAGE_PX_PER_TOKEN} does not divide: "
+                    f"{name} is {side} pixels, which {IMAGE_PX_PER_TOKEN} does not divide: "
                     f"set it to {below or IMAGE_PX_PER_TOKEN} or {below + IMAGE_PX_PER_TOKEN}"
                 )
         self.pretrained = pretrained
-        self.height, self.width = height, width
+        self.size: Size = (height, width)
         self.dtype, self.vae_dtype = getattr(torch, dtype), getattr(torch, vae_dtype)
         self.gradient_checkpointing = gradient_checkpointing
         self.vae_checkpointing = vae_checkpointing
@@ -168,7 +168,7 @@ class FluxPolicy(Policy):
             encoder_hidden_states=conditions.prompt_embeds.to(x.dtype),
             pooled_projections=conditions.pooled_prompt_embeds.to(x.dtype),
             txt_ids=x.new_zeros(conditions.prompt_embeds.shape[1], 3),
-            img_ids=image_ids(self.height, self.width, x),
+            img_ids=image_ids(conditions.size or self.size, x),
             return_dict=False,
         )[0]
         return velocity.to(x.dtype)
@@ -178,27 +178,27 @@ class FluxPolicy(Policy):
         """Whether the model embeds a distilled guidance (FLUX.1-dev does, FLUX.1-schnell does not)."""
         return bool(self.configs["transformer"].get("guidance_embeds", False))
 
-    @property
-    def latent_shape(self) -> tuple[int, int]:
+    def latent_shape(self, size: Size | None = None) -> tuple[int, int]:
         """(L, C)."""
-        tokens = (self.height // IMAGE_PX_PER_TOKEN) * (self.width // IMAGE_PX_PER_TOKEN)
-        return tokens, self.configs["transformer"].get("in_channels", 64)
+        height, width = size or self.size
+        return (height // IMAGE_PX_PER_TOKEN) * (width // IMAGE_PX_PER_TOKEN), self.configs["transformer"].get("in_channels", 64)
 
-    def decode(self, latents: Packed) -> Images:
+    def decode(self, latents: Packed, size: Size | None = None) -> Images:
         """Packed clean latents to images in [0, 1], with gradient."""
         config = self.vae.config
-        z = unpack(latents, self.height, self.width) / config.scaling_factor + (config.shift_factor or 0.0)
+        z = unpack(latents, size or self.size) / config.scaling_factor + (config.shift_factor or 0.0)
         decoded: Tensor = self.vae.decode(z.to(self.vae_dtype), return_dict=False)[0]
         return (decoded.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
-    def sigmas(self, num_steps: int, shift: float | None = None) -> Float[Tensor, " N"]:
+    def sigmas(self, num_steps: int, shift: float | None = None, size: Size | None = None) -> Float[Tensor, " N"]:
         """The noise levels of the model's own scheduler, or of a given `shift`."""
         if shift is None:
             scheduler = self.configs["scheduler"]
             dynamic = self.resolution_shift
             if dynamic is None:
                 dynamic = scheduler.get("use_dynamic_shifting", False)
-            shift = resolution_dependent_shift(self.latent_shape[0], scheduler) if dynamic else scheduler["shift"]
+            tokens = self.latent_shape(size)[0]
+            shift = resolution_dependent_shift(tokens, scheduler) if dynamic else scheduler["shift"]
         return flow.schedule(num_steps, shift)
 
     @property
@@ -233,15 +233,15 @@ def pack(z: Spatial) -> Packed:
     return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 
-def unpack(x: Packed, height: int, width: int) -> Spatial:
-    """Undo `pack` for a picture of `height` x `width` pixels."""
-    h, w = height // IMAGE_PX_PER_TOKEN, width // IMAGE_PX_PER_TOKEN
+def unpack(x: Packed, size: Size) -> Spatial:
+    """Undo `pack` for a picture of that size."""
+    h, w = (side // IMAGE_PX_PER_TOKEN for side in size)
     b, _, c = x.shape
     return x.view(b, h, w, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * h, 2 * w)
 
 
-def image_ids(height: int, width: int, like: Tensor) -> Float[Tensor, "L 3"]:
+def image_ids(size: Size, like: Tensor) -> Float[Tensor, "L 3"]:
     """Position ids of the image tokens: (0, row, column)."""
-    h, w = height // IMAGE_PX_PER_TOKEN, width // IMAGE_PX_PER_TOKEN
+    h, w = (side // IMAGE_PX_PER_TOKEN for side in size)
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).to(like)

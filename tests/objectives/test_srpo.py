@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from srpo_lightning import flow
+from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.objectives.base import Rollout
@@ -33,7 +34,7 @@ def policy(models):
 
 
 def rollout_of(policy, batch_size: int) -> Rollout:
-    x0, noise = torch.randn(2, batch_size, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    x0, noise = torch.randn(2, batch_size, *policy.latent_shape(), generator=torch.Generator().manual_seed(0))
     return Rollout(x0, noise)
 
 
@@ -61,25 +62,34 @@ def test_the_constructor_holds_the_papers_constants():
     }
 
 
+def of(*prompts: str) -> Conditions:
+    return tiny.new_conditions(len(prompts))._replace(prompts=list(prompts))
+
+
 def test_words_cycle_with_the_step_each_side_at_its_own_length():
     objective = SRPO(WORDS)
-    texts = [objective.texts(["a cat"], Draws(0, step)) for step in range(6)]
+    texts = [objective.texts(of("a cat"), Draws(0, step)) for step in range(6)]
     assert [positive[0] for positive, _ in texts] == ["Detail. a cat", "Real. a cat", "Photo. a cat"] * 2
     assert [negative[0] for _, negative in texts] == ["Painting. a cat", "Anime. a cat"] * 3
 
 
 def test_a_random_word_is_a_function_of_seed_and_step_and_not_of_the_rank():
     objective = SRPO(WORDS, word_choice="random")
-    drawn = [objective.texts(["a"], Draws(0, step, rank=0)) for step in range(50)]
-    assert drawn == [objective.texts(["a"], Draws(0, step, rank=3)) for step in range(50)]
-    assert drawn != [objective.texts(["a"], Draws(1, step)) for step in range(50)]
+    drawn = [objective.texts(of("a"), Draws(0, step, rank=0)) for step in range(50)]
+    assert drawn == [objective.texts(of("a"), Draws(0, step, rank=3)) for step in range(50)]
+    assert drawn != [objective.texts(of("a"), Draws(1, step)) for step in range(50)]
     assert {positive[0] for positive, _ in drawn} == {"Detail. a", "Real. a", "Photo. a"}
     assert {negative[0] for _, negative in drawn} == {"Painting. a", "Anime. a"}
 
 
 def test_the_template_places_word_and_prompt_and_leaves_their_braces_alone():
     objective = SRPO(ControlWords(["{x}"], ["y"]), template="{prompt}, {word}")
-    assert objective.texts(["a {b}", "c"], Draws(0)) == (["a {b}, {x}", "c, {x}"], ["a {b}, y", "c, y"])
+    assert objective.texts(of("a {b}", "c"), Draws(0)) == (["a {b}, {x}", "c, {x}"], ["a {b}, y", "c, y"])
+
+
+def test_a_negative_prompt_stands_in_for_the_negative_word_of_its_own_prompt():
+    conditions = of("a", "b")._replace(negative_prompts=[None, "blurry"])
+    assert SRPO(WORDS).texts(conditions, Draws(0)) == (["Detail. a", "Detail. b"], ["Painting. a", "blurry"])
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -97,11 +107,39 @@ def test_positions_are_shared_by_the_ranks_and_by_the_batch_unless_asked_otherwi
 def test_the_rollout_follows_the_schedule_from_the_noise_it_returns(policy):
     objective, batch = SRPO(WORDS, num_rollout_steps=3), tiny.new_conditions(2)
     rollout = objective.rollout(policy, batch, Draws(0, 4, rank=1))
-    assert torch.equal(rollout.noise, Draws(0, 4, rank=0).noise((2, *policy.latent_shape), shared=True))
+    assert torch.equal(rollout.noise, Draws(0, 4, rank=0).noise((2, *policy.latent_shape()), shared=True))
     with torch.no_grad():
         x0 = flow.integrate(lambda x, s: policy(x, s, batch, 1.0), rollout.noise, flow.schedule(3, 3.0))
     assert torch.equal(rollout.x0, x0)
     assert not rollout.x0.requires_grad
+
+
+def test_offline_the_real_image_meets_fresh_noise_and_the_policy_is_not_asked():
+    """Step 1's offline variant; a policy that is called would fail."""
+    x0 = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
+
+    class Silent:
+        def latent_shape(self, size):
+            return 4, 16
+
+    rollout = SRPO(WORDS).rollout(Silent(), tiny.new_conditions(2)._replace(x0=x0.bfloat16()), Draws(0, 4))
+    assert torch.equal(rollout.x0, x0.bfloat16().float())
+    assert torch.equal(rollout.noise, Draws(0, 4).noise((2, 4, 16), shared=True))
+
+
+def test_noise_rollout_and_decoded_pictures_follow_the_size_of_the_batch(models, policy):
+    """As a policy of that size of its own."""
+    other = tiny.new_policy(models, height=48, width=16)
+    batch, gradients = tiny.new_conditions(2), []
+    for follows, conditions in ((policy, batch._replace(size=(48, 16))), (other, batch)):
+        objective = SRPO(WORDS, num_rollout_steps=2)
+        rollout = objective.rollout(follows, conditions, Draws(0))
+        follows.zero_grad()
+        objective.loss(follows, tiny.new_reward(models.clip), conditions, rollout, Draws(0)).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in follows.transformer.parameters()]))
+        assert rollout.x0.shape == (2, 3, 16)
+    assert torch.equal(*gradients)
+    policy.zero_grad()
 
 
 def test_own_noise_differs_between_ranks_and_shared_noise_does_not(policy):

@@ -42,15 +42,15 @@ def test_unpacking_equals_the_pipelines_and_undoes_packing(height, width):
     """FluxPipeline._unpack_latents, bit for bit."""
     z = torch.randn(2, 4, height // 8, width // 8)
     x = pack(z)
-    assert torch.equal(unpack(x, height, width), FluxPipeline._unpack_latents(x, height, width, 8))
-    assert torch.equal(unpack(x, height, width), z)
+    assert torch.equal(unpack(x, (height, width)), FluxPipeline._unpack_latents(x, height, width, 8))
+    assert torch.equal(unpack(x, (height, width)), z)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_image_ids_equal_the_pipelines(height, width):
     """FluxPipeline._prepare_latent_image_ids counts in packed rows and columns."""
     theirs = FluxPipeline._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32)
-    assert torch.equal(image_ids(height, width, torch.zeros(1)), theirs)
+    assert torch.equal(image_ids((height, width), torch.zeros(1)), theirs)
 
 
 @pytest.mark.parametrize("length", [tiny.MAX_TOKENS, 7])
@@ -68,7 +68,7 @@ def test_text_features_equal_the_pipelines_bit_for_bit(pipeline_folder, pipe, le
 def test_our_sampler_draws_the_pipelines_pictures(models, pipeline_folder, pipe, height, width, num_steps):
     """FluxPipeline.__call__ from the same noise and prompts; latents and pixels in float32."""
     policy = tiny.new_policy(models._replace(pipeline=pipeline_folder), height=height, width=width)
-    noise = sample_noise(0, [0, 1], policy.latent_shape)
+    noise = sample_noise(0, [0, 1], policy.latent_shape())
     embeds, pooled, _ = pipe.encode_prompt(PROMPTS, None, device="cpu", max_sequence_length=tiny.MAX_TOKENS)
     conditions = Conditions(PROMPTS, embeds, pooled, torch.arange(2))
     with torch.no_grad():

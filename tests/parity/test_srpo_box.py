@@ -80,7 +80,7 @@ def in_double(models) -> tuple:
 
 def batch_of(policy, size: int) -> tuple:
     draw = torch.Generator().manual_seed(5)
-    x0, noise = torch.randn(2, size, *policy.latent_shape, generator=draw, dtype=torch.float64)
+    x0, noise = torch.randn(2, size, *policy.latent_shape(), generator=draw, dtype=torch.float64)
     return tiny.new_conditions(size, torch.float64), Rollout(x0, noise)
 
 

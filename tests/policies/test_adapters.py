@@ -25,7 +25,7 @@ QUANTIZED = {"adapter": Lora(4), "quantize": "nf4"}
 
 
 def velocity(policy, conditions=None) -> torch.Tensor:
-    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, *policy.latent_shape(), generator=torch.Generator().manual_seed(1))
     return policy(x, SIGMA, conditions or tiny.new_conditions(2), 3.5)
 
 

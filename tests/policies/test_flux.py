@@ -10,7 +10,7 @@ SIGMA = torch.tensor([0.9, 0.8])
 
 def inputs(policy, batch_size: int = 2) -> tuple:
     draw = torch.Generator().manual_seed(1)
-    return torch.randn(batch_size, *policy.latent_shape, generator=draw), tiny.new_conditions(batch_size)
+    return torch.randn(batch_size, *policy.latent_shape(), generator=draw), tiny.new_conditions(batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_large_pictures_are_decoded_tile_by_tile_with_gradient(models):
     policy.vae.tile_latent_min_size, policy.vae.tile_sample_min_size = 8, 64
     x = inputs(policy)[0].requires_grad_()
     images = policy.decode(x)
-    z = unpack(x, 128, 128) / 0.7 + 0.1
+    z = unpack(x, (128, 128)) / 0.7 + 0.1
     assert torch.equal(images, (policy.vae.tiled_decode(z).sample / 2 + 0.5).clamp(0, 1))
     policy.vae.disable_tiling()
     assert not torch.equal(images, policy.decode(x))
@@ -122,6 +122,9 @@ def test_the_schedule_is_the_schedulers_unless_a_shift_is_given(models, policy):
     dynamic = FluxPolicy(str(models.pipeline), 64, 64, resolution_shift=True)
     assert not torch.equal(dynamic.sigmas(4), policy.sigmas(4))
     assert torch.equal(dynamic.sigmas(4, 3.0), policy.sigmas(4, 3.0))
+    tall = FluxPolicy(str(models.pipeline), 128, 64, resolution_shift=True)
+    assert torch.equal(dynamic.sigmas(4, size=(128, 64)), tall.sigmas(4))
+    assert not torch.equal(tall.sigmas(4), dynamic.sigmas(4))
 
 
 def test_the_fingerprint_tells_architectures_apart_and_not_weights(models, policy, tmp_path):

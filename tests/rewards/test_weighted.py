@@ -106,7 +106,7 @@ def test_in_srpo_the_plain_terms_reward_one_branch_and_penalise_the_other(models
     """For a plain reward P the losses' pull at x0_hat is -P' in the denoising and +P' in the inversion branch."""
     policy = tiny.new_policy(models)
     clip = tiny.new_reward(models.clip)
-    noise = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, *policy.latent_shape(), generator=torch.Generator().manual_seed(0))
     rollout, conditions = Rollout(noise / 2, noise), tiny.new_conditions(1)
     words = ControlWords(["x"], ["z"])
 
