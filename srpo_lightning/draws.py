@@ -55,7 +55,7 @@ def sample_noise(
 ) -> Tensor:
     """The starting noise of evaluation samples, float32 [len(indices), *shape].
 
-    Each sample's noise is a function of (seed, its own index), or of its own seed where it has one, and of nothing else.
+    Each sample's noise is a function of (seed, its own index), or of its own seed where it has one, and nothing else.
     """
     own = own_seeds or [None] * len(indices)
     keys: list[tuple[int | str, ...]] = [

@@ -36,7 +36,7 @@ class Policy(nn.Module, ABC):
     def forward(
         self, x: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float
     ) -> Float[Tensor, "B *rest"]:
-        """The velocity at latents `x` of noise level `sigma` (flow.py's convention), of pictures of `conditions.size`."""
+        """The velocity at latents `x` of noise level `sigma` (flow.py's convention), for the pictures' own size."""
 
     @abstractmethod
     def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:

@@ -181,7 +181,8 @@ class FluxPolicy(Policy):
     def latent_shape(self, size: Size | None = None) -> tuple[int, int]:
         """(L, C)."""
         height, width = size or self.size
-        return (height // IMAGE_PX_PER_TOKEN) * (width // IMAGE_PX_PER_TOKEN), self.configs["transformer"].get("in_channels", 64)
+        tokens = (height // IMAGE_PX_PER_TOKEN) * (width // IMAGE_PX_PER_TOKEN)
+        return tokens, self.configs["transformer"].get("in_channels", 64)
 
     def decode(self, latents: Packed, size: Size | None = None) -> Images:
         """Packed clean latents to images in [0, 1], with gradient."""
