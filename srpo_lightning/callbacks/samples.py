@@ -1,20 +1,22 @@
 """Evaluation samples as files and in TensorBoard."""
 
-import json
 from pathlib import Path
 
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
+from srpo_lightning.callbacks import records
+from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.module import SRPOModule
 
 SAMPLES = "samples"
 PREDICTIONS = "predictions"
+METADATA = "metadata.jsonl"
 
 
 def sample_path(run_folder: str | Path, step: int, weights: str, index: int, kind: str = SAMPLES) -> Path:
@@ -22,7 +24,7 @@ def sample_path(run_folder: str | Path, step: int, weights: str, index: int, kin
     return Path(run_folder) / kind / f"step-{step:08d}" / weights / f"{index:05d}.png"
 
 
-class SampleLogger(Callback):
+class SampleLogger(Recorder):
     """Keeps the pictures of the first evaluation prompts, the same prompts and noise at every validation.
 
     Writes `<run folder>/samples/step-*/<weights>/<index>.png` with a line each in `samples/metadata.jsonl`, and a grid
@@ -32,6 +34,8 @@ class SampleLogger(Callback):
         num_samples: how many of the evaluation prompts, from the first.
         columns: of the grid in TensorBoard.
     """
+
+    file = f"{SAMPLES}/{METADATA}"
 
     def __init__(self, num_samples: PositiveInt = 16, columns: PositiveInt = 8) -> None:
         self.num_samples = num_samples
@@ -97,7 +101,7 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
     folder = Path(run_folder) / kind
-    record = {
+    record: records.Record = {
         "step": module.trained_steps,
         "weights": weights,
         "index": index,
@@ -105,8 +109,7 @@ def write(
         "prompt": batch.prompts[row],
         "file": str(path.relative_to(folder)),
     }
-    with (folder / "metadata.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    records.append(folder / METADATA, record)
 
 
 def own_rows(trainer: Trainer, batch: Conditions) -> list[int]:

@@ -1,16 +1,17 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from srpo_lightning.batch import Conditions
+from srpo_lightning.callbacks import records
+from srpo_lightning.callbacks.records import Record, Recorder
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.metrics import Diversity, LabelShare, is_in_top, saturation
 from srpo_lightning.module import SRPOModule
@@ -20,7 +21,7 @@ from srpo_lightning.rewards.clip import ClipReward
 FILE = "metrics.jsonl"
 
 
-class RewardTracking(Callback):
+class RewardTracking(Recorder):
     """Scores every validation sample, for the policy's weights and for their average.
 
     Logged under `val/<weights>/` and appended to `<run folder>/metrics.jsonl`:
@@ -28,7 +29,8 @@ class RewardTracking(Callback):
     second falls, the policy is exploiting its reward), `prompt` (the judge's score of image and prompt),
     `share/<label>` (images that the judge finds most like each label), `top<k>` (images whose own prompt the judge
     ranks among the best k of `candidates`), `saturation`, and `diversity` (mean distance of the judge's image features,
-    where it has any), and the mean score of image and prompt under each of `metrics`.
+    where it has any), and the mean score of image and prompt under each of `metrics`. The judge and the
+    metrics are in host memory while the policy trains.
 
     Args:
         judge: a reward model other than the training reward; it must read text.
@@ -37,6 +39,8 @@ class RewardTracking(Callback):
         top_k: how many of the candidates count as right.
         metrics: further reward models by the name that their mean score of image and prompt is logged under.
     """
+
+    file = FILE
 
     def __init__(
         self,
@@ -59,14 +63,13 @@ class RewardTracking(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
-        for model in (self.judge, *self.scorers.values()):
+        for model in self.models:
             model.load()
             model.requires_grad_(False)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting anew."""
-        for model in (self.judge, *self.scorers.values()):
-            model.to(pl_module.device)
+        self._move_models(pl_module.device)
         self._metrics = {}
 
     def on_validation_batch_end(  # type: ignore[override]  # the outputs of SRPOModule.validation_step
@@ -96,10 +99,21 @@ class RewardTracking(Callback):
                 logger.log_metrics({f"val/{weights}/{k}": v for k, v in values.items()}, step)
             if trainer.is_global_zero:
                 append_record(trainer.default_root_dir, {"step": step, "weights": weights, **values})
+        # A moment of copying at each evaluation, for gigabytes of a device that training may need to the last.
+        self._move_models(torch.device("cpu"))
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # as above
     on_test_epoch_end = on_validation_epoch_end
+
+    @property
+    def models(self) -> list[Reward]:
+        """The judge and the other metrics."""
+        return [self.judge, *self.scorers.values()]
+
+    def _move_models(self, device: torch.device) -> None:
+        for model in self.models:
+            model.to(device)
 
     def _new_metrics(self, device: torch.device) -> dict[str, Metric]:
         means = ("reward", "judge", "prompt", f"top{self.top_k}", "saturation", *self.scorers)
@@ -137,14 +151,11 @@ class RewardTracking(Callback):
         return values
 
 
-def append_record(run_folder: str | Path, record: dict[str, float | int | str]) -> None:
+def append_record(run_folder: str | Path, record: Record) -> None:
     """Add a line to the run's metrics file."""
-    folder = Path(run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / FILE).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+    records.append(Path(run_folder) / FILE, record)
 
 
-def read_records(run_folder: str | Path) -> list[dict[str, float | int | str]]:
+def read_records(run_folder: str | Path) -> list[Record]:
     """All lines of the run's metrics file, oldest first."""
-    return [json.loads(line) for line in (Path(run_folder) / FILE).read_text(encoding="utf-8").splitlines()]
+    return records.read(Path(run_folder) / FILE)
