@@ -148,9 +148,9 @@ def follow_phases(module: SRPOModule, tracker: MemoryTracker) -> None:
     """Tell the tracker when images are decoded and scored, and when their gradients are."""
     decode, score = module.policy.decode, module.reward.contrast
 
-    def tracked_decode(latents: Tensor) -> Tensor:
+    def tracked_decode(*args: Any) -> Tensor:
         tracker.phase = DECODE
-        images = decode(latents)
+        images = decode(*args)
         if images.requires_grad:
             images.register_hook(lambda _: setattr(tracker, "phase", DECODE))
         return images
