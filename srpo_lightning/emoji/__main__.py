@@ -1,4 +1,4 @@
-"""`python -m srpo_lightning.emoji build` and `evaluate`: make the built-in model, and say how good it is."""
+"""`python -m srpo_lightning.emoji`: `build` makes the built-in model, `evaluate` says how good it is, `pictures` draws."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from jsonargparse import auto_cli
 
 from .build import Build, Steps
 from .evaluate import evaluate_assets
-from .world import build_world
+from .world import build_world, write_pictures
 
 WORK = Path(".work/emoji")
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -36,5 +36,15 @@ def evaluate(work: Path = WORK, assets: Path = ASSETS) -> None:
     print(evaluate_assets(assets, build_world(work / "icons", work / "world.npz"), work / "sheets"))
 
 
+def pictures(output: Path, work: Path = WORK) -> None:
+    """Write the pictures of the training concepts with their captions, to train on in the place of rollouts.
+
+    Args:
+        output: a folder; the styles become folders therein.
+        work: folder for the icons.
+    """
+    print(f"{output}: {write_pictures(build_world(work / 'icons', work / 'world.npz'), output)} pictures")
+
+
 if __name__ == "__main__":
-    auto_cli([build, evaluate])
+    auto_cli([build, evaluate, pictures])

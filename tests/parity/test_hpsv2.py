@@ -77,7 +77,9 @@ def test_the_converted_folder_gives_the_same_scores(original, tmp_path):
     converted.load()
     images = as_batch(original["images"][2])
     with torch.no_grad():
-        assert torch.equal(converted.compare(images, TEXTS + AWKWARD), ours.compare(images, TEXTS + AWKWARD))
+        # Not bit for bit: products round by where in memory the weights begin.
+        ours, converted = (reward.compare(images, TEXTS + AWKWARD) for reward in (ours, converted))
+    torch.testing.assert_close(converted, ours, rtol=0, atol=1e-6)
     config = json.loads((tmp_path / "converted" / "preprocessor_config.json").read_text())
     assert config["size"] == {"shortest_edge": 28}
     assert not list(tmp_path.glob("*.partial"))
