@@ -3,12 +3,24 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from srpo_lightning.checkpoints import PARTIAL, AtomicCheckpointIO, checkpoint_path, checkpoints, newest, remove
+from srpo_lightning.checkpoints import (
+    INDEX,
+    METADATA,
+    PARTIAL,
+    AtomicCheckpointIO,
+    check_whole,
+    checkpoint_path,
+    checkpoints,
+    newest,
+    remove,
+)
 
 SAVE_FOREVER = """
 import itertools, sys, torch
@@ -91,3 +103,49 @@ def test_a_folder_is_removed_although_a_kill_left_a_part_of_its_removal(tmp_path
         (folder / "part").touch()
     remove(tmp_path / "step-00000001.ckpt")
     assert not list(tmp_path.iterdir())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    path = checkpoint_path(tmp_path, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is one process
+        save({"state_dict": {"x": torch.arange(1000), "y": torch.arange(5)}}, checkpoint_id=path, no_dist=True)
+    torch.save({"epoch": 0}, path / METADATA)
+    return path
+
+
+def test_whole_checkpoints_pass(sharded):
+    check_whole(sharded)
+    AtomicCheckpointIO().save_checkpoint({"x": 1}, checkpoint_path(sharded.parents[1], 2))
+    check_whole(checkpoint_path(sharded.parents[1], 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("__0_0.distcp", Path.unlink, "__0_0.distcp is missing, one of the 1 files that hold its tensors"),
+        ("__0_0.distcp", cut, r"__0_0.distcp ends after \d+ of \d+ bytes"),
+        (INDEX, Path.unlink, f"{INDEX} is missing"),
+        (INDEX, cut, f"{INDEX} cannot be read"),
+        (METADATA, Path.unlink, f"{METADATA} is missing"),
+        (METADATA, cut, f"{METADATA} is cut off"),
+    ],
+)
+def test_a_damaged_part_of_a_sharded_checkpoint_is_named(sharded, name, damage, message):
+    damage(sharded / name)
+    with pytest.raises(ValueError, match=f"{sharded} is damaged: {message}.* start anew without --ckpt_path"):
+        check_whole(sharded)
+
+
+def test_a_file_that_was_cut_off_is_named_with_the_checkpoints_that_are_whole(tmp_path):
+    for step in (1, 2):
+        AtomicCheckpointIO().save_checkpoint({"x": torch.arange(1000)}, checkpoint_path(tmp_path, step))
+    path = checkpoint_path(tmp_path, 2)
+    cut(path)
+    with pytest.raises(ValueError, match=f"{path} is damaged: .* cut off.* resume from one of step-00000001.ckpt"):
+        check_whole(path)

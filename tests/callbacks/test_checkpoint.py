@@ -1,3 +1,4 @@
+import itertools
 import math
 import signal
 
@@ -51,6 +52,14 @@ def test_a_run_ended_by_sigterm_finishes_its_step_and_saves_it(models, features,
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_checkpoints_come_by_time_too_and_every_one_starts_the_clock_again(models, features, tmp_path, monkeypatch):
+    """Each look at the clock is half a minute after the last: one at each step, one at each save, one at the start."""
+    clock = itertools.count(0, 30)
+    monkeypatch.setattr("srpo_lightning.callbacks.checkpoint.time.monotonic", lambda: next(clock))
+    fit(models, features, tmp_path, RunCheckpoint(100, keep=9, every_n_minutes=1), max_steps=5)
+    assert steps(tmp_path) == [2, 4, 5]
+
+
 class Records(Callback):
     """Stands in for RewardTracking: writes one number for each validation."""
 
@@ -72,6 +81,47 @@ def test_the_best_and_the_newest_are_kept(models, features, tmp_path, mode, kept
     best = [2, 3, 6] if mode == "max" else [1, 4, 6]
     assert [step_of(path) for path in ranked(tmp_path, "ema/judge", mode)] == best
     assert ranked(tmp_path, "policy/judge", mode) == []
+
+
+class BetweenBatches(Stop):
+    """Raises before a micro-batch begins."""
+
+    on_train_batch_end = None
+
+    def on_train_batch_start(self, *args) -> None:
+        self.after -= 1
+        if self.after < 0:
+            raise RuntimeError("stopped by the test")
+
+
+@pytest.mark.parametrize("stop", [BetweenBatches(5), Terminate(5)], ids=["an error", "SIGTERM"])
+def test_a_run_stopped_while_gradients_accumulate_goes_on_without_losing_any(models, features, tmp_path, stop):
+    """After two of the three micro-batches of the second step: an error goes back, SIGTERM waits for the third."""
+    settings = {"accumulate_grad_batches": 3}
+    fit(models, features, tmp_path / "a", EMA(0.5), RunCheckpoint(9, keep=9), max_steps=4, **settings)
+    with pytest.raises((RuntimeError, SIGTERMException)):
+        fit(models, features, tmp_path / "b", stop, EMA(0.5), RunCheckpoint(9, keep=9), max_steps=4, **settings)
+    (step,) = steps(tmp_path / "b")
+    assert step == (2 if isinstance(stop, Terminate) else 1)
+    assert states(tmp_path / "b", step)["srpo"]["micro_step"] == 3 * step
+    fit(models, features, tmp_path / "b", EMA(0.5), RunCheckpoint(9, keep=9), max_steps=4, **settings,
+        ckpt_path=checkpoint_path(tmp_path / "b", step))  # fmt: skip
+    assert_same_run(states(tmp_path / "a", 4), states(tmp_path / "b", 4))
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), (2, 4)])
+def test_another_number_of_samples_per_step_is_said_when_a_run_is_resumed(
+    models, features, tmp_path, batch_size, accumulate
+):
+    fit(models, features, tmp_path, RunCheckpoint(1), max_steps=1)
+    trainer = tiny.new_trainer(tmp_path, [RunCheckpoint(1)], max_steps=2, accumulate_grad_batches=accumulate)
+    now = f"are 1 x {batch_size} x {accumulate} = {batch_size * accumulate}"
+    with pytest.warns(UserWarning, match=f"were 1 x 2 x 1 = 2 .* {now}: .* at 2 and accumulate_grad_batches at 1"):
+        trainer.fit(
+            tiny.new_module(models),
+            tiny.new_data(models, features, batch_size=batch_size),
+            ckpt_path=checkpoint_path(tmp_path, 1),
+        )
 
 
 class InStep(Stop):

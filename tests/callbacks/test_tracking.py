@@ -87,3 +87,27 @@ def test_a_judge_without_text_and_a_metric_with_a_taken_name_are_refused(models)
         RewardTracking(Blind())
     with pytest.raises(ValueError, match="metrics has saturation, which is logged already"):
         RewardTracking(Brightness(), metrics={"saturation": Brightness()})
+
+
+class Moving(Brightness):
+    """Remembers where it was sent, and when it scored."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def to(self, device):
+        self.events.append(str(device))
+        return super().to(device)
+
+    def forward(self, images, texts):
+        self.events.append("scores")
+        return super().forward(images, texts)
+
+
+def test_judge_and_metrics_are_sent_to_the_device_to_score_and_back_to_host_memory(models, features, tmp_path):
+    judge, metric = Moving(), Moving()
+    validate(models, features, tmp_path, judge, metrics={"light": metric})
+    for model in (judge, metric):
+        assert model.events[0] == model.events[-1] == "cpu"  # there and back: here they are one place
+        assert set(model.events[1:-1]) == {"scores"}

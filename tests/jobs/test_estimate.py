@@ -16,8 +16,10 @@ from srpo_lightning.cli import main
 from srpo_lightning.jobs import estimate as job
 from srpo_lightning.jobs.estimate import OPTIONS, POLICY, local_files, parse_bytes, read_config
 from srpo_lightning.jobs.prediction import (
+    EVALUATION,
     FROZEN,
     GRADIENTS,
+    JUDGES,
     STATES,
     STEP,
     TRAINED,
@@ -184,6 +186,25 @@ def test_the_optimizers_states_are_those_of_its_class(models, class_name, states
     config.model.optimizer.init_args = type(config)(lr=1e-3)
     parts = predicted(config).peaks["rollout"].parts
     assert parts.get(STATES, 0) / (parts[TRAINED] / 4) == pytest.approx(states, abs=0.3)
+
+
+def test_judges_take_memory_while_they_evaluate_and_none_while_the_policy_trains(small):
+    config = read_config(str(small))
+    tracker = predicted(config)
+    without = predicted(changed(small))
+    assert EVALUATION not in without.peaks
+    assert {phase: peak for phase, peak in tracker.peaks.items() if phase != EVALUATION} == without.peaks
+    parts = tracker.peaks[EVALUATION].parts
+    judge = ClipReward(config.trainer.callbacks[2].init_args.judge.init_args.pretrained)
+    judge.load()
+    assert parts[JUDGES] == sum(t.nbytes for t in (*judge.parameters(), *judge.buffers()))
+    assert parts.get(GRADIENTS, 0) == 0
+    assert parts[STATES] == without.peaks[STEP].parts[STATES] > 0
+
+
+def test_on_several_devices_auto_is_estimated_as_it_is_run(capsys, small):
+    printed = run(capsys, "--config", str(small), "--devices", "2", "--options", "never")
+    assert "devices: 2, sharded" in printed
 
 
 def test_published_architectures_have_the_published_numbers_of_weights(tmp_path):
