@@ -15,10 +15,17 @@ SLICE = "@"  # between an archive's path and where in it a picture lies
 
 
 class Found(NamedTuple):
-    """A row and where it stands, for messages."""
+    """A row and where it stands."""
 
-    place: str
     row: Row
+    source: str
+    number: int | str
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"prompt file {self.source}, {self.unit} {self.number}"
 
 
 def rows(path: str, prompt: str, image: str, split: str) -> Iterator[Found]:
@@ -74,28 +81,26 @@ def _decoded(file: Path, prompt: str, image: str) -> Iterator[Found]:
 
 
 def _lines(file: Path, prompt: str) -> Iterator[Found]:
+    source = str(file)
     with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
-            yield Found(f"{file}, line {number}", {prompt: line})
+            yield Found({prompt: line}, source, number)
 
 
 def _objects(file: Path, prompt: str) -> Iterator[Found]:
     with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
-            place = f"{file}, line {number}"
-            if not line.strip():
-                yield Found(place, {prompt: ""})
-                continue
-            yield Found(place, _object(line, place))
+            found = Found({prompt: ""}, str(file), number)
+            yield found._replace(row=_object(line, found.place)) if line.strip() else found
 
 
 def _object(text: str, place: str) -> Row:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"prompt file {place}: not JSON ({error})") from error
+        raise ValueError(f"{place}: not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"prompt file {place}: {type(record).__name__}, expected an object with keys")
+        raise ValueError(f"{place}: {type(record).__name__}, expected an object with keys")
     return record
 
 
@@ -105,10 +110,10 @@ def _table(file: Path, _: str) -> Iterator[Found]:
         try:
             reader = csv.DictReader(stream, strict=True)
             for row in reader:
-                place = f"{file}, line {reader.line_num}"
+                found = Found(row, str(file), reader.line_num)
                 if None in row:
-                    raise ValueError(f"prompt file {place}: more cells than columns; quote cells that hold commas")
-                yield Found(place, row)
+                    raise ValueError(f"{found.place}: more cells than columns; quote cells that hold commas")
+                yield found
         except csv.Error as error:
             raise ValueError(f"prompt file {file}: not a table ({error}); save it as CSV with a header") from error
 
@@ -122,7 +127,7 @@ def _parquet(file: Path, _: str) -> Iterator[Found]:
             for batch in table.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Found(f"{file}, entry {number}", row)
+                    yield Found(row, str(file), number, "entry")
     except (ArrowException, OSError) as error:
         raise ValueError(f"prompt file {file}: not a parquet file ({error}); write it anew") from error
 
@@ -147,7 +152,7 @@ def _archive(file: Path, prompt: str, image: str) -> Iterator[Found]:
                 stem, _, kind = base.partition(".")
                 sample = f"{folder}/{stem}" if folder else stem
                 if sample != name and row:
-                    yield Found(f"{file}, sample {name}", row)
+                    yield Found(row, str(file), name, "sample")
                     row = Row()
                 name = sample
                 if f".{kind.lower()}" in PICTURES:
@@ -156,9 +161,9 @@ def _archive(file: Path, prompt: str, image: str) -> Iterator[Found]:
                     stream = archive.extractfile(member)
                     assert stream is not None
                     text = stream.read().decode("utf-8-sig")
-                    row |= {prompt: text} if kind == "txt" else _object(text, f"{file}, {member.name}")
+                    row |= {prompt: text} if kind == "txt" else _object(text, f"prompt file {file}, {member.name}")
             if row:
-                yield Found(f"{file}, sample {name}", row)
+                yield Found(row, str(file), name, "sample")
     except tarfile.TarError as error:
         raise ValueError(f"prompt file {file}: not an uncompressed tar archive ({error}); write it anew") from error
 
@@ -186,9 +191,10 @@ def _folder(folder: Path, prompt: str, image: str, split: str) -> Iterator[Found
     for path in pictures:
         caption = path.with_suffix(".txt")
         try:
-            yield Found(str(caption), {prompt: caption.read_text(encoding="utf-8-sig"), image: str(path.resolve())})
+            text = caption.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"prompt file {caption} is not UTF-8 text ({error}): save it as UTF-8") from error
+        yield Found({prompt: text, image: str(path.resolve())}, str(folder), path.name, "picture")
 
 
 def _is_hub_id(path: str) -> bool:
@@ -217,7 +223,7 @@ def _records(dataset: Any, name: str) -> Iterator[Found]:
         if type(feature).__name__ == "Image":
             dataset = dataset.cast_column(key, type(feature)(decode=False))
     for number, row in enumerate(dataset, 1):
-        yield Found(f"{name}, entry {number}", row)
+        yield Found(row, name, number, "entry")
 
 
 def _datasets() -> Any:

@@ -1,8 +1,9 @@
 """Prompts from files, folders and archives: what each record says, and how sets are cleaned and split."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -104,7 +105,7 @@ class PromptSet(Sequence[Prompt]):
         if index >= len(self):
             raise IndexError(index)
         record = Prompt(*(column[index].as_py() for column in self.table.columns))
-        return record._replace(size=tuple(record.size) if record.size else None)
+        return record._replace(size=_pair(record.size))
 
     @property
     def prompts(self) -> list[str]:
@@ -114,7 +115,19 @@ class PromptSet(Sequence[Prompt]):
     @property
     def sizes(self) -> list[Size | None]:
         """The size of each record's picture."""
-        return [tuple(size) if size else None for size in self.table.column("size").to_pylist()]
+        return [_pair(size) for size in self.table.column("size").to_pylist()]
+
+    @classmethod
+    def from_records(cls, records: Sequence[Prompt]) -> "PromptSet":
+        """A set of given records."""
+        columns = zip(*records, strict=True) if records else [()] * len(SCHEMA)
+        arrays = [
+            pa.nulls(len(records), field.type)
+            if all(value is None for value in column)
+            else pa.array(column, field.type)
+            for column, field in zip(columns, SCHEMA, strict=True)
+        ]
+        return cls(pa.table(arrays, schema=SCHEMA))
 
     @classmethod
     def of(cls, sets: Sequence["PromptSet"]) -> "PromptSet":
@@ -164,18 +177,19 @@ def read_prompts(source: str | Source) -> PromptSet:
     """
     source = Source(source) if isinstance(source, str) else source
     num_empty = 0
-    tables, pending = [], list[Prompt]()
+    sets, pending = [], list[Prompt]()
+    columns = _Columns(source)
     for found in rows(source.path, source.prompt, source.image, source.split):
-        record = _record(source, found)
+        record = columns.record(found)
         if not record.text:
             num_empty += 1
             continue
         pending.append(record)
         if len(pending) == ROWS_AT_ONCE:
-            tables.append(_table(pending))
+            sets.append(PromptSet.from_records(pending))
             pending = []
-    tables.append(_table(pending))
-    result = PromptSet(pa.concat_tables(tables), num_empty)
+    sets.append(PromptSet.from_records(pending))
+    result = PromptSet(PromptSet.of(sets).table, num_empty)
     if not result:
         raise ValueError(
             f"prompt file {source.path} holds no prompt ({num_empty} empty lines): write one prompt per line"
@@ -183,91 +197,110 @@ def read_prompts(source: str | Source) -> PromptSet:
     return result
 
 
-def _table(records: Iterable[Prompt]) -> pa.Table:
-    columns = list(zip(*records, strict=True)) or [()] * len(SCHEMA)
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+def _pair(size: Sequence[int] | None) -> Size | None:
+    return (size[0], size[1]) if size else None
 
 
-COLUMNS = ("prompt", "image", "seed", "negative_prompt", "tags", "width", "height")
 DEFAULTS = {field.name: field.default for field in fields(Source)}
 
 
-def _record(source: Source, found: Found) -> Prompt:
-    row = found.row
-    for name in COLUMNS:
-        column = getattr(source, name)
-        if column not in row and (name == "prompt" or column != DEFAULTS[name]):
-            raise ValueError(
-                f"prompt file {found.place}: no column {column!r} among {sorted(map(str, row))}; name the right one, "
-                f"{{path: {source.path}, {name}: ...}}"
-            )
-    values = {name: row.get(getattr(source, name)) for name in COLUMNS}
-    where = {name: f"prompt file {found.place}: {getattr(source, name)!r}" for name in COLUMNS}
-    return Prompt(
-        _text(values["prompt"], where["prompt"]) or "",
-        _picture(values["image"], where["image"], source.path),
-        _integer(values["seed"], where["seed"]),
-        _text(values["negative_prompt"], where["negative_prompt"]),
-        _tags(values["tags"], where["tags"]),
-        _size(values, where),
-    )
+class _Columns:
+    """Makes records of rows.
+
+    Args:
+        source: names the columns.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        parsers: dict[str, Callable[[Any], Any]] = {
+            "image": partial(_picture, folder=_folder_of(source.path)),
+            "seed": _integer,
+            "negative_prompt": _text,
+            "tags": _tags,
+            "width": _integer,
+            "height": _integer,
+        }
+        self.optional = [(name, getattr(source, name), parse) for name, parse in parsers.items()]
+        self.needed = {name: getattr(source, name) for name in ("prompt", *parsers)}
+        self.needed = {name: own for name, own in self.needed.items() if name == "prompt" or own != DEFAULTS[name]}
+
+    def record(self, found: Found) -> Prompt:
+        """The record of a row."""
+        row = found.row
+        for name, column in self.needed.items():
+            if column not in row:
+                raise ValueError(
+                    f"{found.place}: no column {column!r} among {sorted(map(str, row))}; name the right one, "
+                    f"{{path: {self.source.path}, {name}: ...}}"
+                )
+        prompt = self.source.prompt
+        text = _checked(prompt, found, row[prompt], _text) or ""
+        if len(row) == 1:
+            return Prompt(text)
+        values = {
+            name: _checked(column, found, row[column], parse) for name, column, parse in self.optional if column in row
+        }
+        width, height = values.pop("width", None), values.pop("height", None)
+        if (width is None) != (height is None):
+            raise ValueError(f"{found.place}: width is {width} and height is {height}, expected both or neither")
+        if width is not None and height is not None:
+            check_size(width, height, found.place)
+            values["size"] = (height, width)
+        return Prompt(text, **values)
 
 
-def _text(value: Any, where: str) -> str | None:
-    if value is None:
+def _checked(column: str, found: Found, value: Any, parse: Callable[[Any], Any]) -> Any:
+    if value is None or value == "":
         return None
-    if not isinstance(value, str):
-        raise ValueError(f"{where} is {type(value).__name__}, expected a text")
     try:
-        value.encode()
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{found.place}: {column!r} {error}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"is {type(value).__name__}, expected a text")
+    try:
+        if not value.isascii():
+            value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half a character ({error}): no text can be saved so; mend it") from error
+        raise ValueError(f"holds half a character, which no text can be saved with ({error}): mend it") from error
     return value.strip()
 
 
-def _picture(value: Any, where: str, path: str) -> str | None:
-    if isinstance(value, Mapping):  # as `datasets` has it
-        value = value.get("path") if value.get("bytes") is None else value
-    if not value:
-        return None
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{where} holds a picture itself ({type(value).__name__}), expected a path: save pictures as files, or the "
-            "set as a webdataset .tar"
-        )
+def _folder_of(path: str) -> Path:
     file = Path(path).expanduser()
-    return str((file if file.is_dir() else file.parent).resolve() / Path(value).expanduser())
+    return (file if file.is_dir() else file.parent).resolve()
 
 
-def _integer(value: Any, where: str) -> int | None:
-    if value is None or value == "":
-        return None
+def _picture(value: Any, folder: Path) -> str | None:
+    if isinstance(value, Mapping) and value.get("bytes") is None:  # as `datasets` has it
+        value = value.get("path")
+    if isinstance(value, str):
+        return str(folder / Path(value).expanduser())
+    raise ValueError(
+        f"holds a picture itself ({type(value).__name__}), expected a path: save pictures as files, or the set as a "
+        "webdataset .tar"
+    )
+
+
+def _integer(value: Any) -> int:
     try:
         if isinstance(value, bool) or int(value) != float(value):
             raise ValueError
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} is {value!r}, expected a whole number") from error
+        raise ValueError(f"is {value!r}, expected a whole number") from error
     return int(value)
 
 
-def _tags(value: Any, where: str) -> list[str] | None:
-    if value is None:
-        return None
+def _tags(value: Any) -> list[str]:
     if isinstance(value, str):
         return [tag.strip() for tag in value.split(",") if tag.strip()]
     if isinstance(value, list) and all(isinstance(tag, str) for tag in value):
         return value
-    raise ValueError(f"{where} is {value!r}, expected a list of texts, or one text with commas")
-
-
-def _size(values: Mapping[str, Any], where: Mapping[str, str]) -> Size | None:
-    width, height = (_integer(values[name], where[name]) for name in ("width", "height"))
-    if width is None and height is None:
-        return None
-    if width is None or height is None:
-        raise ValueError(f"{where['width']} or height is missing, expected both or neither")
-    check_size(width, height, where["width"])
-    return height, width
+    raise ValueError(f"is {value!r}, expected a list of texts, or one text with commas")
 
 
 def check_size(width: int, height: int, where: str) -> None:
