@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -28,6 +30,7 @@ from torch import Tensor
 from srpo_lightning.checkpoints import sync
 
 Item: TypeAlias = Mapping[str, Tensor]
+Planes: TypeAlias = npt.NDArray[np.uint8]
 Description: TypeAlias = dict[str, str | int]
 
 MANIFEST, INDEX = "manifest.json", "index.json"
@@ -99,19 +102,22 @@ def key_of(*parts: str | bytes) -> str:
     return digest.hexdigest()[:32]
 
 
-def to_planes(tensor: Tensor) -> Tensor:
+def to_planes(tensor: Tensor) -> Planes:
     """The bytes of a tensor, uint8 [bytes per element, *shape]."""
     shape, size = tensor.shape, tensor.element_size()
-    return tensor.contiguous().view(torch.uint8).reshape(*shape, size).movedim(-1, 0).contiguous()
+    return tensor.contiguous().view(torch.uint8).reshape(*shape, size).movedim(-1, 0).contiguous().numpy()
 
 
-def from_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
+def from_planes(planes: Planes, dtype: torch.dtype) -> Tensor:
     """Undo `to_planes`."""
-    return planes.movedim(0, -1).contiguous().view(dtype).squeeze(-1)
+    together = np.empty((*planes.shape[1:], len(planes)), np.uint8)
+    for place, plane in enumerate(planes):
+        together[..., place] = plane
+    return torch.from_numpy(together).view(dtype).squeeze(-1)
 
 
 def write_chunk(folder: Path, items: Sequence[tuple[str, Item]]) -> Chunk:
-    """Write a chunk of items by key; when this returns it is on the disk, and named by its checksum."""
+    """Write a chunk of items by key; when this returns it is on the disk, and named by what is in it."""
     folder.mkdir(parents=True, exist_ok=True)
     writer_type = importlib.import_module("litdata.streaming.writer").BinaryWriter
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
@@ -128,13 +134,15 @@ def write_chunk(folder: Path, items: Sequence[tuple[str, Item]]) -> Chunk:
         sync(written)
         checksum = sha256(written)
         config = {name: value for name, value in index["config"].items() if name not in ("item_loader", "chunk_size")}
+        keys = [key for key, _ in items]
+        filename = f"chunk-{key_of(checksum, *keys)[:16]}.bin"  # equal tensors may go by other keys elsewhere
         chunk = Chunk(
-            f"chunk-{checksum[:16]}.bin",
+            filename,
             written.stat().st_size,
             checksum,
-            [key for key, _ in items],
+            keys,
             {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in items[0][1].items()},
-            entry | {"filename": f"chunk-{checksum[:16]}.bin"},
+            entry | {"filename": filename},
             config | {"chunk_size": None},
         )
         written.replace(folder / chunk.filename)

@@ -192,7 +192,9 @@ class ChunkStore:
 
     def _dataset(self) -> Any:
         if self._reader is None or self._reader[0] != os.getpid():
-            self._reader = os.getpid(), importlib.import_module("litdata").StreamingDataset(str(self.folder))
+            # Rows are read in any order: nothing is gained by decoding those beside them.
+            dataset = importlib.import_module("litdata").StreamingDataset(str(self.folder), batch_decode=False)
+            self._reader = os.getpid(), dataset
         return self._reader[1]
 
     def _fetch(self, filename: str, again: bool = False) -> None:
