@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
-from jsonargparse.typing import PositiveFloat
 
 from srpo_lightning.batch import Size
 from srpo_lightning.data.files import Found, rows
@@ -55,7 +54,7 @@ class Source:
     """
 
     path: str
-    weight: PositiveFloat = 1.0
+    weight: float = 1.0
     prompt: str = "prompt"
     image: str = "image"
     seed: str = "seed"
@@ -65,9 +64,19 @@ class Source:
     height: str = "height"
     split: str = "train"
 
+    def __post_init__(self) -> None:
+        """Refuse what a configuration file may say wrongly."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "weight" and not isinstance(value, str):
+                raise ValueError(f"prompt source {self.path}: {field.name} is {value!r}, expected a text")
+        if not isinstance(self.weight, int | float) or not self.weight > 0:
+            raise ValueError(f"prompt source {self.path}: weight is {self.weight!r}, expected a number above 0")
 
-Sources: TypeAlias = str | Source | list[str | Source]
-"""Prompts from one place or from several."""
+
+# Not Source itself: jsonargparse would take a path for a configuration file with its arguments, and read it.
+Sources: TypeAlias = str | dict[str, Any] | list[str | dict[str, Any]]
+"""Prompts from one place or from several: paths, or the arguments of `Source`."""
 
 SCHEMA = pa.schema(
     {
@@ -319,6 +328,16 @@ def check_size(width: int, height: int, where: str) -> None:
 
 
 def listed(sources: Sources) -> list[Source]:
-    """One source or several, always as a list."""
+    """One source or several, always as a list.
+
+    Raises:
+        ValueError: if there are none, or one has an argument that `Source` does not know.
+    """
     several = sources if isinstance(sources, list) else [sources]
-    return [Source(source) if isinstance(source, str) else source for source in several]
+    if not several:
+        raise ValueError("prompt sources: an empty list, expected at least one path")
+    try:
+        return [Source(source) if isinstance(source, str) else Source(**source) for source in several]
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(Source))
+        raise ValueError(f"prompt source {sources}: {error}; it may have {known}, and needs the path") from error

@@ -3,7 +3,8 @@
 import inspect
 
 from srpo_lightning.callbacks import EMA, Report, RewardTracking, RunCheckpoint, SampleLogger
-from srpo_lightning.data import PromptData, Source
+from srpo_lightning.data import PromptData
+from srpo_lightning.data.prompts import Source
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy

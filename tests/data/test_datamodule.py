@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from srpo_lightning.data import PromptData, Source
+from srpo_lightning.data import PromptData
 from srpo_lightning.data.images import load_picture
 from srpo_lightning.policies.image import FluxImageEncoder
 from tests import tiny
@@ -105,7 +105,7 @@ def test_seeds_negative_prompts_and_tags_travel_with_their_prompts(models, featu
 def test_several_sources_are_drawn_by_weight(models, features, tmp_path):
     (tmp_path / "x.txt").write_text("a\nb\n")
     (tmp_path / "y.txt").write_text("c\n")
-    sources = [Source(str(tmp_path / "x.txt"), weight=3), str(tmp_path / "y.txt")]
+    sources = [{"path": str(tmp_path / "x.txt"), "weight": 3}, str(tmp_path / "y.txt")]
     drawn = flat(steps(prepared(new_data(models, features, sources)), 8), "prompts")
     assert [drawn.count(prompt) for prompt in "abc"] == [6, 6, 4]
 

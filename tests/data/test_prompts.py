@@ -12,7 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from srpo_lightning.data.files import read_picture
-from srpo_lightning.data.prompts import Prompt, PromptSet, Source, read_prompts
+from srpo_lightning.data.prompts import Prompt, PromptSet, Source, listed, read_prompts
 
 PROMPTS = ["a cat", "", "  a dög ", " "]
 KINDS = [".txt", ".jsonl", ".csv", ".parquet"]
@@ -102,6 +102,21 @@ def test_a_column_that_was_named_must_be_there(tmp_path):
     path = write(tmp_path, ".jsonl", ["a"])
     with pytest.raises(ValueError, match=r"no column 'number' among \['id', 'prompt'\]; name the right one, .* seed"):
         read_prompts(Source(path, seed="number"))
+
+
+@pytest.mark.parametrize(
+    ("source", "cure"),
+    [
+        ([], "an empty list, expected at least one path"),
+        ({"weight": 2}, "needs the path"),
+        ({"path": "p.txt", "colunm": "x"}, "colunm.*it may have path, weight, prompt"),
+        ({"path": "p.txt", "weight": 0}, "weight is 0, expected a number above 0"),
+        ({"path": "p.txt", "prompt": 3}, "prompt is 3, expected a text"),
+    ],
+)
+def test_a_source_that_is_written_wrongly_is_refused(source, cure):
+    with pytest.raises(ValueError, match=cure):
+        listed(source)
 
 
 def test_a_missing_file_is_refused_with_the_full_path(tmp_path):

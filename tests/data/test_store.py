@@ -269,6 +269,10 @@ def test_without_litdata_the_command_that_installs_it_is_told(tmp_path, monkeypa
         store(tmp_path)
 
 
+def test_keys_are_told_apart_at_their_seams():
+    assert key_of("ab", "c") != key_of("a", "bc")
+
+
 def test_chunks_have_64_mib_and_at_least_one_item():
     assert per_chunk(1 << 30) == 1
     assert per_chunk(4 << 20) == 16

@@ -66,7 +66,7 @@ def test_the_description_says_what_the_fingerprint_follows(models):
     assert FluxTextEncoder(str(models.pipeline), 7, torch.bfloat16).fingerprint() != encoder.fingerprint()
 
 
-@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.02), ("nf4", 0.15)])
+@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.02), ("nf4", 0.4)])
 def test_a_quantized_encoder_gives_nearly_the_same_features(models, quantize, tolerance):
     """The norm of the difference next to that of the features; CLIP stays as it is."""
     whole = FluxTextEncoder(str(models.pipeline), dtype=torch.bfloat16).encode(["a b", "c"])
