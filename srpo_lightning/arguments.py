@@ -21,7 +21,8 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
     )
     parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-    parser.link_arguments("model.policy.init_args.pretrained", "data.pretrained")
+    for name in ("pretrained", "height", "width"):
+        parser.link_arguments(f"model.policy.init_args.{name}", f"data.{name}")
     parser.set_defaults(
         {
             "trainer.default_root_dir": "runs/default",

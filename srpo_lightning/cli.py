@@ -20,13 +20,19 @@ from srpo_lightning.arguments import add_project_arguments, choose_strategy
 from srpo_lightning.callbacks.checkpoint import ranked
 from srpo_lightning.checkpoints import check_whole, checkpoints, newest
 from srpo_lightning.data import PromptData
+from srpo_lightning.jobs.cache import cache
 from srpo_lightning.jobs.control_words import control_words
 from srpo_lightning.jobs.convert import convert
 from srpo_lightning.jobs.estimate import estimate
 from srpo_lightning.jobs.room import check_room
 from srpo_lightning.module import SRPOModule
 
-JOBS: dict[str, Callable[..., None]] = {"control-words": control_words, "convert": convert, "estimate": estimate}
+JOBS: dict[str, Callable[..., None]] = {
+    "cache": cache,
+    "control-words": control_words,
+    "convert": convert,
+    "estimate": estimate,
+}
 
 CONFIG = "config.yaml"
 

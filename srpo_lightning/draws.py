@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BLOCK = 64  # prompts that a large set's order keeps in one stretch
+MAX_PERIOD = 1000  # turns in which shares by weight come out exactly
+
 
 class Draws(NamedTuple):
     """The randomness of one training step.
@@ -64,9 +67,75 @@ def sample_noise(
     return torch.stack([_normal(shape, keyed_generator(*key)) for key in keys])
 
 
-def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """The order of `size` training prompts in one pass over them, int64 [size]."""
-    return torch.randperm(size, generator=keyed_generator(seed, "order", epoch))
+def permutation(seed: int, epoch: int, size: int, window: int | None = None, purpose: str = "order") -> Tensor:
+    """The order of `size` training prompts in one pass over them, int64 [size].
+
+    Args:
+        seed: of the run.
+        epoch: number of the pass.
+        size: how many prompts there are.
+        window: larger sets are shuffled in two stages, so that prompts which lie together are drawn at about the same
+            time and reading stays local: first the order of blocks of `BLOCK` prompts, then within each stretch of
+            `window` prompts. None: all at once.
+        purpose: tells several sets of one run apart.
+    """
+    generator = keyed_generator(seed, purpose, epoch)
+    if window is None or size <= window:
+        return torch.randperm(size, generator=generator)
+    blocks = torch.arange(size).split(BLOCK)
+    rows = torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=generator).tolist()])
+    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in rows.split(window)])
+
+
+class Shares:
+    """A choice at every turn, by weight: random in order, exact in number over each period.
+
+    The choice of turn n, and how often it was chosen before, are functions of (weights, key, n).
+
+    Args:
+        weights: of the choices, positive.
+        key: of the random numbers.
+    """
+
+    def __init__(self, weights: Sequence[float], *key: int | str) -> None:
+        assert min(weights) > 0, weights
+        self.key = key
+        self.counts = _whole_numbers(weights)
+        self.period = sum(self.counts)
+        self._turns: tuple[int, Tensor] | None = None
+
+    def at(self, n: int) -> tuple[int, int]:
+        """The choice of turn n, and how many turns before had the same."""
+        if len(self.counts) == 1:
+            return 0, n
+        number, place = divmod(n, self.period)
+        turns = self._period(number)
+        choice = int(turns[place])
+        return choice, number * self.counts[choice] + int((turns[:place] == choice).sum())
+
+    def before(self, n: int, choice: int) -> int:
+        """How many of the first n turns had this choice."""
+        if len(self.counts) == 1:
+            return n
+        number, place = divmod(n, self.period)
+        return number * self.counts[choice] + int((self._period(number)[:place] == choice).sum())
+
+    def _period(self, number: int) -> Tensor:
+        if self._turns is None or self._turns[0] != number:
+            choices = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+            shuffled = choices[torch.randperm(self.period, generator=keyed_generator(*self.key, number))]
+            self._turns = number, shuffled
+        return self._turns[1]
+
+
+def _whole_numbers(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in the ratio of the weights; to a part in `MAX_PERIOD` where there are none."""
+    total = sum(weights)
+    for period in range(len(weights), MAX_PERIOD + 1):
+        counts = [weight / total * period for weight in weights]
+        if all(abs(count - round(count)) < 1e-6 * period and round(count) for count in counts):
+            return [round(count) for count in counts]
+    return [max(1, round(weight / total * MAX_PERIOD)) for weight in weights]
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:

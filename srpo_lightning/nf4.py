@@ -1,6 +1,7 @@
-"""NF4: frozen linear layers in 4 bits (arXiv 2305.14314), by bitsandbytes, on the CPU too."""
+"""Frozen linear layers in 4 bits (NF4, arXiv 2305.14314) or 8 (arXiv 2208.07339), by bitsandbytes, on the CPU too."""
 
 import importlib
+from collections.abc import Container
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,10 +15,10 @@ def check_bitsandbytes() -> None:
         ValueError: with the command that installs the missing package.
     """
     if find_spec("bitsandbytes") is None:
-        raise ValueError("quantize asks for nf4, which needs bitsandbytes: pip install 'srpo-lightning[quant]'")
+        raise ValueError("quantize asks for bitsandbytes, which is not installed: pip install 'srpo-lightning[quant]'")
 
 
-def keep_in_4_bits(module: nn.Module, double: bool = False) -> None:
+def keep_in_4_bits(module: nn.Module, double: bool = False, but: Container[str] = ()) -> None:
     """Turn the linear layers in a module into NF4, one after another; gradients pass through them to their inputs.
 
     A weight takes 4.5 bits: 4, and a float32 scale per block of 64. Products are computed in the dtype that the weights
@@ -25,10 +26,11 @@ def keep_in_4_bits(module: nn.Module, double: bool = False) -> None:
 
     Args:
         double: round the scales to 8 bits too: 4.13 bits per weight.
+        but: names of layers that stay as they are.
     """
     bitsandbytes: Any = importlib.import_module("bitsandbytes.nn")
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] not in but:
             small = bitsandbytes.Linear4bit(
                 layer.in_features,
                 layer.out_features,
@@ -44,3 +46,16 @@ def keep_in_4_bits(module: nn.Module, double: bool = False) -> None:
             small.weight, small.bias = weight.to("cpu"), layer.bias
             small.support_avx512bf16_for_cpu = False  # a fast path that repacks the weights and has no gradient
             module.set_submodule(name, small)
+
+
+def keep_in_8_bits(module: nn.Module) -> None:
+    """Turn the linear layers in a module into LLM.int8(), one after another: 8 bits per weight, a scale per row."""
+    bitsandbytes: Any = importlib.import_module("bitsandbytes.nn")
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear):
+            small = bitsandbytes.Linear8bitLt(
+                layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, device="meta"
+            )
+            weight = bitsandbytes.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+            small.weight, small.bias = weight, layer.bias
+            module.set_submodule(name, small.to("cpu"))

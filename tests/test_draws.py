@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srpo_lightning.draws import Draws, keyed_generator, permutation, sample_noise
+from srpo_lightning.draws import Draws, Shares, keyed_generator, permutation, sample_noise
 
 KEY = st.tuples(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(0, 64))
 
@@ -112,3 +112,26 @@ def test_a_pass_visits_every_prompt_once(seed, epoch, size):
 def test_passes_have_different_orders():
     assert not torch.equal(permutation(0, 0, 50), permutation(0, 1, 50))
     assert not torch.equal(permutation(0, 0, 50), permutation(1, 0, 50))
+
+
+@given(st.lists(st.sampled_from([1.0, 2.0, 0.5, 3.0]), min_size=1, max_size=4), st.integers(0, 300), st.integers(0, 9))
+def test_a_choice_knows_how_often_it_was_made_before(weights, n, seed):
+    shares = Shares(weights, seed, "test")
+    choices = [Shares(weights, seed, "test").at(turn)[0] for turn in range(n + 1)]
+    assert shares.at(n) == (choices[-1], choices[:-1].count(choices[-1]))
+    assert [shares.before(n, choice) for choice in range(len(weights))] == [
+        choices[:-1].count(choice) for choice in range(len(weights))
+    ]
+
+
+def test_shares_come_out_exactly_over_each_period_in_another_order():
+    shares = Shares([1, 3], 0, "test")
+    assert shares.counts == [1, 3]
+    turns = [[shares.at(turn)[0] for turn in range(start, start + 4)] for start in range(0, 80, 4)]
+    assert all(sorted(period) == [0, 1, 1, 1] for period in turns)
+    assert len(set(map(tuple, turns))) > 1
+
+
+def test_odd_shares_come_out_to_a_thousandth_and_none_is_never_chosen():
+    shares = Shares([2**0.5, 1e-9], 0, "test")
+    assert shares.counts == [1000, 1]

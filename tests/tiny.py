@@ -199,7 +199,7 @@ def new_trainer(run: Path, callbacks: Sequence[Callback] = (), **settings: Any) 
 
 def new_data(models: Models, cache: Path, **settings: Any) -> PromptData:
     defaults = {"batch_size": 2, "eval_batch_size": 2, "cache_dir": str(cache), "seed": 3}
-    return PromptData(str(models.train), str(models.evaluation), str(models.pipeline), **defaults | settings)
+    return PromptData(str(models.train), str(models.pipeline), str(models.evaluation), **defaults | settings)
 
 
 def config(models: Models, run: Path, cache: Path) -> dict[str, Any]:

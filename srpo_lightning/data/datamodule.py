@@ -1,104 +1,139 @@
-"""Prompt files to batches of conditions, in an order that is a function of (seed, step, rank)."""
+"""Prompts and pictures in, batches of conditions out, in an order that is a function of (seed, step, rank)."""
 
-from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from srpo_lightning.batch import Conditions
+from srpo_lightning.batch import Conditions, Size
+from srpo_lightning.data.chunks import key_of
 from srpo_lightning.data.features import FeatureCache
-from srpo_lightning.data.prompts import read_prompts
-from srpo_lightning.draws import permutation
+from srpo_lightning.data.images import LatentCache, Picture, latent_key
+from srpo_lightning.data.order import Order, Pick, Rows, Segment, SliceSampler, StepSampler, streams_of
+from srpo_lightning.data.preparation import Preparation
+from srpo_lightning.data.prompts import Prompt, PromptSet, Sources, check_size
+from srpo_lightning.data.selection import select
+from srpo_lightning.policies.image import FluxImageEncoder
 from srpo_lightning.policies.text import FluxTextEncoder, TextFeatures
-
-Item = tuple[str, TextFeatures, int]
 
 
 class PromptData(LightningDataModule):
-    """Training and evaluation prompts with their cached text features.
+    """Training and evaluation prompts with their cached text features, and real pictures with their cached latents.
 
     Args:
-        train: training prompts, a .txt, .jsonl or .parquet file.
-        evaluation: held-out prompts for validate, test and predict.
-        pretrained: the pipeline whose text encoders are used (follows model.policy.init_args.pretrained).
+        train: training prompts: a path, or a source with its columns, or a list of these.
+        pretrained: the pipeline whose text encoders and VAE are used (follows model.policy.init_args.pretrained).
+        evaluation: held-out prompts for validate, test and predict; None: `validation_fraction` of those to train.
+        validation_fraction: of the training prompts, held out by a hash of the text: adding prompts moves none.
+        images: captions with real pictures; None: those training records that name one.
+        offline_ratio: the share of steps that train on these pictures instead of the policy's own.
         batch_size: training prompts per rank and micro-batch.
         eval_batch_size: evaluation prompts per rank and batch.
         num_eval_prompts: the first so many prompts of `evaluation`; None: all.
         eval_samples_per_prompt: how often each of them is drawn, from other noise each time.
-        field: the key or column of the prompt in .jsonl and .parquet files.
-        cache_dir: where text features are kept between runs.
+        sizes: [width, height] of pictures in pixels, for records without their own: one is drawn per step, and a real
+            picture goes to that of the nearest aspect ratio. None: the policy's own.
+        height: of the policy's own size (follows model.policy.init_args.height).
+        width: the same.
+        cache_dir: where text features and latents are kept between runs; on s3://, gs:// or hf:// they are only read.
+        max_prompts_to_encode: the most that fit encodes by itself; beyond it says how to run `cache`.
         max_sequence_length: T5 tokens per prompt; None: what the tokenizer states, at most 512.
         text_dtype: what features are computed and kept in.
-        text_batch_size: prompts encoded at once.
-        text_device: where prompts are encoded.
+        text_quantize: keep T5 in 8 (int8) or 4 (nf4) bits per weight while encoding.
+        text_batch_size: prompts or pictures encoded at once.
+        text_device: where prompts and pictures are encoded.
+        shuffle_window: in larger sets prompts are shuffled within stretches of so many, so that few chunks are open.
         num_workers: processes that read features.
         seed: of the order of training prompts (follows model.seed).
     """
 
     def __init__(
         self,
-        train: str,
-        evaluation: str,
+        train: Sources,
         pretrained: str,
+        evaluation: Sources | None = None,
+        validation_fraction: ClosedUnitInterval = 0.0,
+        images: Sources | None = None,
+        offline_ratio: ClosedUnitInterval = 0.0,
         batch_size: PositiveInt = 4,
         eval_batch_size: PositiveInt = 8,
         num_eval_prompts: PositiveInt | None = None,
         eval_samples_per_prompt: PositiveInt = 1,
-        field: str = "prompt",
+        sizes: list[tuple[PositiveInt, PositiveInt]] | None = None,
+        height: PositiveInt = 1024,
+        width: PositiveInt = 1024,
         cache_dir: str = ".cache/features",
+        max_prompts_to_encode: NonNegativeInt = 2000,
         max_sequence_length: PositiveInt | None = None,
         text_dtype: Literal["float32", "bfloat16"] = "float32",
+        text_quantize: Literal["none", "int8", "nf4"] = "none",
         text_batch_size: PositiveInt = 16,
         text_device: str = "cpu",
+        shuffle_window: PositiveInt = 8192,
         num_workers: NonNegativeInt = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for number, (own_width, own_height) in enumerate(sizes or []):
+            check_size(own_width, own_height, f"data.sizes[{number}]")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.text_batch_size = text_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.num_batches = 0
-        train_set, eval_set = read_prompts(train, field), read_prompts(evaluation, field)
-        self.train_prompts, self.eval_prompts = train_set.prompts, eval_set.prompts[:num_eval_prompts]
+        self.num_workers, self.seed, self.shuffle_window = num_workers, seed, shuffle_window
         self.eval_samples_per_prompt = eval_samples_per_prompt
-        self.num_empty = train_set.num_empty + eval_set.num_empty
-        encoder = FluxTextEncoder(pretrained, max_sequence_length, getattr(torch, text_dtype), text_device)
-        self.cache = FeatureCache(Path(cache_dir).expanduser(), encoder)
+        self.offline_ratio = offline_ratio
+        self.sizes: list[Size] = [(own_height, own_width) for own_width, own_height in sizes or []]
+        self.num_batches = 0
+        self.segments: list[Segment] = []
+        picture_sizes = self.sizes or [(height, width)]
+        self.selection = select(train, evaluation, validation_fraction, images, offline_ratio, picture_sizes)
+        self.selection = self.selection._replace(evaluation=self.selection.evaluation[:num_eval_prompts])
+        dtype = getattr(torch, text_dtype)
+        encoder = FluxTextEncoder(pretrained, max_sequence_length, dtype, text_device, text_quantize)
+        self.cache = FeatureCache(cache_dir, encoder)
+        self.image_encoder = FluxImageEncoder(pretrained, device=text_device) if offline_ratio else None
+        self.latents = LatentCache(cache_dir, self.image_encoder.description()) if self.image_encoder else None
+        self.preparation = Preparation(
+            self.selection, self.cache, self.latents, self.image_encoder, text_batch_size, max_prompts_to_encode
+        )
+
+    @property
+    def train_prompts(self) -> list[str]:
+        """The training prompts, in the order of their sources."""
+        return [text for source in self.selection.train for text in source.prompts.prompts]
+
+    @property
+    def eval_prompts(self) -> list[str]:
+        """The evaluation prompts."""
+        return self.selection.evaluation.prompts
 
     def prepare_data(self) -> None:
-        """Compute missing text features (once per node) and report what was skipped or cut."""
-        prompts = [*self.train_prompts, *self.eval_prompts]
-        computed = self.cache.fill(prompts, self.text_batch_size)
-        truncated = [prompt for prompt in prompts if self.cache.encoder.is_truncated(prompt)]
-        rank_zero_info(
-            f"prompts: {len(self.train_prompts)} to train, {len(self.eval_prompts)} to evaluate; "
-            f"text features: {computed} computed, the rest cached in {self.cache.folder}"
-        )
-        if self.num_empty:
-            rank_zero_info(f"prompts: {self.num_empty} empty lines skipped")
-        if truncated:
-            rank_zero_info(
-                f"prompts: {len(truncated)} cut to the {self.cache.encoder.max_sequence_length} tokens that the text "
-                f"encoder reads, first: {truncated[0][:80]!r}"
-            )
-        self.cache.encoder.unload()
+        """Compute missing features (once per node) and report what was skipped or cut."""
+        self.preparation.run()
 
-    def train_dataloader(self) -> DataLoader[Item]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """An endless stream; a resumed run goes on where the checkpoint was written."""
-        sampler = StepSampler(len(self.train_prompts), self.batch_size, self.seed, *self._ranks(), self.num_batches)
-        return self._loader(self.train_prompts, sampler)
+        rank, world_size = self._ranks()
+        present = Segment(self.num_batches, self.batch_size * world_size)
+        if not self.segments or self.segments[-1].samples_per_step != present.samples_per_step:
+            self.segments = [*self.segments, present]
+        sampler = StepSampler(self._order(), self.batch_size, rank, self.num_batches)
+        sets = [source.prompts for source in (*self.selection.train, *self.selection.images)]
+        return self._loader(sets, sampler, self.selection.pictures if self.offline_ratio else [])
 
-    def val_dataloader(self) -> DataLoader[Item]:
-        """Each rank takes every world-size-th evaluation prompt."""
-        prompts = self.eval_prompts * self.eval_samples_per_prompt
-        return self._loader(prompts, SliceSampler(len(prompts), self.eval_batch_size, *self._ranks()))
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Each rank takes every world-size-th evaluation prompt of each size."""
+        own = self.selection.evaluation.sizes
+        rows: dict[Size | None, list[int]] = {}
+        for number in range(len(own) * self.eval_samples_per_prompt):
+            index = number % len(own)
+            size = own[index] or (self.sizes[index % len(self.sizes)] if self.sizes else None)
+            rows.setdefault(size, []).append(number)
+        sampler = SliceSampler(rows, self.eval_batch_size, *self._ranks())
+        return self._loader([self.selection.evaluation], sampler, [])
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -111,15 +146,38 @@ class PromptData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
-        return {"num_batches": self.num_batches}
+        return {"num_batches": self.num_batches, "segments": [list(segment) for segment in self.segments]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.num_batches = state_dict["num_batches"]
+        self.segments = [Segment(*segment) for segment in state_dict["segments"]]
 
-    def _loader(self, prompts: list[str], sampler: Sampler[list[int]]) -> DataLoader[Item]:
+    def _order(self) -> Order:
+        first = 0
+        kinds: list[list[tuple[Rows, Sequence[Size | None], float]]] = []
+        for kind in (self.selection.train, self.selection.images):
+            parts = []
+            for source in kind:
+                rows = np.arange(first, first + len(source.prompts))
+                parts.append((rows, source.sizes, source.weight))
+                first += len(source.prompts)
+            kinds.append(parts)
+        shares = (1 - self.offline_ratio, self.offline_ratio)
+        streams = [
+            stream._replace(share=stream.share * share, is_real=is_real)
+            for parts, share, is_real in zip(kinds, shares, (False, True), strict=True)
+            if share
+            for stream in streams_of(parts, self.sizes)
+        ]
+        return Order(streams, self.seed, self.shuffle_window, self.segments)
+
+    def _loader(
+        self, sets: list[PromptSet], sampler: Sampler[list[Pick]], pictures: Sequence[Picture]
+    ) -> DataLoader[Any]:
+        self.preparation.open()
         return DataLoader(
-            PromptDataset(prompts, self.cache),
+            PromptDataset(sets, self.cache, self.latents, pictures),
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
@@ -130,77 +188,80 @@ class PromptData(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-class PromptDataset(Dataset[Item]):
-    """Prompts with their features, by position in the file."""
-
-    def __init__(self, prompts: list[str], cache: FeatureCache) -> None:
-        self.prompts, self.cache = prompts, cache
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index: int) -> Item:
-        prompt = self.prompts[index]
-        return prompt, self.cache[prompt], index
-
-
-class StepSampler(Sampler[list[int]]):
-    """Endless shuffled batches: the one of step s is a function of (seed, s, rank).
-
-    Sample number n of the run, counted over all ranks, is number n mod size of pass n // size; each pass has an order
-    of its own and none drops a prompt.
+class Item(NamedTuple):
+    """A sample of a batch.
 
     Args:
-        size: number of prompts.
-        batch_size: per rank.
-        seed: of the order.
-        rank: of this process.
-        world_size: number of ranks.
-        start: steps already taken.
+        prompt: its record.
+        features: of its text.
+        number: of the sample in its list; evaluation passes over the list several times.
+        size: of its picture.
+        seed: of its evaluation sample.
+        x0: [L, C] latents of its real picture.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int, world_size: int, start: int = 0) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world_size, self.start = rank, world_size, start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = lru_cache(maxsize=2)(lambda epoch: permutation(self.seed, epoch, self.size))
-        number = (self.start * self.world_size + self.rank) * self.batch_size
-        while True:
-            batch = []
-            for n in range(number, number + self.batch_size):
-                epoch, position = divmod(n, self.size)
-                batch.append(int(order(epoch)[position]))
-            yield batch
-            number += self.world_size * self.batch_size
+    prompt: Prompt
+    features: TextFeatures
+    number: int
+    size: Size | None
+    seed: int | None
+    x0: Tensor | None
 
 
-class SliceSampler(Sampler[list[int]]):
-    """Rank r's share of the evaluation prompts: r, r + world_size, ...
+class PromptDataset(Dataset[Item]):
+    """Records of several sets, counted through, with their features.
 
-    Every rank gets equally many (collective operations would hang otherwise): the first prompts fill the gap, and a
-    metric over several ranks counts those few twice.
+    Args:
+        sets: of records; the samples of evaluation count through them again and again.
+        cache: open.
+        latents: open; None: there are none.
+        pictures: the pictures of the last records.
     """
 
-    def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
-        per_rank = -(-size // world_size)
-        self.indices = [(rank + i * world_size) % size for i in range(per_rank)]
-        self.batch_size = batch_size
+    def __init__(
+        self,
+        sets: Sequence[PromptSet],
+        cache: FeatureCache,
+        latents: LatentCache | None,
+        pictures: Sequence[Picture],
+    ) -> None:
+        self.sets, self.cache, self.latents = sets, cache, latents
+        self.starts = np.cumsum([0, *(len(own) for own in sets)])
+        self.rows = np.concatenate([cache.find([key_of(text) for text in own.prompts]) for own in sets])
+        assert (self.rows >= 0).all(), "prepared before"
+        self.first_picture = len(self.rows) - len(pictures)
+        self.picture_rows = latents.find([latent_key(picture) for picture in pictures]) if latents else None
 
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield self.indices[start : start + self.batch_size]
+    def __getitem__(self, pick: Pick) -> Item:
+        row = pick.row % len(self.rows)
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        prompt = self.sets[number][int(row - self.starts[number])]
+        x0 = None
+        if pick.is_real:
+            assert self.latents is not None
+            assert self.picture_rows is not None
+            x0 = self.latents.latents(int(self.picture_rows[row - self.first_picture]))
+        seed = prompt.seed if pick.row == row else None  # a second sample of a prompt is another picture
+        position = int(pick.row - (self.first_picture if pick.is_real else 0))
+        return Item(prompt, self.cache.features(int(self.rows[row])), position, pick.size, seed, x0)
 
 
 def collate(items: list[Item]) -> Conditions:
     """Stack items to a batch."""
-    prompts, features, indices = zip(*items, strict=True)
+    prompts = [item.prompt for item in items]
+    latents = [item.x0 for item in items if item.x0 is not None]
     return Conditions(
-        list(prompts),
-        torch.stack([f.prompt_embeds for f in features]),
-        torch.stack([f.pooled_prompt_embeds for f in features]),
-        torch.tensor(indices),
+        [prompt.text for prompt in prompts],
+        torch.stack([item.features.prompt_embeds for item in items]),
+        torch.stack([item.features.pooled_prompt_embeds for item in items]),
+        torch.tensor([item.number for item in items]),
+        items[0].size,
+        torch.stack(latents) if latents else None,
+        _if_any([item.seed for item in items]),
+        _if_any([prompt.negative_prompt for prompt in prompts]),
+        [prompt.tags or [] for prompt in prompts] if any(prompt.tags for prompt in prompts) else None,
     )
+
+
+def _if_any(values: list[Any]) -> list[Any] | None:
+    return values if any(value is not None for value in values) else None

@@ -1,47 +1,62 @@
-"""Text features on disk: computed once per prompt and model, looked up by both."""
+"""Text features, computed once per prompt and model, and looked up by both."""
 
-import hashlib
-import os
-from collections.abc import Iterable
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from typing import Any
 
-from safetensors.torch import load_file, save_file
-
+from srpo_lightning.data.chunks import CURE, Item, key_of
+from srpo_lightning.data.store import ChunkStore, per_chunk
 from srpo_lightning.policies.text import FluxTextEncoder, TextFeatures
 
 
-class FeatureCache:
-    """One safetensors file per prompt, in a folder per text encoder.
+class FeatureCache(ChunkStore):
+    """The text features of prompts.
 
     Args:
-        folder: holds the caches of all encoders.
+        folder: of the caches of all encoders, here or on s3://, gs:// or hf://.
         encoder: whose features these are; its weights are read only if a prompt is missing.
     """
 
-    def __init__(self, folder: Path, encoder: FluxTextEncoder) -> None:
+    def __init__(self, folder: str, encoder: FluxTextEncoder) -> None:
+        super().__init__(folder, encoder.description())
         self.encoder = encoder
-        self.folder = folder / encoder.fingerprint()[:16]
 
-    def fill(self, prompts: Iterable[str], batch_size: int) -> int:
+    @property
+    def item_bytes(self) -> int:
+        """Of one prompt's features, before compression."""
+        return sum(math.prod(shape) for shape in self.encoder.shapes.values()) * self.encoder.dtype.itemsize
+
+    @property
+    def items_per_chunk(self) -> int:
+        """How many prompts make a chunk."""
+        return per_chunk(self.item_bytes)
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts whose features are not there, each once."""
+        rows = self.find([key_of(prompt) for prompt in prompts])
+        return list(dict.fromkeys(prompt for prompt, row in zip(prompts, rows, strict=True) if row < 0))
+
+    def add(self, prompts: Sequence[str], batch_size: int) -> int:
         """Compute what is missing; returns how many prompts that were. Interrupted, it goes on where it stopped."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).is_file()]
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            for prompt, features in zip(batch, self.encoder.encode(batch), strict=True):
-                self._write(prompt, features)
-        return len(missing)
+        return self.fill(
+            [(key_of(prompt), prompt) for prompt in prompts], self.encode, batch_size, self.items_per_chunk
+        )
+
+    def encode(self, prompts: list[Any]) -> list[Item]:
+        """The features of prompts, as they are stored."""
+        return [features._asdict() for features in self.encoder.encode(prompts)]
+
+    def features(self, row: int) -> TextFeatures:
+        """The features in a row."""
+        return TextFeatures(**self.read(row))
 
     def __getitem__(self, prompt: str) -> TextFeatures:
-        """The features of a prompt that `fill` has seen."""
-        return TextFeatures(**load_file(self._file(prompt)))
+        """The features of a prompt that is there."""
+        (row,) = self.find([key_of(prompt)])
+        if row < 0:
+            raise ValueError(f"{self.folder} lacks the features of {prompt[:80]!r}: {CURE}")
+        return self.features(int(row))
 
-    def _file(self, prompt: str) -> Path:
-        name = hashlib.sha256(prompt.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.safetensors"
-
-    def _write(self, prompt: str, features: TextFeatures) -> None:
-        file = self._file(prompt)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".partial-{os.getpid()}")
-        save_file(features._asdict(), partial)
-        partial.replace(file)
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers read features only."""
+        return super().__getstate__() | {"encoder": None}

@@ -4,6 +4,7 @@ import inspect
 
 from srpo_lightning.callbacks import EMA, Report, RewardTracking, RunCheckpoint, SampleLogger
 from srpo_lightning.data import PromptData
+from srpo_lightning.data.prompts import Source
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy
@@ -23,8 +24,10 @@ from srpo_lightning.strategies import ShardedStrategy
 FLAGS = {
     SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
     "max_skipped_steps optimizer_in_backward clip_norm_per_parameter",
-    PromptData: "train evaluation pretrained batch_size eval_batch_size num_eval_prompts eval_samples_per_prompt field "
-    "cache_dir max_sequence_length text_dtype text_batch_size text_device num_workers seed",
+    PromptData: "train pretrained evaluation validation_fraction images offline_ratio batch_size eval_batch_size "
+    "num_eval_prompts eval_samples_per_prompt sizes height width cache_dir max_prompts_to_encode max_sequence_length "
+    "text_dtype text_quantize text_batch_size text_device shuffle_window num_workers seed",
+    Source: "path weight prompt image seed negative_prompt tags width height split",
     RunCheckpoint: "every_n_steps keep monitor mode keep_best every_n_minutes",
     SRPO: "control_words word_choice template num_rollout_steps rollout_guidance guidance shift num_schedule_steps "
     "window grid_size ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "

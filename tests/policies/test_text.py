@@ -17,7 +17,7 @@ def test_the_sequence_length_is_the_tokenizers_unless_given(models):
 def test_a_prompt_is_truncated_where_its_tokens_exceed_the_length(models, prompt, cut):
     """One token for each letter, one for the start of the word and one for the end."""
     encoder = FluxTextEncoder(str(models.pipeline))
-    assert encoder.is_truncated(prompt) == cut
+    assert (encoder.num_tokens([prompt])[0] > encoder.max_sequence_length) == cut
 
 
 def test_unloading_and_encoding_again_gives_the_same_features(models):
@@ -54,3 +54,24 @@ def test_the_fingerprint_follows_whatever_the_features_depend_on(models, tmp_pat
 def test_a_folder_without_text_encoders_is_refused_with_the_cure(tmp_path):
     with pytest.raises(ValueError, match=r"text_encoder_2/config.json is missing.*a whole model folder"):
         FluxTextEncoder(str(tmp_path))
+
+
+def test_the_description_says_what_the_fingerprint_follows(models):
+    encoder = FluxTextEncoder(str(models.pipeline), 7, torch.bfloat16, quantize="nf4")
+    told = encoder.description()
+    assert told["fingerprint"] == encoder.fingerprint()
+    assert {name: told[name] for name in ("model", "revision", "sequence_length", "dtype", "quantize")} == {
+        "model": "flux", "revision": "local", "sequence_length": 7, "dtype": "bfloat16", "quantize": "nf4",
+    }  # fmt: skip
+    assert FluxTextEncoder(str(models.pipeline), 7, torch.bfloat16).fingerprint() != encoder.fingerprint()
+
+
+@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.02), ("nf4", 0.4)])
+def test_a_quantized_encoder_gives_nearly_the_same_features(models, quantize, tolerance):
+    """The norm of the difference next to that of the features; CLIP stays as it is."""
+    whole = FluxTextEncoder(str(models.pipeline), dtype=torch.bfloat16).encode(["a b", "c"])
+    small = FluxTextEncoder(str(models.pipeline), dtype=torch.bfloat16, quantize=quantize).encode(["a b", "c"])
+    for expected, found in zip(whole, small, strict=True):
+        difference = (found.prompt_embeds.float() - expected.prompt_embeds.float()).norm()
+        assert 0 < difference / expected.prompt_embeds.float().norm() < tolerance
+        assert torch.equal(found.pooled_prompt_embeds, expected.pooled_prompt_embeds)

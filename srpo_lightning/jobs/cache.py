@@ -1,0 +1,196 @@
+"""`cache`: encode the prompts and pictures of a configuration, on all devices, before it is trained."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from torch.multiprocessing.spawn import spawn
+from tqdm.auto import tqdm
+
+from srpo_lightning.data import PromptData
+from srpo_lightning.data.chunks import Item, key_of, writing
+from srpo_lightning.data.images import LATENT_BYTES_PER_PIXEL, LatentCache, encoded, latent_key
+from srpo_lightning.data.preparation import lengths
+from srpo_lightning.data.store import ChunkStore, in_groups, per_chunk
+from srpo_lightning.jobs.estimate import read_config
+from srpo_lightning.policies.image import FluxImageEncoder
+from srpo_lightning.policies.text import FluxTextEncoder
+
+MEGABYTE = 10**6
+
+Wanted = Sequence[tuple[str, Any]]
+
+
+class Work(NamedTuple):
+    """Items to encode into one store.
+
+    Args:
+        what: they are, for people.
+        store: where they go.
+        encoder: of either kind; each process has its own copy, on its own device.
+        groups: of keys and values, each of which becomes a chunk.
+        item_bytes: of one, before compression.
+        batch_size: how many are encoded at once.
+    """
+
+    what: str
+    store: ChunkStore
+    encoder: FluxTextEncoder | FluxImageEncoder
+    groups: list[Wanted]
+    item_bytes: int
+    batch_size: int
+
+    @property
+    def num_items(self) -> int:
+        """Items in all groups."""
+        return sum(len(group) for group in self.groups)
+
+
+def cache(config: str, num_processes: PositiveInt | None = None, device: str = "auto", prune: bool = False) -> None:
+    """Encode all prompts and pictures of a configuration that are not encoded yet; after a kill it goes on.
+
+    Args:
+        config: the configuration file that `fit` will get.
+        num_processes: None: one for each GPU, or one.
+        device: where they encode: auto, cuda or cpu.
+        prune: delete chunks in which no prompt or picture of this configuration is.
+
+    Raises:
+        ValueError: naming the cure, if a source or a model cannot be read, or the cache is a remote one.
+    """
+    data = read_data(config)
+    if data.cache.remote:
+        raise ValueError(
+            f"data.cache_dir is {data.cache.parent}, from where features are only read: encode into a folder here, and "
+            "upload that"
+        )
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    processes = num_processes or (torch.cuda.device_count() if kind == "cuda" else 1)
+    texts = data.selection.texts
+    for line in lengths(texts, data.cache):
+        print(line)
+    for store, wanted, work in ((data.cache, *text_work(data, texts)), *image_work(data)):
+        with writing(store.folder):
+            todo = work(store.recover(wanted))
+            estimate(todo, len(wanted), processes, kind)
+            encode(todo, processes, kind)
+            manifest = store.publish(keep=[key for key, _ in wanted] if prune else None)
+        each = manifest.num_bytes // max(manifest.num_items, 1)
+        print(
+            f"{store.folder}: {manifest.num_items} {todo.what} in {len(manifest.chunks)} chunks, "
+            f"{manifest.num_bytes / MEGABYTE:.1f} MB, {each} bytes each ({todo.item_bytes} before compression)"
+        )
+
+
+def read_data(config: str) -> PromptData:
+    """The data module of a configuration file."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PromptData, "data")
+    found: PromptData = parser.instantiate_classes(parser.parse_object({"data": read_config(config).data})).data
+    return found
+
+
+def text_work(data: PromptData, texts: Sequence[str]) -> tuple[Wanted, Callable[[Wanted], Work]]:
+    """What of the prompts is wanted, and what of it is to be done."""
+    cache = data.cache
+
+    def work(missing: Wanted) -> Work:
+        groups = in_groups(missing, cache.items_per_chunk)
+        return Work("prompts", cache, cache.encoder, groups, cache.item_bytes, data.preparation.batch_size)
+
+    return [(key_of(text), text) for text in texts], work
+
+
+def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable[[Wanted], Work]]]:
+    """The same of the pictures; chunks hold one size each."""
+    if data.latents is None:
+        return
+    store, encoder = data.latents, data.image_encoder
+    assert encoder is not None
+    pictures = data.selection.pictures
+    pixels = max(picture.size[0] * picture.size[1] for picture in pictures)
+    item_bytes = int(pixels * LATENT_BYTES_PER_PIXEL)
+
+    def work(missing: Wanted) -> Work:
+        groups = []
+        for size in dict.fromkeys(picture.size for _, picture in missing):
+            groups += in_groups([item for item in missing if item[1].size == size], per_chunk(item_bytes))
+        return Work("pictures", store, encoder, groups, item_bytes, data.preparation.batch_size)
+
+    yield store, [(latent_key(picture), picture) for picture in pictures], work
+
+
+def estimate(work: Work, wanted: int, processes: int, kind: str) -> None:
+    """Say how large it will be at most, before it starts."""
+    work.store.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work.store.folder).free
+    print(
+        f"{work.what}: {wanted - work.num_items} of {wanted} are there; {work.num_items} to encode in "
+        f"{len(work.groups)} chunks on {processes} x {kind}, at most {work.num_items * work.item_bytes / MEGABYTE:.1f} "
+        f"MB of {free / MEGABYTE:.0f} MB free; time and size follow after the first chunk",
+        flush=True,
+    )
+
+
+def encode(work: Work, processes: int, kind: str) -> None:
+    """Encode all groups, on one process each device, and show how it goes on."""
+    if not work.groups:
+        return
+    start = time.perf_counter()
+    done = written = 0
+    with tqdm(total=work.num_items, desc=work.what, unit="") as bar:
+        for count, num_bytes in _finished(work, min(processes, len(work.groups)), kind):
+            if not done:
+                each = num_bytes / count
+                seconds = (time.perf_counter() - start) / (count * min(processes, len(work.groups)))
+                bar.write(
+                    f"{work.what}: {1 / seconds:.1f} per second and {each:.0f} bytes each: about "
+                    f"{seconds * work.num_items / 60:.1f} minutes and {each * work.num_items / MEGABYTE:.1f} MB in all"
+                )
+            done += count
+            written += num_bytes
+            bar.update(count)
+
+
+def _finished(work: Work, processes: int, kind: str) -> Iterator[tuple[int, int]]:
+    """The items and bytes of each chunk, when it is on the disk."""
+    if processes == 1:
+        yield from _chunks(work, 0, 1, kind)
+        return
+    queue: Any = get_context("spawn").SimpleQueue()
+    running = spawn(_process, (work, processes, kind, queue), processes, join=False)
+    assert running is not None
+    left = len(work.groups)
+    while left:
+        while queue.empty():
+            running.join(timeout=0.1)  # raises what a process has raised
+        yield queue.get()
+        left -= 1
+    while not running.join():
+        pass
+
+
+def _process(rank: int, work: Work, processes: int, kind: str, queue: Any) -> None:
+    for finished in _chunks(work, rank, processes, kind):
+        queue.put(finished)
+
+
+def _chunks(work: Work, rank: int, processes: int, kind: str) -> Iterator[tuple[int, int]]:
+    encoder = work.encoder
+    encoder.device = f"cuda:{rank}" if kind == "cuda" else kind
+    for group in work.groups[rank::processes]:
+        chunk = work.store.write(group, partial(_items, encoder), work.batch_size)
+        yield len(chunk.keys), chunk.num_bytes
+    encoder.unload()
+
+
+def _items(encoder: FluxTextEncoder | FluxImageEncoder, values: list[Any]) -> list[Item]:
+    if isinstance(encoder, FluxTextEncoder):
+        return [features._asdict() for features in encoder.encode(values)]
+    return encoded(values, encoder.encode)

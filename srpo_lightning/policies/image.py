@@ -1,0 +1,66 @@
+"""FLUX.1's image latents: real pictures through the VAE's encoder, packed as the transformer reads them."""
+
+import hashlib
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from torch import Tensor
+
+from srpo_lightning.policies.flux import pack
+from srpo_lightning.pretrained import part, read_json, unreadable_is_refused
+
+Images: TypeAlias = Float[Tensor, "B 3 H W"]
+Packed: TypeAlias = Float[Tensor, "B L C"]
+
+
+class FluxImageEncoder:
+    """The VAE's encoder of a FLUX pipeline folder; its weights are read on first use.
+
+    Args:
+        pretrained: a folder in the layout of diffusers' FluxPipeline, or a hub id.
+        dtype: of the VAE.
+        device: where it runs.
+    """
+
+    def __init__(self, pretrained: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
+        self.config = read_json(pretrained, "vae", "config.json")
+        self.pretrained, self.dtype, self.device = pretrained, dtype, device
+        self._vae: AutoencoderKL | None = None
+
+    @torch.no_grad()
+    def encode(self, images: Images) -> Packed:
+        """Images in [0, 1] to clean latents, float32 on the CPU: the mode of the posterior, so no chance in it."""
+        if self._vae is None:
+            with unreadable_is_refused(self.pretrained):
+                vae = AutoencoderKL.from_pretrained(
+                    self.pretrained, subfolder="vae", torch_dtype=self.dtype, use_safetensors=True
+                )
+            self._vae = vae.eval().requires_grad_(False).to(self.device)
+        pixels = (images * 2 - 1).to(self.device, self.dtype)
+        z: Tensor = self._vae.encode(pixels).latent_dist.mode()
+        return pack((z.float() - (self.config.get("shift_factor") or 0.0)) * self.config["scaling_factor"]).cpu()
+
+    def description(self) -> dict[str, str | int]:
+        """What latents depend on, for people to read, and a `fingerprint` of all of it, files included."""
+        file = Path(part(self.pretrained, "vae", "config.json"))
+        is_local = Path(self.pretrained).expanduser().is_dir()
+        digest = hashlib.sha256(f"{self.dtype} latents".encode())
+        for own in sorted(file.parent.glob("*")) if is_local else []:
+            digest.update(f"{own.name} {own.stat().st_size}".encode() + own.read_bytes())
+        name = Path(self.pretrained).name if is_local else self.pretrained
+        revision = "local" if is_local else file.parent.parent.name
+        digest.update(f"{'' if is_local else name} {revision}".encode())
+        return {
+            "model": name,
+            "revision": revision,
+            "part": "vae",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "fingerprint": digest.hexdigest(),
+        }
+
+    def unload(self) -> None:
+        """Free the weights; `encode` reads them again."""
+        self._vae = None

@@ -1,0 +1,139 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from srpo_lightning.data.images import LatentCache, Picture, latent_key, load_picture, nearest, picture_size
+from srpo_lightning.policies.flux import pack
+from srpo_lightning.policies.image import FluxImageEncoder
+from tests import tiny
+
+
+def save(path, picture: Image.Image, **settings) -> str:
+    picture.save(path, **settings)
+    return str(path)
+
+
+def halves(width: int, height: int) -> Image.Image:
+    """Red on the left, blue on the right."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, : width // 2, 0] = 255
+    pixels[:, width // 2 :, 2] = 255
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (128, 64), (64, 96)])
+def test_a_picture_is_scaled_by_its_short_side_and_cropped_in_the_middle(tmp_path, width, height):
+    pixels = load_picture(Picture(save(tmp_path / "a.png", halves(width, height)), (32, 32)))
+    assert pixels.shape == (3, 32, 32)
+    assert pixels[0, :, :14].min() > 0.99
+    assert pixels[2, :, 18:].min() > 0.99
+    assert pixels[0, :, 18:].max() < 0.01
+
+
+def test_fine_detail_is_averaged_not_sampled(tmp_path):
+    checks = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
+    pixels = load_picture(Picture(save(tmp_path / "a.png", checks), (16, 16)))
+    assert (pixels - 0.5).abs().max() < 0.02
+
+
+def test_a_picture_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken on its side: what is left is up
+    path = save(tmp_path / "a.jpg", halves(64, 32), exif=exif, quality=100)
+    assert picture_size(path) == (64, 32)
+    pixels = load_picture(Picture(path, (64, 32)))
+    assert pixels[0, :28].mean() > 0.95
+    assert pixels[2, 36:].mean() > 0.95
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    path = save(tmp_path / "a.png", Image.new("RGBA", (16, 16), (255, 0, 0, 0)).convert(mode))
+    assert load_picture(Picture(path, (16, 16))).min() == 1
+
+
+def test_grey_pictures_have_three_channels(tmp_path):
+    pixels = load_picture(Picture(save(tmp_path / "a.png", Image.new("L", (16, 16), 51)), (16, 16)))
+    assert torch.equal(pixels, torch.full((3, 16, 16), 0.2))
+
+
+@pytest.mark.parametrize("content", [b"no picture", b""])
+def test_a_damaged_picture_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    for read in (lambda path: load_picture(Picture(path, (16, 16))), picture_size):
+        with pytest.raises(ValueError, match=r"a.png cannot be read .*replace it"):
+            read(str(tmp_path / "a.png"))
+
+
+def test_a_picture_that_is_cut_off_is_refused_by_name(tmp_path):
+    buffer = io.BytesIO()
+    halves(64, 64).save(buffer, "JPEG")
+    (tmp_path / "a.jpg").write_bytes(buffer.getvalue()[:-200])
+    with pytest.raises(ValueError, match=r"a.jpg cannot be read"):
+        load_picture(Picture(str(tmp_path / "a.jpg"), (16, 16)))
+
+
+def test_a_missing_picture_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.png cannot be read \(No such file"):
+        load_picture(Picture(str(tmp_path / "nowhere.png"), (16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((100, 100), (64, 64)),
+        ((50, 100), (32, 64)),
+        ((72, 100), (64, 64)),
+        ((70, 100), (32, 64)),
+        ((300, 100), (64, 32)),
+    ],
+)
+def test_a_picture_goes_to_the_size_of_the_nearest_aspect_ratio(size, expected):
+    assert nearest(size, [(64, 64), (32, 64), (64, 32)]) == expected
+
+
+def test_the_encoder_gives_the_mode_of_the_vae_in_the_policys_packing(models):
+    images = torch.rand(2, 3, 32, 16, generator=torch.Generator().manual_seed(0))
+    vae = tiny.new_policy(models).vae
+    with torch.no_grad():
+        expected = pack((vae.encode(images * 2 - 1).latent_dist.mode() - 0.1) * 0.7)
+    found = FluxImageEncoder(str(models.pipeline)).encode(images)
+    assert found.shape == (2, 2, 16)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.fixture
+def cached(models, tmp_path):
+    encoder = FluxImageEncoder(str(models.pipeline))
+    sizes = [(32, 32), (16, 32), (32, 32)]
+    pictures = [Picture(save(tmp_path / f"{i}.png", halves(48, 32 + i)), size) for i, size in enumerate(sizes)]
+    cache = LatentCache(str(tmp_path / "cache"), encoder.description())
+    assert cache.add(pictures, encoder.encode, 2) == 3
+    return cache, encoder, pictures
+
+
+def test_latents_of_several_sizes_are_kept_as_they_were_made(cached):
+    cache, encoder, pictures = cached
+    for picture, row in zip(pictures, cache.find([latent_key(picture) for picture in pictures]), strict=True):
+        expected = encoder.encode(load_picture(picture)[None])[0]
+        assert cache.latents(int(row)).shape == (picture.size[0] * picture.size[1] // 256, 16)
+        assert torch.allclose(cache.latents(int(row)), expected, atol=1e-5)
+
+
+def test_a_picture_that_changes_or_gets_another_size_is_encoded_anew(cached, tmp_path):
+    cache, encoder, pictures = cached
+    assert cache.add(pictures, encoder.encode, 2) == 0
+    other_size = pictures[0]._replace(size=(16, 16))
+    save(tmp_path / "1.png", halves(16, 16))
+    assert cache.missing([*pictures, other_size]) == [pictures[1], other_size]
+    assert cache.add([*pictures, other_size], encoder.encode, 2) == 2
+
+
+def test_another_vae_gets_another_folder(models, tmp_path):
+    other = tiny.write_pipeline(tmp_path / "other", seed=5)
+    one, two = (FluxImageEncoder(str(path)).description() for path in (models.pipeline, other))
+    assert one["fingerprint"] != two["fingerprint"]
+    assert FluxImageEncoder(str(models.pipeline), torch.bfloat16).description()["fingerprint"] != one["fingerprint"]
