@@ -61,18 +61,27 @@ class Table(NamedTuple):
 
     Args:
         indices: [N], each once.
+        groups: [N], which prompt each sample is of.
         columns: [N] each, by name.
         features: [N, E] of the images, unit length; E may be 0.
     """
 
     indices: Int[Tensor, " N"]
+    groups: Int[Tensor, " N"]
     columns: dict[str, Float[Tensor, " N"]]
     features: Float[Tensor, "N E"]
 
     def where(self, rows: Bool[Tensor, " N"]) -> "Table":
         """Some of the rows."""
         columns = {name: column[rows] for name, column in self.columns.items()}
-        return Table(self.indices[rows], columns, self.features[rows])
+        return Table(self.indices[rows], self.groups[rows], columns, self.features[rows])
+
+
+class Evaluation(NamedTuple):
+    """A table, and one number each of what was made of it, by name."""
+
+    table: Table
+    numbers: dict[str, float]
 
 
 class SampleTable(Metric):
@@ -82,6 +91,7 @@ class SampleTable(Metric):
 
     Args:
         names: of the columns.
+        num_prompts: sample i is of prompt i mod num_prompts.
     """
 
     full_state_update = False
@@ -89,9 +99,10 @@ class SampleTable(Metric):
     values: list[Tensor]
     features: list[Tensor]
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], num_prompts: int) -> None:
         super().__init__()
         self.names = tuple(names)
+        self.num_prompts = num_prompts
         for state in ("indices", "values", "features"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
@@ -114,7 +125,7 @@ class SampleTable(Metric):
         first[1:] = indices[order].diff() != 0
         rows = order[first]
         columns = dict(zip(self.names, values[rows].unbind(1), strict=True))
-        return Table(indices[rows], columns, features[rows])
+        return Table(indices[rows], indices[rows] % self.num_prompts, columns, features[rows])
 
 
 class Interval(NamedTuple):

@@ -67,7 +67,7 @@ def test_is_in_top_equals_looking_among_the_k_best(k):
 
 def table_of(indices: list[int], metric: SampleTable | None = None) -> SampleTable:
     """Of which every number is known from its index."""
-    metric = metric or SampleTable(["a", "b"])
+    metric = metric or SampleTable(["a", "b"], num_prompts=3)
     i = torch.tensor(indices)
     metric.update(i, {"b": 10.0 * i, "a": i / 8}, torch.stack([i + 1.0, -i, 0.0 * i], dim=1))
     return metric
@@ -77,6 +77,7 @@ def test_a_table_has_every_sample_once_in_order_whatever_the_batches_were():
     metric = table_of([4, 0, 2])
     table = table_of([1, 0, 3], metric).compute()
     assert table.indices.tolist() == [0, 1, 2, 3, 4]
+    assert table.groups.tolist() == [0, 1, 2, 0, 1]
     assert table.columns["a"].tolist() == [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8]
     assert table.columns["b"].tolist() == [0, 10, 20, 30, 40]
     torch.testing.assert_close(table.features.norm(dim=1), torch.ones(5))

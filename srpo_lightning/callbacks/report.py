@@ -96,25 +96,3 @@ def markdown(columns: dict[str, Record]) -> str:
         cells = (f"{float(r[name]):.3f}" if name in r else "not measured" for r in columns.values())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def contact_sheet(rows: dict[str, list[Path]], scale: int) -> Image.Image:
-    """Rows of pictures, each under its name."""
-    pictures = {
-        name: [enlarged(Image.open(path).convert("RGB"), scale) for path in paths] for name, paths in rows.items()
-    }
-    width, height = next(iter(pictures.values()))[0].size
-    num_columns = max(map(len, pictures.values()))
-    sheet = Image.new("RGB", (num_columns * width, len(pictures) * (height + LABEL_PX)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (name, images) in enumerate(pictures.items()):
-        top = row * (height + LABEL_PX)
-        draw.text((2, top + 1), name, fill="black")
-        for column, image in enumerate(images):
-            sheet.paste(image, (column * width, top + LABEL_PX))
-    return sheet
-
-
-def enlarged(image: Image.Image, scale: int) -> Image.Image:
-    """The picture `scale` times as large, its pixels kept square."""
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

@@ -1,0 +1,63 @@
+"""Files of one JSON object per line, each with the `step` that it was written after."""
+
+import json
+from pathlib import Path
+from typing import ClassVar, TypeAlias
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+Record: TypeAlias = dict[str, float | int | str]
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> list[Record]:
+    """All lines, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Forget the records of later steps; at no moment is a part of the file there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    for record in read(path):
+        if int(record["step"]) <= step:
+            append(partial, record)
+    if partial.exists():
+        partial.replace(path)
+    else:
+        path.unlink()
+
+
+class Recorder(Callback):
+    """A callback that appends to a file of the run folder.
+
+    A run that begins, begins the file; one that is resumed goes on from the records up to its checkpoint. What a run
+    that was killed wrote after its last checkpoint, or without one, would stand there twice.
+    """
+
+    file: ClassVar[str]
+    """The path in the run folder."""
+
+    _has_begun = False
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The evaluation before training, which a resumed run does without, is the first to be recorded."""
+        self._begin(trainer, -1)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Without that evaluation."""
+        if not self._has_begun:
+            self._begin(trainer, trainer.global_step if trainer.ckpt_path else -1)
+
+    def _begin(self, trainer: Trainer, step: int) -> None:
+        self._has_begun = True
+        path = Path(trainer.default_root_dir) / self.file
+        if trainer.is_global_zero and path.is_file():
+            drop_after(path, step)
+        trainer.strategy.barrier()
