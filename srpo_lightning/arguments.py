@@ -1,13 +1,24 @@
 """What a configuration file may hold beside its classes' own arguments, for every command that reads one."""
 
+from inspect import signature
+from typing import Any
+
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from srpo_lightning.callbacks import RunCheckpoint
+from srpo_lightning.strategies import ShardedStrategy
 
 
 def add_project_arguments(parser: LightningArgumentParser) -> None:
     """What is said once counts everywhere."""
     parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+    parser.add_argument(
+        "--memory_check",
+        type=bool,
+        default=True,
+        help="predict the memory of large models before `fit` reads them, and refuse what cannot fit the device",
+    )
     parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
     parser.link_arguments("model.policy.init_args.pretrained", "data.pretrained")
@@ -23,4 +34,35 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
             },
             "trainer.plugins": [{"class_path": "srpo_lightning.checkpoints.AtomicCheckpointIO"}],
         }
+    )
+
+
+def sharded(shard_size: int, replicate_size: int = 1) -> Namespace:
+    """`trainer.strategy` of a configuration: ShardedStrategy with these sizes and its defaults."""
+    settings: dict[str, Any] = {name: p.default for name, p in signature(ShardedStrategy).parameters.items()}
+    settings |= {"shard_size": shard_size, "replicate_size": replicate_size}
+    class_path = f"{ShardedStrategy.__module__}.{ShardedStrategy.__qualname__}"
+    return Namespace(class_path=class_path, init_args=Namespace(**settings))
+
+
+def choose_strategy(config: Namespace, devices_per_node: int) -> str | None:
+    """Put in the place of `trainer.strategy: auto` what it means on several devices.
+
+    Weights are divided over the devices of a node and repeated on every node: they are gathered within it. Where a node
+    has one device they are divided over the nodes. Weights in 4 bits cannot be divided, and get DDP.
+
+    Returns:
+        One line that says what was chosen; None where there was nothing to choose.
+    """
+    num_nodes = config.trainer.num_nodes
+    if config.trainer.strategy != "auto" or devices_per_node * num_nodes == 1:
+        return None
+    if config.get("model.policy.init_args.quantize", "none") != "none":
+        config.trainer.strategy = "ddp"
+        return "trainer.strategy auto: ddp, since weights in 4 bits cannot be divided over devices"
+    sizes = (devices_per_node, num_nodes) if devices_per_node > 1 else (num_nodes, 1)
+    config.trainer.strategy = sharded(*sizes)
+    return (
+        f"trainer.strategy auto: ShardedStrategy with shard_size {sizes[0]} and replicate_size {sizes[1]} "
+        "(trainer.strategy ddp keeps all weights on every device)"
     )

@@ -1,7 +1,9 @@
 """Checkpoints that are there whole or not at all, and finding the newest one."""
 
 import os
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ FOLDER = "checkpoints"
 SUFFIX = ".ckpt"
 PARTIAL = ".partial"
 METADATA = _METADATA_FILENAME  # where Lightning looks for what of a sharded checkpoint is no tensor
+INDEX = ".metadata"  # where torch.distributed.checkpoint writes which tensor lies in which file
 
 
 def checkpoint_path(run_folder: str | Path, step: int) -> Path:
@@ -46,6 +49,46 @@ def newest(run_folder: str | Path) -> Path:
             "Point --trainer.default_root_dir at the run to resume, or leave --ckpt_path away to start anew"
         )
     return found[-1]
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a checkpoint of which a part is missing or cut off, before anything else is read.
+
+    Of large files the sizes are looked at, not the content.
+
+    Raises:
+        ValueError: naming the file, and the checkpoints that there are instead.
+    """
+    damage = _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
+    if damage is None:
+        return
+    others = [other.name for other in checkpoints(path.parent.parent) if other != path]
+    cure = f"resume from one of {', '.join(others)} beside it" if others else "start anew without --ckpt_path"
+    raise ValueError(f"checkpoint {path} is damaged: {damage}. Copy it again from where it was written, or {cure}")
+
+
+def _damage_of_folder(path: Path) -> str | None:
+    for name in (INDEX, METADATA):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+    try:
+        stored = FileSystemReader(path).read_metadata().storage_data
+    except (EOFError, pickle.UnpicklingError) as error:
+        return f"{INDEX} cannot be read ({error})"
+    sizes: dict[str, int] = {}
+    for tensor in stored.values():
+        sizes[tensor.relative_path] = max(sizes.get(tensor.relative_path, 0), tensor.offset + tensor.length)
+    for name, size in sizes.items():
+        if not (path / name).is_file():
+            return f"{name} is missing, one of the {len(sizes)} files that hold its tensors"
+        if (found := (path / name).stat().st_size) < size:
+            return f"{name} ends after {found} of {size} bytes"
+    return _damage_of_file(path / METADATA)
+
+
+def _damage_of_file(path: Path) -> str | None:
+    # torch.save writes a zip archive, whose list of contents is at its end.
+    return None if zipfile.is_zipfile(path) else f"{path.name} is cut off, or no file of torch.save"
 
 
 def remove(path: Path) -> None:

@@ -9,19 +9,21 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # it is public and documented
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
-from srpo_lightning.arguments import add_project_arguments
+from srpo_lightning.arguments import add_project_arguments, choose_strategy
 from srpo_lightning.callbacks.checkpoint import ranked
-from srpo_lightning.checkpoints import checkpoints, newest
+from srpo_lightning.checkpoints import check_whole, checkpoints, newest
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs.control_words import control_words
 from srpo_lightning.jobs.convert import convert
 from srpo_lightning.jobs.estimate import estimate
+from srpo_lightning.jobs.room import check_room
 from srpo_lightning.module import SRPOModule
 
 JOBS: dict[str, Callable[..., None]] = {"control-words": control_words, "convert": convert, "estimate": estimate}
@@ -116,27 +118,24 @@ class SRPOCLI(LightningCLI):
         return super()._instantiate_trainer(config, [*callbacks, *progress])
 
     def before_instantiate_classes(self) -> None:
-        """Settle what to resume before anything is read."""
+        """Settle how devices are used and what to resume before anything is read."""
         config = self.config[self.config.subcommand]
-        folder = config.trainer.default_root_dir
-        if config.ckpt_path == "last":
-            config.ckpt_path = str(newest(folder))
-            rank_zero_info(f"resuming from {config.ckpt_path}")
-        elif config.ckpt_path == "best":
-            if not config.checkpoint.monitor:
-                raise ValueError("--ckpt_path best needs checkpoint.monitor, the number to be best in: try ema/judge")
-            best = ranked(folder, config.checkpoint.monitor, config.checkpoint.mode)
-            if not best:
-                raise ValueError(f"--ckpt_path best: no checkpoint in {folder} was evaluated in checkpoint.monitor")
-            config.ckpt_path = str(best[0])
-            rank_zero_info(f"the best in {config.checkpoint.monitor} is {config.ckpt_path}")
-        elif config.ckpt_path and not Path(config.ckpt_path).exists():
-            raise ValueError(f"--ckpt_path {config.ckpt_path} does not exist: `last` takes the newest of {folder}")
-        elif self.config.subcommand == "fit" and not config.ckpt_path and checkpoints(folder):
+        chosen = choose_strategy(config, devices_here(config.trainer))
+        if chosen:
+            rank_zero_info(chosen)
+        if config.ckpt_path:
+            config.ckpt_path = str(chosen_checkpoint(config))
+            check_whole(Path(config.ckpt_path))
+        elif self.config.subcommand == "fit" and checkpoints(config.trainer.default_root_dir):
             raise ValueError(
-                f"{folder} holds a run already: resume it with --ckpt_path last, name another folder with "
-                "--trainer.default_root_dir, or delete it"
+                f"{config.trainer.default_root_dir} holds a run already: resume it with --ckpt_path last, name another "
+                "folder with --trainer.default_root_dir, or delete it"
             )
+
+    def before_fit(self) -> None:
+        """Refuse what cannot fit, once per node, while nothing of the models but their shapes is known."""
+        if self.config.fit.memory_check and self.trainer.local_rank == 0:
+            check_room(self.config.fit, self.trainer)
 
 
 class SaveConfigInRunFolder(SaveConfigCallback):
@@ -154,3 +153,38 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
         path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+
+
+def devices_here(trainer: Namespace) -> int:
+    """As many as Lightning will use; other accelerators than CPUs and CUDA count as one."""
+    is_cuda = trainer.accelerator in ("cuda", "gpu", "auto") and CUDAAccelerator.is_available()
+    if not is_cuda and trainer.accelerator not in ("cpu", "auto"):
+        return 1
+    accelerator: type[Accelerator] = CUDAAccelerator if is_cuda else CPUAccelerator
+    devices = accelerator.auto_device_count() if trainer.devices == "auto" else trainer.devices
+    parsed = accelerator.parse_devices(devices)
+    return parsed if isinstance(parsed, int) else len(parsed or ())
+
+
+def chosen_checkpoint(config: Namespace) -> Path:
+    """What `ckpt_path` names.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    folder = config.trainer.default_root_dir
+    if config.ckpt_path == "last":
+        path = newest(folder)
+        rank_zero_info(f"resuming from {path}")
+        return path
+    if config.ckpt_path == "best":
+        if not config.checkpoint.monitor:
+            raise ValueError("--ckpt_path best needs checkpoint.monitor, the number to be best in: try ema/judge")
+        best = ranked(folder, config.checkpoint.monitor, config.checkpoint.mode)
+        if not best:
+            raise ValueError(f"--ckpt_path best: no checkpoint in {folder} was evaluated in checkpoint.monitor")
+        rank_zero_info(f"the best in {config.checkpoint.monitor} is {best[0]}")
+        return best[0]
+    if not Path(config.ckpt_path).exists():
+        raise ValueError(f"--ckpt_path {config.ckpt_path} does not exist: `last` takes the newest of {folder}")
+    return Path(config.ckpt_path)

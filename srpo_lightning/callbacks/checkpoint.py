@@ -3,29 +3,35 @@
 import math
 import signal
 import threading
+import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from srpo_lightning.callbacks.tracking import FILE, read_records
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints, remove, step_of
+from srpo_lightning.module import SRPOModule
 
 
 class RunCheckpoint(Checkpoint):
     """Writes `<run folder>/checkpoints/step-*.ckpt`: every so many steps, at the end, and when the run is stopped.
 
-    Only whole states are saved: a run interrupted in the middle of a step keeps the checkpoints that it has. SIGTERM, a
-    cluster's preemption, lets all ranks finish the optimizer step, save, and exit with status 143, so that the job can
-    be queued again with `--ckpt_path last`.
+    Only whole states are saved: a run interrupted in the middle of a micro-batch keeps the checkpoints that it has, and
+    one interrupted between the micro-batches of a step saves the state before that step. SIGTERM, a cluster's
+    preemption, lets all ranks finish the optimizer step, save, and exit with status 143, so that the job can be queued
+    again with `--ckpt_path last`.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.
+        every_n_minutes: also after the first optimizer step that ends so long after the last checkpoint, or after the
+            start; null: by steps only.
         keep: how many of the newest stay; older ones are deleted after a newer one is whole.
         monitor: a number that RewardTracking writes, `<weights>/<name>`, for instance ema/judge. Then every evaluated
             step is saved, and the best ones stay too; `--ckpt_path best` is the best.
@@ -40,13 +46,17 @@ class RunCheckpoint(Checkpoint):
         monitor: str | None = None,
         mode: Literal["max", "min"] = "max",
         keep_best: PositiveInt = 1,
+        every_n_minutes: PositiveFloat | None = None,
     ) -> None:
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.monitor = monitor
         self.mode = mode
         self.keep_best = keep_best
+        self.every_n_minutes = every_n_minutes
         self._saved_step = -1
+        self._saved_at_s = 0.0
+        self._position: tuple[int, dict[str, Any], dict[str, Any]] | None = None
         self._between_steps = False
         self._last_step = 0
         self._is_terminated = False
@@ -55,6 +65,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run has its first step saved already (its number is not restored before this hook)."""
         self._saved_step = self._last_step = trainer.global_step
+        self._saved_at_s = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             # In the place of Lightning's, which talks to the other ranks from within the signal handler.
             self._handler = signal.signal(signal.SIGTERM, self._terminate)
@@ -66,12 +77,14 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save on every n-th optimizer step, once."""
+        """Save on every n-th optimizer step and every so many minutes, once."""
+        assert isinstance(pl_module, SRPOModule)
         self._between_steps = True
         if trainer.global_step == self._last_step:
             return  # still accumulating
         self._last_step = trainer.global_step
-        if trainer.global_step % self.every_n_steps == 0:
+        self._position = pl_module.micro_step, data_state(trainer), deepcopy(trainer.fit_loop.state_dict())
+        if trainer.global_step % self.every_n_steps == 0 or self._is_time(trainer):
             self._save(trainer)
         if trainer.strategy.reduce_boolean_decision(self._is_terminated, all=False):
             rank_zero_info("SIGTERM: saving and leaving; go on with --ckpt_path last")
@@ -90,8 +103,32 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between steps: after skipped steps, which left the last good weights."""
-        if trainer.training and self._between_steps:
+        if trainer.training and self._between_steps and self._position:
+            assert isinstance(pl_module, SRPOModule)
+            # What was accumulated since the last step is lost: let the run go on from before it.
+            pl_module.micro_step, data, loops = self._position
+            if data:
+                trainer.datamodule.load_state_dict(data)  # type: ignore[attr-defined]
+            trainer.fit_loop.load_state_dict(loops)
             self._save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note how many samples there are in a step."""
+        checkpoint["step_size"] = step_size(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say loudly that a resumed run will not be the unbroken one."""
+        before, now = checkpoint.get("step_size"), step_size(trainer)
+        if trainer.state.fn != TrainerFn.FITTING or not before or not now:
+            return
+        if (before[0] * before[1], before[2]) != (now[0] * now[1], now[2]):
+            written, going_on = (f"{r} x {b} x {a} = {r * b * a}" for r, b, a in (before, now))
+            rank_zero_warn(
+                f"samples per step, ranks x data.batch_size x accumulate_grad_batches, were {written} when the "
+                f"checkpoint was written, and are {going_on}: the run will not be the unbroken one, and in this pass "
+                f"some prompts come twice or not at all. To go on exactly keep ranks x batch_size at "
+                f"{before[0] * before[1]} and accumulate_grad_batches at {before[2]}"
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signal back."""
@@ -102,6 +139,12 @@ class RunCheckpoint(Checkpoint):
     def _terminate(self, *_: Any) -> None:
         self._is_terminated = True
 
+    def _is_time(self, trainer: Trainer) -> bool:
+        if self.every_n_minutes is None:
+            return False
+        is_late = time.monotonic() - self._saved_at_s >= 60 * self.every_n_minutes
+        return trainer.strategy.reduce_boolean_decision(is_late, all=False)  # the ranks' clocks differ
+
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step:
             return
@@ -110,6 +153,7 @@ class RunCheckpoint(Checkpoint):
         trainer.save_checkpoint(path, weights_only=False)
         self._prune(trainer)
         rank_zero_info(f"checkpoint: {path}")
+        self._saved_at_s = time.monotonic()
 
     def _prune(self, trainer: Trainer) -> None:
         folder = trainer.default_root_dir
@@ -118,6 +162,19 @@ class RunCheckpoint(Checkpoint):
             for old in checkpoints(folder)[: -self.keep]:
                 if old not in best:
                     remove(old)
+
+
+def data_state(trainer: Trainer) -> dict[str, Any]:
+    """Where the stream of training samples stands; empty where there is no data module."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return dict(data.state_dict()) if data else {}
+
+
+def step_size(trainer: Trainer) -> list[int] | None:
+    """Ranks, samples per rank and micro-batch, and micro-batches per step; None where the data does not tell."""
+    batch_size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+    # Numbers of a configuration have a type of their own, which torch does not read back.
+    return [trainer.world_size, int(batch_size), int(trainer.accumulate_grad_batches)] if batch_size else None
 
 
 def ranked(run_folder: str | Path, monitor: str, mode: str) -> list[Path]:

@@ -10,10 +10,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageDraw
 
+from srpo_lightning.callbacks.records import Record
 from srpo_lightning.callbacks.samples import sample_path
 from srpo_lightning.callbacks.tracking import FILE, read_records
 
-Record = dict[str, float | int | str]
 LABEL_PX = 14
 
 

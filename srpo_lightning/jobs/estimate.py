@@ -14,9 +14,17 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from srpo_lightning.arguments import add_project_arguments
+from srpo_lightning.arguments import add_project_arguments, choose_strategy, sharded
 from srpo_lightning.data import PromptData
-from srpo_lightning.jobs.prediction import CASTS, LASTING, is_sharded, num_devices, predict, quiet
+from srpo_lightning.jobs.prediction import (
+    CASTS,
+    LASTING,
+    devices_per_node,
+    is_sharded,
+    num_devices,
+    predict,
+    quiet,
+)
 from srpo_lightning.jobs.published import PUBLISHED, write_small_files
 from srpo_lightning.memory import GIB, MemoryTracker
 from srpo_lightning.module import SRPOModule
@@ -127,10 +135,7 @@ def shard_over(size: int, config: Namespace) -> bool:
         return False
     if config.model.policy.init_args.get("quantize", "none") != "none":
         return False
-    arguments = {"shard_size": size, "replicate_size": 1, "cpu_offload": False, "reshard_after_forward": True}
-    config.trainer.strategy = Namespace(
-        class_path="srpo_lightning.strategies.ShardedStrategy", init_args=Namespace(**arguments)
-    )
+    config.trainer.strategy = sharded(size)
     return True
 
 
@@ -272,6 +277,7 @@ def estimate(
     settings = read_config(config)
     if devices is not None:
         use_devices(settings, devices)
+    choose_strategy(settings, devices_per_node(settings.trainer))
     with local_files(settings) as published, quiet():
         tracker = predict(settings, target)
         print(report(settings, tracker, published))

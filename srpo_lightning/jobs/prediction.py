@@ -6,8 +6,8 @@ config.json; no weights are read, but those of rewards that do without `from_pre
 fake tensors, in a process group that pretends to have so many ranks. Optimizers and layers of compiled libraries have
 stand-ins.
 
-Not counted: kernels' workspaces, the allocator's fragmentation, the CUDA context and NCCL's buffers; evaluation, whose
-rollout is that of training with a larger batch; text encoders, which are freed before training; and host memory.
+Not counted: kernels' workspaces, the allocator's fragmentation, the CUDA context and NCCL's buffers; features of an
+evaluation's texts; text encoders, which are freed before training; and host memory.
 """
 
 import logging
@@ -51,9 +51,9 @@ from srpo_lightning.strategies import ShardedStrategy
 TRAINED, FROZEN, JUDGES = "trained weights", "frozen weights", "judges of evaluation"
 GRADIENTS, STATES, AVERAGE = "gradients", "optimizer states", "EMA"
 BATCH, BUCKETS, CASTS = "text features", "gradient buckets of DDP", "weights cast by autocast"
-ROLLOUT, FORWARD, BACKWARD = "rollout", "transformer forward", "transformer backward"
+EVALUATION, ROLLOUT, FORWARD, BACKWARD = "evaluation", "rollout", "transformer forward", "transformer backward"
 DECODE, REWARD, STEP, AVERAGING = "VAE decode", "reward", "optimizer step", "EMA update"
-LASTING = (TRAINED, FROZEN, JUDGES, GRADIENTS, STATES, AVERAGE, BATCH, BUCKETS)
+LASTING = (TRAINED, FROZEN, GRADIENTS, STATES, AVERAGE, BATCH, BUCKETS, JUDGES)
 
 
 def train(
@@ -64,7 +64,7 @@ def train(
     tracker: MemoryTracker,
     *,
     on_cuda: bool,
-) -> None:
+) -> list[Any]:
     """An optimizer step as Lightning makes it, in the state that the one before has left.
 
     Args:
@@ -74,6 +74,9 @@ def train(
         ema: the callback, if there is one.
         tracker: labels what it counts by phase.
         on_cuda: whether CUDA is what the fake tensors stand for.
+
+    Returns:
+        What holds on to memory between steps, beside the module and the average.
     """
     parameters = [p for _, p in module.trainable_parameters()]
     offloads = is_sharded(trainer) and trainer.strategy.init_args.cpu_offload
@@ -83,54 +86,94 @@ def train(
     tracker.label([t for t in conditions if isinstance(t, Tensor)], BATCH)
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], gradient_label))
-    follow_phases(module, tracker)
     progress: Any = SimpleNamespace(global_step=0)
-    with tracker:
+    with tracker, phases(module, tracker):
         if ema:
             ema.on_fit_start(progress, module)
             tracker.label(ema.average.values(), AVERAGE if ema.device == "same" and not offloads else "")
-        if num_devices(trainer) > 1 and not is_sharded(trainer):
-            buckets = [torch.zeros_like(parameter) for parameter in parameters]
-            tracker.label(buckets, BUCKETS)
-        optimizer = configured_optimizer(module, on_cuda=on_cuda)
+        has_buckets = num_devices(trainer) > 1 and not is_sharded(trainer)
+        buckets = [torch.zeros_like(parameter) for parameter in parameters if has_buckets]
+        tracker.label(buckets, BUCKETS)
         # After a first step there are optimizer states, and gradients until the next backward pass frees them.
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        step(optimizer, tracker, state_label)
+        optimizer = new_optimizer(module, parameters, on_cuda=on_cuda)
+        step(optimizer, None, parameters, tracker, state_label)
         tracker.label((p.grad for p in parameters if p.grad is not None), gradient_label)
         if module.optimizer_in_backward:
-            optimizer.zero_grad()
+            module.zero_grad()
         tracker.peaks.clear()
         loss = micro_batch(module, conditions, trainer.precision, tracker)
         if trainer.accumulate_grad_batches == 1:
-            optimizer.zero_grad()  # before the backward pass and no sooner: so does Lightning
+            module.zero_grad()  # before the backward pass and no sooner: so does Lightning
         tracker.phase = BACKWARD
         loss.backward()
         del loss
-        tracker.phase = STEP
-        if trainer.gradient_clip_val and not module.optimizer_in_backward:
-            torch.nn.utils.clip_grad_norm_(parameters, trainer.gradient_clip_val)
-        step(optimizer, tracker, state_label)
+        step(optimizer, trainer.gradient_clip_val, parameters, tracker, state_label)
         if ema:
             tracker.phase = AVERAGING
             progress.global_step = ema.every_n_steps
             ema.on_train_batch_end(progress, module, None, conditions, 0)
+    return [optimizer, buckets]
 
 
-def configured_optimizer(module: SRPOModule, *, on_cuda: bool) -> Optimizer:
-    """The module's, with the kernels that it would choose."""
-    configured = module.configure_optimizers()
-    optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+def evaluate(
+    module: SRPOModule, judges: list[Reward], conditions: Conditions, precision: str, tracker: MemoryTracker
+) -> None:
+    """What an evaluation has on the device at once: the judges, and a sampling step, the pictures or their scores."""
+    module.zero_grad()  # so does Lightning
+    for judge in judges:
+        tracker.label((*judge.parameters(), *judge.buffers()), JUDGES)
+    tracker.phase = EVALUATION
+    with tracker, torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
+            images = module.policy.decode(latents)
+        for judge in judges:
+            judge(images.float(), conditions.prompts)
+
+
+def new_optimizer(module: SRPOModule, parameters: list[torch.nn.Parameter], *, on_cuda: bool) -> Optimizer:
+    """The module's, with the kernels that it would choose.
+
+    Of parameters that are divided it steps this rank's parts as ordinary tensors. They take the same memory, without
+    what takes DTensor a minute for twelve billion: working out how the results of each operation are divided.
+    """
+    if module.optimizer_in_backward:
+        configured = module.configure_optimizers()
+        optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    else:
+        optimizer = module.optimizer([torch.nn.Parameter(local_part(p)) for p in parameters])
     for group in optimizer.param_groups if on_cuda else ():
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
     return optimizer
 
 
-def step(optimizer: Optimizer, tracker: MemoryTracker, label: str) -> None:
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part, without a copy."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def step(
+    optimizer: Optimizer,
+    clip_norm: float | None,
+    parameters: list[torch.nn.Parameter],
+    tracker: MemoryTracker,
+    label: str,
+) -> None:
     """Change the weights; what the optimizer keeps is told apart from what it needs meanwhile."""
     tracker.phase = STEP
-    optimizer.step()
+    parts = [part for group in optimizer.param_groups for part in group["params"]]
+    if parts[0] is parameters[0]:  # in the backward pass
+        optimizer.step()
+    else:
+        for part, parameter in zip(parts, parameters, strict=True):
+            part.grad = None if parameter.grad is None else local_part(parameter.grad)
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(parts, clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
     tracker.label((t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)), label)
 
 
@@ -144,7 +187,8 @@ def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, trac
         return module.objective.loss(module.policy, module.reward, conditions, rollout, draws).loss
 
 
-def follow_phases(module: SRPOModule, tracker: MemoryTracker) -> None:
+@contextmanager
+def phases(module: SRPOModule, tracker: MemoryTracker) -> Iterator[None]:
     """Tell the tracker when images are decoded and scored, and when their gradients are."""
     decode, score = module.policy.decode, module.reward.contrast
 
@@ -159,7 +203,11 @@ def follow_phases(module: SRPOModule, tracker: MemoryTracker) -> None:
         tracker.phase = REWARD
         return score(*args)
 
-    vars(module.policy)["decode"], vars(module.reward)["contrast"] = tracked_decode, tracked_score
+    with (
+        patch.dict(vars(module.policy), {"decode": tracked_decode}),
+        patch.dict(vars(module.reward), {"contrast": tracked_score}),
+    ):
+        yield
 
 
 @contextmanager
@@ -185,7 +233,7 @@ def without_weights() -> Iterator[None]:
 
 
 def judges_of(trainer: Namespace) -> list[Reward]:
-    """The reward models of RewardTracking, which stay on the device after the first evaluation."""
+    """The reward models of RewardTracking, which are on the device while it evaluates."""
     parser = LightningArgumentParser()
     parser.add_argument("--judges", type=list[Reward])
     chosen = [c.init_args for c in trainer.callbacks or [] if c.class_path.endswith(".RewardTracking")]
@@ -241,9 +289,13 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
         make_fake(module)
         for judge in judges:
             make_fake(judge)
-            tracker.label((*judge.parameters(), *judge.buffers()), JUDGES)
         try:
-            train(module, fake_conditions(config), config.trainer, ema, tracker, on_cuda=target == "cuda")
+            conditions = fake_conditions(config, config.data.batch_size)
+            lasting = train(module, conditions, config.trainer, ema, tracker, on_cuda=target == "cuda")
+            if judges:
+                conditions = fake_conditions(config, config.data.eval_batch_size)
+                evaluate(module, judges, conditions, config.trainer.precision, tracker)
+            del lasting
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
             raise ValueError(
                 f"{type(module.reward).__name__} decides by numbers, which are not there ({error}): estimate with "
@@ -258,11 +310,16 @@ def is_sharded(trainer: Namespace) -> bool:
 
 
 def num_devices(trainer: Namespace) -> int:
-    """How many there are; `auto` counts as one."""
+    """How many there are in all."""
     if is_sharded(trainer):
         return int(trainer.strategy.init_args.shard_size * trainer.strategy.init_args.replicate_size)
+    return int(trainer.num_nodes) * devices_per_node(trainer)
+
+
+def devices_per_node(trainer: Namespace) -> int:
+    """How many there are on each; `auto`, which depends on the machine, counts as one."""
     devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
-    return int(trainer.num_nodes) * (int(devices) if str(devices).isdecimal() else 1)
+    return int(devices) if str(devices).isdecimal() else 1
 
 
 @contextmanager
@@ -303,9 +360,9 @@ def make_fake(module: torch.nn.Module) -> None:
             setattr(owner, name, torch.empty_like(buffer, device="cpu"))
 
 
-def fake_conditions(config: Namespace) -> Conditions:
+def fake_conditions(config: Namespace, size: int) -> Conditions:
     """A batch of the shapes that the data module would hand out."""
-    pretrained, size = config.model.policy.init_args.pretrained, config.data.batch_size
+    pretrained = config.model.policy.init_args.pretrained
     transformer = read_json(pretrained, "transformer", "config.json")
     length = config.data.max_sequence_length
     if length is None:

@@ -25,7 +25,7 @@ FLAGS = {
     "max_skipped_steps optimizer_in_backward clip_norm_per_parameter",
     PromptData: "train evaluation pretrained batch_size eval_batch_size num_eval_prompts eval_samples_per_prompt field "
     "cache_dir max_sequence_length text_dtype text_batch_size text_device num_workers seed",
-    RunCheckpoint: "every_n_steps keep monitor mode keep_best",
+    RunCheckpoint: "every_n_steps keep monitor mode keep_best every_n_minutes",
     SRPO: "control_words word_choice template num_rollout_steps rollout_guidance guidance shift num_schedule_steps "
     "window grid_size ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
     "reward_batch_size",

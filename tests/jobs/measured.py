@@ -67,7 +67,7 @@ def measured_peak(config: Namespace, accelerator: str = "cpu") -> int:
     parser.add_lightning_class_args(SRPOModule, "model")
     module = parser.instantiate_classes(Namespace(model=config.model.clone())).model
     module.objective.num_rollout_steps = 2
-    conditions = fake_conditions(config)
+    conditions = fake_conditions(config, config.data.batch_size)
     chosen = config.trainer.callbacks or []
     averages = [EMA(**vars(c.init_args)) for c in chosen if c.class_path.endswith(".EMA")]
     measure = Measure()
