@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -14,6 +14,9 @@ from srpo_lightning.metrics import QUANTILES, Interval, Table, bootstrap_mean, c
 
 BASE = "base"
 """The weights before training, by this name beside `policy` and `ema`."""
+
+HELD_OUT = "held_out"
+"""The column with one number that training knows nothing of, to choose by."""
 
 LABEL = "label"
 """The column with the number of the label that the judge finds an image most like."""
@@ -96,8 +99,12 @@ def measures(table: Table, base: Table | None) -> dict[str, Measure]:
     return found
 
 
-def compare(tables: Mapping[str, Table], tags: Sequence[Sequence[str]] = ()) -> dict[str, dict[str, dict[str, Measure]]]:
-    """By tag (`all` first), by weights, by column."""
+Compared: TypeAlias = dict[str, dict[str, dict[str, Measure]]]
+"""By tag (`all` first), by weights, by column."""
+
+
+def compare(tables: Mapping[str, Table], tags: Sequence[Sequence[str]] = ()) -> Compared:
+    """Every measure of every kind of weights, over all prompts and over those of each tag."""
     base = tables.get(BASE)
     found = {"all": {weights: measures(table, base) for weights, table in tables.items()}}
     split = {weights: by_tag(table, tags) if tags else {} for weights, table in tables.items()}
@@ -107,9 +114,7 @@ def compare(tables: Mapping[str, Table], tags: Sequence[Sequence[str]] = ()) -> 
     return found
 
 
-def write_comparison(
-    path: Path, compared: Mapping[str, Mapping[str, Mapping[str, Measure]]], head: Mapping[str, Any]
-) -> str:
+def write_comparison(path: Path, compared: Compared, head: Mapping[str, Any]) -> str:
     """Write `<path>.json` with every number and `<path>.md` with a table per tag; returns the latter's text."""
     content = {
         tag: {weights: {name: as_dict(m) for name, m in of.items()} for weights, of in by_weights.items()}

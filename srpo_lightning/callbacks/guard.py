@@ -6,14 +6,12 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from srpo_lightning.callbacks.comparison import BASE
-from srpo_lightning.metrics import Evaluation, Interval, Table, bootstrap_mean
+from srpo_lightning.callbacks.comparison import BASE, HELD_OUT
+from srpo_lightning.metrics import Evaluation, Table, bootstrap_mean
 from srpo_lightning.module import SRPOModule
-
-HELD_OUT = "held_out"
-"""The number that the guard adds to an evaluation's: its weighted sum of held-out scores."""
 
 
 class OverOptimizationGuard(Callback):
@@ -27,12 +25,10 @@ class OverOptimizationGuard(Callback):
     - the samples' diversity has fallen below `min_diversity` times the base's;
     - their drift from the base (CMMD) is above `max_drift`.
 
-    The held-out score is logged and recorded as `held_out`, so that `checkpoint.monitor: policy/held_out` keeps the best
+    What the held-out score is, RewardTracking says (`held_out`); `checkpoint.monitor: policy/held_out` keeps the best
     checkpoint, which is then found by `--ckpt_path best`.
 
     Args:
-        scores: columns of RewardTracking by their weight in the held-out score. By default the judge's view of the
-            objective and its score of picture and prompt count alike: the first alone also rises while subjects fade.
         weights: whose samples are watched.
         action: warn and go on; stop; or lower the learning rate, and stop when that has been done three times.
         patience: evaluations in a row before it acts.
@@ -45,7 +41,6 @@ class OverOptimizationGuard(Callback):
 
     def __init__(
         self,
-        scores: dict[str, float] | None = None,
         weights: Literal["policy", "ema"] = "policy",
         action: Literal["warn", "stop", "lower_learning_rate"] = "stop",
         patience: PositiveInt = 2,
@@ -53,7 +48,6 @@ class OverOptimizationGuard(Callback):
         max_drift: PositiveFloat | None = None,
         learning_rate_factor: ClosedUnitInterval = 0.3,
     ) -> None:
-        self.scores = {"judge": 1.0, "prompt": 1.0} if scores is None else scores
         self.weights = weights
         self.action = action
         self.patience = patience
@@ -65,21 +59,11 @@ class OverOptimizationGuard(Callback):
         self.alarms = 0
         self.times_lowered = 0
 
-    def held_out(self, table: Table) -> torch.Tensor:
-        """The weighted sum of each sample's held-out scores, [N]."""
-        missing = self.scores.keys() - table.columns.keys()
-        if missing:
-            raise ValueError(
-                f"OverOptimizationGuard.scores has {', '.join(sorted(missing))}, which RewardTracking does not measure: "
-                f"choose among {', '.join(table.columns)}, or name a further reward in RewardTracking.metrics"
-            )
-        return torch.stack([weight * table.columns[name] for name, weight in self.scores.items()]).sum(0)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what RewardTracking has measured, and act."""
         assert isinstance(pl_module, SRPOModule)
         evaluation = pl_module.evaluations.get(self.weights) or pl_module.evaluations.get("policy")
-        if evaluation is None or not trainer.state.fn == "fit":
+        if evaluation is None or trainer.state.fn != TrainerFn.FITTING:
             return
         base = pl_module.evaluations.get(BASE)
         reasons = self.reasons(evaluation, base.numbers if base else {}, pl_module.trained_steps)
@@ -90,10 +74,10 @@ class OverOptimizationGuard(Callback):
     def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:
         """What is wrong with an evaluation; remembers it if it is the best so far."""
         (table, numbers), found = evaluation, []
-        if self.best is None or self.held_out(table).mean() > self.held_out(self.best).mean():
+        if self.best is None or table.columns[HELD_OUT].mean() > self.best.columns[HELD_OUT].mean():
             self.best, self.best_step = table, step
         else:
-            fall = self.change(table, self.best)
+            fall = bootstrap_mean(table.columns[HELD_OUT] - self.best.columns[HELD_OUT], table.groups)
             gain = float((table.columns["reward"] - self.best.columns["reward"]).mean())
             if fall.high < 0 <= gain:
                 found.append(
@@ -106,10 +90,6 @@ class OverOptimizationGuard(Callback):
         if self.max_drift is not None and numbers.get("drift", 0.0) > self.max_drift:
             found.append(f"drift from the base is {numbers['drift']:.4g}, more than {self.max_drift:.4g}")
         return found
-
-    def change(self, table: Table, before: Table) -> Interval:
-        """How the held-out score of the same samples changed."""
-        return bootstrap_mean(self.held_out(table) - self.held_out(before), table.groups)
 
     def _act(self, trainer: Trainer, reason: str) -> None:
         cure = f"the best held-out score was at step {self.best_step}: --ckpt_path best, with checkpoint.monitor"

@@ -31,7 +31,8 @@ from srpo_lightning.module import SRPOModule
 METADATA = "metadata.jsonl"
 THUMBNAIL_PX = 256
 
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class Sample(NamedTuple):
@@ -145,7 +146,7 @@ class SampleLogger(Recorder):
     def _write(self, trainer: Trainer, module: SRPOModule) -> None:
         start_s = time.perf_counter()
         for (weights, index), sample in self._samples.items():
-            sample.record.update(scores_of(module, weights, index))
+            sample.record["scores"] = scores_of(module, weights, index)
             path = sample_path(trainer.default_root_dir, int(sample.record["step"]), weights, index)
             write_picture(path, *sample)
         everyones = gathered({key: small(sample) for key, sample in self._samples.items()})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.comparison import BASE, LABEL, read_table, save_table, summary
+from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_table, save_table, summary
 from srpo_lightning.callbacks.records import Record, Recorder
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.metrics import (
@@ -32,7 +32,7 @@ from srpo_lightning.rewards.clip import ClipReward
 
 FILE = "metrics.jsonl"
 TABLES = "tables"
-OWN_COLUMNS = ("reward", "judge", "prompt", "saturation", "brightness", "high_frequency", LABEL)
+OWN_COLUMNS = ("reward", "judge", "prompt", "saturation", "brightness", "high_frequency", LABEL, HELD_OUT)
 
 
 def table_path(run_folder: str | Path, step: int, weights: str) -> Path:
@@ -61,6 +61,9 @@ class RewardTracking(Recorder):
         candidates: prompt files; each image's own prompt competes against all prompts in them.
         top_k: how many of the candidates count as right.
         metrics: further reward models by the name that their score of image and prompt is logged under.
+        held_out: scores by their weight in `held_out`, one number to choose checkpoints by (checkpoint.monitor:
+            policy/held_out) and for OverOptimizationGuard; the training reward has no place in it. By default judge and
+            prompt count alike: the first alone also rises while subjects fade.
     """
 
     file = FILE
@@ -72,6 +75,7 @@ class RewardTracking(Recorder):
         candidates: Sequence[str] = (),
         top_k: PositiveInt = 5,
         metrics: dict[str, Reward] | None = None,
+        held_out: dict[str, float] | None = None,
     ) -> None:
         judge.check_contrast()
         self.judge = judge
@@ -80,12 +84,19 @@ class RewardTracking(Recorder):
         self.candidates = [prompt for path in candidates for prompt in read_prompts(path).prompts]
         self.top_k = top_k
         self.top = f"top{top_k}"
+        self.held_out = {"judge": 1.0, "prompt": 1.0} if held_out is None else held_out
         self.base: Table | None = None
         self.tables: dict[str, SampleTable] = {}
         self._start_s = 0.0
         taken = self.scorers.keys() & {*OWN_COLUMNS, self.top, "diversity", "share", "drift", "win", "prompt_diversity"}
         if taken:
             raise ValueError(f"metrics has {', '.join(taken)}, which is logged already: choose another name")
+        unknown = self.held_out.keys() - {"judge", "prompt", self.top, *self.scorers}
+        if unknown or not self.held_out:
+            raise ValueError(
+                f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among judge, prompt, {self.top} and "
+                f"the names in metrics ({', '.join(self.scorers) or 'there are none'})"
+            )
 
     @property
     def models(self) -> list[Reward]:
@@ -184,7 +195,8 @@ class RewardTracking(Recorder):
         }
         if self.labels:
             scores[LABEL] = self.judge.compare(images, self.labels).argmax(1)
-        return scores | {name: scorer(images, prompts) for name, scorer in self.scorers.items()}
+        scores |= {name: scorer(images, prompts) for name, scorer in self.scorers.items()}
+        return scores | {HELD_OUT: sum(weight * scores[name] for name, weight in self.held_out.items())}
 
     def key(self, trainer: Trainer, module: SRPOModule) -> str:
         """What the numbers of the base depend on, as a hash."""
@@ -197,7 +209,7 @@ class RewardTracking(Recorder):
             "objective": [type(module.objective).__name__, str(getattr(module.objective, "control_words", ""))],
             "samples": [module.seed, module.num_sample_steps, module.sample_guidance, data.eval_samples_per_prompt],
             "prompts": data.eval_prompts,
-            "columns": [*self.columns, *self.labels, *self.candidates],
+            "columns": [*self.columns, *self.labels, *self.candidates, str(self.held_out)],
             "models": models,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

@@ -72,6 +72,11 @@ class PromptData(LightningDataModule):
         encoder = FluxTextEncoder(pretrained, max_sequence_length, getattr(torch, text_dtype), text_device)
         self.cache = FeatureCache(Path(cache_dir).expanduser(), encoder)
 
+    @property
+    def eval_tags(self) -> list[list[str]]:
+        """The tags of each evaluation prompt."""
+        return []
+
     def prepare_data(self) -> None:
         """Compute missing text features (once per node) and report what was skipped or cut."""
         prompts = [*self.train_prompts, *self.eval_prompts]

@@ -1,4 +1,4 @@
-"""`python -m srpo_lightning.emoji`: `build` makes the built-in model, `evaluate` says how good it is, `pictures` draws."""
+"""`python -m srpo_lightning.emoji`: `build` the built-in model, `evaluate` it, or write its `pictures`."""
 
 from pathlib import Path
 

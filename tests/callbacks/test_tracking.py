@@ -59,7 +59,8 @@ def test_the_record_equals_scores_computed_one_picture_at_a_time(models, feature
 
 def test_a_judge_without_image_features_is_tracked_without_diversity(models, features, tmp_path):
     record, _ = validate(models, features, tmp_path, Brightness())
-    assert record.keys() == {"step", "weights", "reward", "judge", "prompt", "top5", "saturation"}
+    measured = {"reward", "judge", "prompt", "top5", "held_out", "saturation", "brightness", "high_frequency"}
+    assert record.keys() == {"step", "weights", *measured}
     assert record["judge"] == pytest.approx(0, abs=1e-6)
 
 
