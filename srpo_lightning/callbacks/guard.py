@@ -60,15 +60,20 @@ class OverOptimizationGuard(Callback):
         self.times_lowered = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what RewardTracking has measured, and act."""
+        """Look at what RewardTracking has measured."""
         assert isinstance(pl_module, SRPOModule)
-        evaluation = pl_module.evaluations.get(self.weights) or pl_module.evaluations.get("policy")
-        if evaluation is None or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.watch(trainer, pl_module.evaluations, pl_module.trained_steps)
+
+    def watch(self, trainer: Trainer, evaluations: Mapping[str, Evaluation], step: int) -> None:
+        """Compare an evaluation with the best and with the base, and act."""
+        evaluation = evaluations.get(self.weights) or evaluations.get("policy")
+        if evaluation is None:
             return
-        base = pl_module.evaluations.get(BASE)
-        reasons = self.reasons(evaluation, base.numbers if base else {}, pl_module.trained_steps)
+        base = evaluations.get(BASE)
+        reasons = self.reasons(evaluation, base.numbers if base else {}, step)
         self.alarms = self.alarms + 1 if reasons else 0
-        if reasons and self.alarms >= self.patience and pl_module.trained_steps:
+        if self.alarms >= self.patience:
             self._act(trainer, "; ".join(reasons))
 
     def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:
