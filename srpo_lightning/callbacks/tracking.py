@@ -167,7 +167,7 @@ class RewardTracking(Recorder):
             weights: Evaluation(table, summary(table, None if weights == BASE or not step else self.base, self.labels))
             for weights, table in tables.items()
         }
-        for weights in self.tables.keys() - {BASE}:
+        for weights in (name for name in self.tables if name != BASE):
             self._record(trainer, pl_module, weights, *pl_module.evaluations[weights])
         seconds = time.perf_counter() - self._start_s
         for logger in trainer.loggers:
