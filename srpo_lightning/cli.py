@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from srpo_lightning.arguments import add_project_arguments, choose_strategy
 from srpo_lightning.callbacks.checkpoint import ranked
+from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.checkpoints import check_whole, checkpoints, newest
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs.cache import cache
@@ -121,7 +122,7 @@ class SRPOCLI(LightningCLI):
         has_choice = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in chosen)
         # A rich progress bar prints nothing into the log of a batch job.
         progress = [] if has_choice or sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
-        return super()._instantiate_trainer(config, [*callbacks, *progress])
+        return super()._instantiate_trainer(config, [*callbacks, *progress, Progress()])
 
     def before_instantiate_classes(self) -> None:
         """Settle how devices are used and what to resume before anything is read."""

@@ -1,12 +1,24 @@
-"""What is measured on images: pure functions under thin torchmetrics classes.
+"""What is measured on images: numbers per image, a table of them that is whole on every rank, and statistics of tables.
 
-Shapes: B images, T texts, E features.
+Shapes: B images, T texts, E features, N samples, G groups (prompts).
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import Metric
+
+LUMA = (0.2126, 0.7152, 0.0722)
+"""Weights of red, green and blue. Source: ITU-R BT.709."""
+
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+"""Width of the kernel, and a factor for people. Source: arXiv 2401.09603, section 4."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def saturation(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -15,52 +27,171 @@ def saturation(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     return torch.where(high > 0, (high - low) / high.clamp(min=1e-8), torch.zeros_like(high)).mean((-2, -1))
 
 
+def brightness(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
+    """Mean luma of each image in [0, 1], of the pixels' values as they are stored."""
+    return luma(images).mean((-2, -1))
+
+
+def high_frequency(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
+    """The share in [0, 1] of the luma's variance that is finer than four pixels: noise, grain, grid patterns.
+
+    Of the power spectrum without the mean, what lies beyond 1/4 cycle per pixel in either direction; 0 for one colour.
+    """
+    power = torch.fft.fft2(luma(images)).abs().square()
+    rows, columns = (torch.fft.fftfreq(side, device=images.device).abs() for side in images.shape[-2:])
+    fine = (rows[:, None] > 0.25) | (columns > 0.25)
+    power[:, 0, 0] = 0
+    total = power.sum((-2, -1))
+    return torch.where(total > 0, (power * fine).sum((-2, -1)) / total.clamp(min=1e-12), torch.zeros_like(total))
+
+
+def luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B H W"]:
+    """Brightness of every pixel."""
+    return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
+
+
 def is_in_top(scores: Float[Tensor, "B T"], truth: Int[Tensor, " B"], k: int) -> Bool[Tensor, " B"]:
     """Whether fewer than `k` texts score higher than the true one."""
     own = scores.gather(1, truth[:, None])
     return (scores > own).sum(1) < k
 
 
-class LabelShare(Metric):
-    """The share of images whose best-scoring text is each of T labels, [T], summing to 1."""
+class Table(NamedTuple):
+    """Numbers of N samples, one row each, in the order of their indices.
 
-    full_state_update = False
-    counts: Tensor
+    Args:
+        indices: [N], each once.
+        groups: [N], which prompt each sample is of.
+        columns: [N] each, by name.
+        features: [N, E] of the images, unit length; E may be 0.
+    """
 
-    def __init__(self, num_labels: int) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(num_labels, dtype=torch.float64), dist_reduce_fx="sum")
+    indices: Int[Tensor, " N"]
+    groups: Int[Tensor, " N"]
+    columns: dict[str, Float[Tensor, " N"]]
+    features: Float[Tensor, "N E"]
 
-    def update(self, scores: Float[Tensor, "B T"]) -> None:
-        """Add images by their scores under every label."""
-        self.counts += torch.bincount(scores.argmax(1), minlength=len(self.counts))
-
-    def compute(self) -> Float[Tensor, " T"]:
-        """The shares so far."""
-        return self.counts / self.counts.sum()
+    def where(self, rows: Bool[Tensor, " N"]) -> "Table":
+        """Some of the rows."""
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return Table(self.indices[rows], self.groups[rows], columns, self.features[rows])
 
 
-class Diversity(Metric):
-    """Mean cosine distance between the features of different images, 0 (all alike) to 2.
+class Evaluation(NamedTuple):
+    """A table, and one number each of what was made of it, by name."""
 
-    Kept as the sum of unit vectors: |sum|^2 = n + the cosines of all ordered pairs.
+    table: Table
+    numbers: dict[str, float]
+
+
+class SampleTable(Metric):
+    """Collects a `Table` over batches and ranks.
+
+    A sample that several ranks had, because their shares were filled up, counts once.
+
+    Args:
+        names: of the columns.
+        num_prompts: sample i is of prompt i mod num_prompts.
     """
 
     full_state_update = False
-    total: Tensor
-    count: Tensor
+    indices: list[Tensor]
+    values: list[Tensor]
+    features: list[Tensor]
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, names: Sequence[str], num_prompts: int) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.names = tuple(names)
+        self.num_prompts = num_prompts
+        for state in ("indices", "values", "features"):
+            self.add_state(state, [], dist_reduce_fx="cat")
 
-    def update(self, features: Float[Tensor, "B E"]) -> None:
-        """Add images by their features, of any length."""
-        self.total += torch.nn.functional.normalize(features.double(), dim=-1).sum(0)
-        self.count += len(features)
+    def update(
+        self, indices: Int[Tensor, " B"], columns: dict[str, Float[Tensor, " B"]], features: Float[Tensor, "B E"]
+    ) -> None:
+        """Add samples; `columns` has every name."""
+        self.indices.append(indices)
+        self.values.append(torch.stack([columns[name].double() for name in self.names], dim=1))
+        self.features.append(functional.normalize(features.float(), dim=-1))
 
-    def compute(self) -> Float[Tensor, ""]:
-        """The mean over all pairs; NaN for fewer than two images."""
-        pairs = self.count * (self.count - 1)
-        return 1 - (self.total.square().sum() - self.count) / pairs
+    def compute(self) -> Table:
+        """All samples so far, on the CPU."""
+        indices, values, features = (
+            (torch.cat(list(state)) if isinstance(state, list) else state).cpu()
+            for state in (self.indices, self.values, self.features)
+        )
+        order = indices.argsort(stable=True)
+        first = torch.ones_like(order, dtype=torch.bool)
+        first[1:] = indices[order].diff() != 0
+        rows = order[first]
+        columns = dict(zip(self.names, values[rows].unbind(1), strict=True))
+        return Table(indices[rows], indices[rows] % self.num_prompts, columns, features[rows])
+
+
+class Interval(NamedTuple):
+    """An estimate, and the bounds between which it lies with the confidence that was asked for."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wins(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """1 where our sample scores higher than theirs from the same noise, 0 where lower, 1/2 where alike."""
+    return ((ours > theirs).double() + (ours >= theirs).double()) / 2
+
+
+def bootstrap_mean(
+    values: Float[Tensor, " N"],
+    groups: Int[Tensor, " N"] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+) -> Interval:
+    """The mean, and its percentile interval over resampled groups.
+
+    Samples of one prompt are alike: whole prompts are drawn with replacement, never samples alone.
+
+    Args:
+        groups: which prompt each value is of; None: each value is one.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
+    """
+    values = values.double()
+    _, group = torch.unique(torch.arange(len(values)) if groups is None else groups, return_inverse=True)
+    sums = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add_(0, group, values)
+    counts = torch.bincount(group).double()
+    drawn = torch.randint(len(sums), (num_resamples, len(sums)), generator=torch.Generator().manual_seed(0))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    tail = (1 - confidence) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(float(values.mean()), low, high)
+
+
+def diversity(features: Float[Tensor, "N E"]) -> float:
+    """Mean cosine distance between the features of different images, 0 (all alike) to 2; NaN for fewer than two.
+
+    From the sum of unit vectors: |sum|^2 = N + the cosines of all ordered pairs.
+    """
+    unit, size = functional.normalize(features.double(), dim=-1), len(features)
+    if size < 2:
+        return float("nan")
+    return float(1 - (unit.sum(0).square().sum() - size) / (size * (size - 1)))
+
+
+def prompt_diversity(features: Float[Tensor, "N E"], groups: Int[Tensor, " N"]) -> float:
+    """The mean over prompts of the diversity of their own images; NaN where each prompt has one."""
+    each = torch.tensor([diversity(features[groups == group]) for group in groups.unique().tolist()])
+    return float(each.nanmean())
+
+
+def cmmd(features: Float[Tensor, "N E"], others: Float[Tensor, "M E"]) -> float:
+    """Distance of two sets of images in a CLIP's feature space: 1000 x the squared MMD of unit features, 0 if equal.
+
+    Source: arXiv 2401.09603, equation 4 with its biased estimator and a Gaussian kernel of width 10.
+    """
+
+    def kernel_mean(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(torch.cdist(a, b).square() / (-2 * CMMD_SIGMA**2)).mean()
+
+    x, y = (functional.normalize(each.double(), dim=-1) for each in (features, others))
+    return float(CMMD_SCALE * (kernel_mean(x, x) + kernel_mean(y, y) - 2 * kernel_mean(x, y)))

@@ -1,8 +1,8 @@
 """What Lightning calls, and when. The mathematics is in objectives/ and flow.py."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
+from srpo_lightning.metrics import Evaluation
 from srpo_lightning.objectives.base import Objective
 from srpo_lightning.optimizers import InBackward, check_settings, whole
 from srpo_lightning.policies.base import Policy
@@ -82,6 +84,8 @@ class SRPOModule(LightningModule):
         self.skipped_steps = 0
         self.in_backward: InBackward | None = None
         self.weight_variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"policy": nullcontext}
+        self.evaluations: dict[str, Evaluation] = {}
+        self.is_finished: Callable[[Conditions], bool] | None = None
         self._update_start_s = self._update_end_s = 0.0
 
     def configure_callbacks(self) -> list[Callback]:
@@ -117,6 +121,30 @@ class SRPOModule(LightningModule):
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """What is trained, averaged and saved."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    @contextmanager
+    def as_pretrained(self) -> Iterator[None]:
+        """The weights before training, for as long as it lasts; the trained ones wait in host memory."""
+        waiting = {name: p.detach().to("cpu", copy=True) for name, p in self.trainable_parameters()}
+        self.policy.restart()
+        self.forget_gathered()
+        try:
+            yield
+        finally:
+            self.assign(waiting)
+
+    @torch.no_grad()
+    def assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights in the trained parameters' place, by their names."""
+        for name, parameter in self.trainable_parameters():
+            parameter.copy_(weights[name])
+        self.forget_gathered()
+
+    def forget_gathered(self) -> None:
+        """What FSDP2 gathered before would stand in for parameters that changed since."""
+        for part in self.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def training_step(self, batch: Conditions, batch_idx: int) -> Tensor:
         """One micro-batch: rollout, then the objective's loss."""
@@ -198,8 +226,8 @@ class SRPOModule(LightningModule):
     test_step = validation_step
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> dict[str, Tensor]:
-        """The same as validation."""
-        return self.validation_step(batch, batch_idx)
+        """The same as validation, of what is not there yet."""
+        return {} if self.is_finished and self.is_finished(batch) else self.validation_step(batch, batch_idx)
 
     @torch.no_grad()
     def sample(self, conditions: Conditions) -> Tensor:

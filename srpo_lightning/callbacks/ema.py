@@ -1,14 +1,13 @@
 """An exponential moving average of the trained weights."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from srpo_lightning.module import SRPOModule
 
@@ -59,7 +58,8 @@ class EMA(Callback):
         if not self.num_updates or self.evaluate == "policy":
             return
         self._place(pl_module)
-        pl_module.weight_variants = {} if self.evaluate == "ema" else {"policy": nullcontext}
+        if self.evaluate == "ema":
+            pl_module.weight_variants.pop("policy", None)
         pl_module.weight_variants["ema"] = lambda: self._in_place_of(pl_module)
 
     on_test_start = on_validation_start
@@ -115,9 +115,7 @@ class EMA(Callback):
     def _swap(self, module: SRPOModule, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put `tensors` in the parameters' place; what was there is returned, in their memory where it fits."""
         waiting = {}
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # or what was gathered before would stand in for the new weights
+        module.forget_gathered()
         for name, parameter in module.trainable_parameters():
             own, other = parameter.to(tensors[name].device, copy=True), tensors[name]
             parameter.copy_(other)

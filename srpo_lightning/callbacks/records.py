@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-Record: TypeAlias = dict[str, float | int | str]
+Record: TypeAlias = dict[str, Any]
 
 
 def append(path: Path, record: Record) -> None:

@@ -1,6 +1,7 @@
 """Before and after, as a table and as a picture, when training ends."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from srpo_lightning.callbacks.comparison import BASE, compare, write_comparison
+from srpo_lightning.callbacks.pictures import contact_sheet, sample_path, software
 from srpo_lightning.callbacks.records import Record
-from srpo_lightning.callbacks.samples import sample_path
 from srpo_lightning.callbacks.tracking import FILE, read_records
-
-LABEL_PX = 14
+from srpo_lightning.module import SRPOModule
 
 
 class Report(Callback):
@@ -46,11 +47,18 @@ class Report(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """`validate` prints what it found."""
-        if trainer.state.fn == TrainerFn.VALIDATING and (Path(trainer.default_root_dir) / FILE).is_file():
-            records = read_records(trainer.default_root_dir)
-            newest = [record for record in records if record["step"] == records[-1]["step"]]
-            print(f"\n{markdown({str(record['weights']): record for record in newest})}")
+        """`validate` compares base, policy and average, and says by which."""
+        assert isinstance(pl_module, SRPOModule)
+        if trainer.state.fn == TrainerFn.FITTING or not pl_module.evaluations:
+            return
+        step = pl_module.trained_steps
+        tables = {weights: pl_module.evaluations[weights].table for weights in in_order(pl_module.evaluations)}
+        path = Path(trainer.default_root_dir) / "validation" / f"step-{step:08d}"
+        tags = trainer.datamodule.eval_tags  # type: ignore[attr-defined]
+        head = {"step": step, "checkpoint": str(trainer.ckpt_path or ""), "software": software()}
+        print(f"\n{write_comparison(path, compare(tables, tags), head)}\n{path}.md, {path}.json")
+
+    on_test_end = on_validation_end
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,10 +79,16 @@ class Report(Callback):
             contact_sheet(rows, self.scale).save(folder / "before_after.png")
             print(f"pictures: {folder / 'before_after.png'}")
 
-    def _pictures(self, folder: Path, record: Record) -> list[Path]:
+    def _pictures(self, folder: Path, record: Record) -> list[Image.Image]:
         step, weights = int(record["step"]), str(record["weights"])
         paths = [sample_path(folder, step, weights, index) for index in range(self.num_columns)]
-        return [path for path in paths if path.is_file()]
+        return [Image.open(path).convert("RGB") for path in paths if path.is_file()]
+
+
+def in_order(weights: Iterable[str]) -> list[str]:
+    """Base first, then the policy, then what was made of it."""
+    order = (BASE, "policy")
+    return sorted(weights, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
 def before_and_after(records: list[Record]) -> dict[str, Record]:
@@ -89,32 +103,10 @@ def before_and_after(records: list[Record]) -> dict[str, Record]:
 
 def markdown(columns: dict[str, Record]) -> str:
     """A table with a row per measure."""
-    names = [name for name in next(iter(columns.values())) if name not in ("step", "weights")]
+    names = dict.fromkeys(name for record in columns.values() for name in record if name not in ("step", "weights"))
     lines = ["| | " + " | ".join(f"{head} (step {r['step']})" for head, r in columns.items()) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for name in names:
         cells = (f"{float(r[name]):.3f}" if name in r else "not measured" for r in columns.values())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def contact_sheet(rows: dict[str, list[Path]], scale: int) -> Image.Image:
-    """Rows of pictures, each under its name."""
-    pictures = {
-        name: [enlarged(Image.open(path).convert("RGB"), scale) for path in paths] for name, paths in rows.items()
-    }
-    width, height = next(iter(pictures.values()))[0].size
-    num_columns = max(map(len, pictures.values()))
-    sheet = Image.new("RGB", (num_columns * width, len(pictures) * (height + LABEL_PX)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (name, images) in enumerate(pictures.items()):
-        top = row * (height + LABEL_PX)
-        draw.text((2, top + 1), name, fill="black")
-        for column, image in enumerate(images):
-            sheet.paste(image, (column * width, top + LABEL_PX))
-    return sheet
-
-
-def enlarged(image: Image.Image, scale: int) -> Image.Image:
-    """The picture `scale` times as large, its pixels kept square."""
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

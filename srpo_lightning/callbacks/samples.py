@@ -1,50 +1,78 @@
-"""Evaluation samples as files and in TensorBoard."""
+"""Evaluation samples as files, and side by side in TensorBoard or Weights & Biases."""
 
+import time
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch import Tensor
+from torch.distributed import all_gather_object, get_world_size, is_initialized
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.records import Recorder
+from srpo_lightning.callbacks.comparison import BASE
+from srpo_lightning.callbacks.pictures import (
+    PREDICTIONS,
+    SAMPLES,
+    as_picture,
+    contact_sheet,
+    sample_path,
+    write_picture,
+)
+from srpo_lightning.callbacks.records import Record, Recorder
 from srpo_lightning.module import SRPOModule
 
-SAMPLES = "samples"
-PREDICTIONS = "predictions"
 METADATA = "metadata.jsonl"
+THUMBNAIL_PX = 256
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
-def sample_path(run_folder: str | Path, step: int, weights: str, index: int, kind: str = SAMPLES) -> Path:
-    """Where the picture of evaluation prompt `index` after `step` optimizer steps lies."""
-    return Path(run_folder) / kind / f"step-{step:08d}" / weights / f"{index:05d}.png"
+class Sample(NamedTuple):
+    """A picture that was drawn here, and what it is of."""
+
+    picture: Image.Image
+    record: Record
 
 
 class SampleLogger(Recorder):
     """Keeps the pictures of the first evaluation prompts, the same prompts and noise at every validation.
 
-    Writes `<run folder>/samples/step-*/<weights>/<index>.png` with a line each in `samples/metadata.jsonl`, and a grid
-    per kind of weights to TensorBoard. `predict` writes the pictures of all prompts to `predictions/` likewise.
+    Writes `<run folder>/samples/step-*/<weights>/<index>.png`, with prompt, seed, scores (those of RewardTracking) and
+    the version of the code in each file, a line each in `samples/metadata.jsonl`, and one sheet, base, policy and
+    average under each other, to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew. `predict`
+    writes a picture of every prompt to `predictions/` likewise, and passes over those that are there already.
 
     Args:
         num_samples: how many of the evaluation prompts, from the first.
-        columns: of the grid in TensorBoard.
+        columns: of the sheet.
+        max_share: the part of the training time that writing may take; beyond it validations are passed over, but never
+            the first and the last. The drawing itself is the validation's, whose interval says how often.
     """
 
     file = f"{SAMPLES}/{METADATA}"
 
-    def __init__(self, num_samples: PositiveInt = 16, columns: PositiveInt = 8) -> None:
+    def __init__(
+        self, num_samples: PositiveInt = 16, columns: PositiveInt = 8, max_share: NonNegativeFloat = 0.01
+    ) -> None:
         self.num_samples = num_samples
         self.columns = columns
-        self._grids: dict[str, list[Tensor]] = {}
+        self.max_share = max_share
+        self.seconds = 0.0
+        self._start_s = time.perf_counter()
+        self._samples: dict[tuple[str, int], Sample] = {}
+        self._base: dict[int, Image.Image] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with empty grids."""
-        self._grids = {}
+        """Forget the last pictures."""
+        self._samples = {}
 
     def on_validation_batch_end(  # type: ignore[override]  # the outputs of SRPOModule.validation_step
         self,
@@ -55,14 +83,42 @@ class SampleLogger(Recorder):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the pictures among the batch that are to be kept."""
+        """Keep the pictures among the batch that are to be written, until their scores are there."""
         assert isinstance(pl_module, SRPOModule)
-        kept = [row for row in own_rows(trainer, batch) if batch.indices[row] < self.num_samples]
         for weights, images in outputs.items():
-            pictures = as_bytes(images[kept])
-            self._grids.setdefault(weights, []).extend(pictures)
-            for row, picture in zip(kept, pictures, strict=True):
-                write(trainer.default_root_dir, pl_module, weights, batch, row, picture, SAMPLES)
+            for row, index in enumerate(batch.indices.tolist()):
+                if index < self.num_samples:
+                    record = record_of(pl_module, weights, batch, row)
+                    self._samples[weights, index] = Sample(as_picture(images[row]), record)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them, unless writing has taken too much of the time so far."""
+        assert isinstance(pl_module, SRPOModule)
+        is_over = self.seconds > self.max_share * (time.perf_counter() - self._start_s)
+        can_wait = bool(pl_module.trained_steps) and trainer.state.fn == TrainerFn.FITTING
+        if not trainer.strategy.reduce_boolean_decision(can_wait and is_over, all=False):
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last ones in any case."""
+        assert isinstance(pl_module, SRPOModule)
+        if self._samples:
+            self._write(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the module pass over batches whose pictures are there."""
+        assert isinstance(pl_module, SRPOModule)
+
+        def is_finished(batch: Conditions) -> bool:
+            paths = [
+                sample_path(trainer.default_root_dir, pl_module.trained_steps, weights, index, PREDICTIONS)
+                for weights in pl_module.weight_variants
+                for index in batch.indices.tolist()
+            ]
+            # Ranks that share their weights draw together or not at all.
+            return bool(trainer.strategy.reduce_boolean_decision(all(path.is_file() for path in paths), all=True))
+
+        pl_module.is_finished = is_finished
 
     def on_predict_batch_end(
         self,
@@ -73,58 +129,102 @@ class SampleLogger(Recorder):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write every picture."""
+        """Write every picture that is not there yet."""
         assert isinstance(pl_module, SRPOModule)
+        new = {}
         for weights, images in outputs.items():
-            pictures = as_bytes(images)
-            for row in own_rows(trainer, batch):
-                write(trainer.default_root_dir, pl_module, weights, batch, row, pictures[row], PREDICTIONS)
+            for row, index in enumerate(batch.indices.tolist()):
+                path = sample_path(trainer.default_root_dir, pl_module.trained_steps, weights, index, PREDICTIONS)
+                if not path.is_file():
+                    sample = Sample(as_picture(images[row]), record_of(pl_module, weights, batch, row, PREDICTIONS))
+                    write_picture(path, *sample)
+                    new[weights, index] = sample.record
+        for record in gathered(new).values():
+            if trainer.is_global_zero:
+                records.append(records_path(trainer, PREDICTIONS), record)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show one grid per kind of weights."""
-        assert isinstance(pl_module, SRPOModule)
+    def _write(self, trainer: Trainer, module: SRPOModule) -> None:
+        start_s = time.perf_counter()
+        for (weights, index), sample in self._samples.items():
+            sample.record["scores"] = scores_of(module, weights, index)
+            path = sample_path(trainer.default_root_dir, int(sample.record["step"]), weights, index)
+            write_picture(path, *sample)
+        everyones = gathered({key: small(sample) for key, sample in self._samples.items()})
+        self._samples = {}
+        if trainer.is_global_zero:
+            for _, record in everyones.values():
+                records.append(records_path(trainer, SAMPLES), record)
+            self._show(trainer, module, everyones)
+        self.seconds += time.perf_counter() - start_s
         for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):
-                continue
-            for weights, pictures in self._grids.items():
-                if pictures:
-                    picture = grid(torch.stack(pictures), self.columns)
-                    logger.experiment.add_image(f"samples/{weights}", picture, pl_module.trained_steps)
+            logger.log_metrics({"samples/seconds": self.seconds}, module.trained_steps)
+
+    def _show(self, trainer: Trainer, module: SRPOModule, samples: dict[tuple[str, int], Sample]) -> None:
+        shown = range(min(self.columns, self.num_samples))
+        rows: dict[str, list[Image.Image | None]] = {}
+        if not module.trained_steps:
+            self._base = {index: sample.picture for (_, index), sample in samples.items()}
+        for weights in dict.fromkeys([BASE, *(weights for weights, _ in samples)]):
+            own = self._base if weights == BASE and self._base else {}
+            own = own | {index: sample.picture for (kind, index), sample in samples.items() if kind == weights}
+            if own and (module.trained_steps or weights != BASE):
+                rows[weights] = [own.get(index) for index in shown]
+        prompts = {index: str(sample.record["prompt"]) for (_, index), sample in samples.items()}
+        if rows:
+            sheet = contact_sheet(rows, columns=[prompts.get(index, "") for index in shown])
+            for logger in trainer.loggers:
+                show(logger, sheet, module.trained_steps)
 
 
-def write(
-    run_folder: str, module: SRPOModule, weights: str, batch: Conditions, row: int, picture: Tensor, kind: str
-) -> None:
-    """Save one picture of a batch, and what it is of in the `metadata.jsonl` of its kind."""
-    index = int(batch.indices[row])
-    path = sample_path(run_folder, module.trained_steps, weights, index, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
-    folder = Path(run_folder) / kind
-    record: records.Record = {
-        "step": module.trained_steps,
+def record_of(module: SRPOModule, weights: str, batch: Conditions, row: int, kind: str = SAMPLES) -> Record:
+    """What a picture of a batch is of."""
+    step, index = module.trained_steps, int(batch.indices[row])
+    own_seed = batch.seeds[row] if batch.seeds else None
+    return {
+        "step": step,
         "weights": weights,
         "index": index,
-        "seed": module.seed,
+        "seed": module.seed if own_seed is None else own_seed,
         "prompt": batch.prompts[row],
-        "file": str(path.relative_to(folder)),
+        "guidance": module.sample_guidance,
+        "num_steps": module.num_sample_steps,
+        "file": sample_path("", step, weights, index, kind).relative_to(kind).as_posix(),
     }
-    records.append(folder / METADATA, record)
 
 
-def own_rows(trainer: Trainer, batch: Conditions) -> list[int]:
-    """The rows that are this rank's to write: those that fill up its share (SliceSampler) are another's."""
-    return [row for row, i in enumerate(batch.indices.tolist()) if i % trainer.world_size == trainer.global_rank]
+def scores_of(module: SRPOModule, weights: str, index: int) -> dict[str, float]:
+    """What RewardTracking has measured of a sample, if it is there."""
+    if weights not in module.evaluations:
+        return {}
+    table = module.evaluations[weights].table
+    row = int(torch.searchsorted(table.indices, index))
+    return {name: round(float(column[row]), 5) for name, column in table.columns.items()}
 
 
-def as_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8 on the CPU."""
-    return (images.float().cpu() * 255).round().to(torch.uint8)
+def small(sample: Sample) -> Sample:
+    """For a sheet."""
+    picture = sample.picture.copy()
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    return sample._replace(picture=picture)
 
 
-def grid(images: Tensor, columns: int) -> Tensor:
-    """[B, 3, H, W] images as one [3, rows H, columns W] picture, row by row, padded with zeros."""
-    missing = -len(images) % columns
-    padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-    rows = [torch.cat(list(row), dim=-1) for row in padded.split(columns)]
-    return torch.cat(rows, dim=-2)
+def gathered(own: dict[Key, Value]) -> dict[Key, Value]:
+    """What every rank has, on all of them."""
+    if not is_initialized():
+        return own
+    parts: list[dict[Key, Value]] = [{}] * get_world_size()
+    all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def records_path(trainer: Trainer, kind: str) -> Path:
+    """Of the pictures of one kind."""
+    return Path(trainer.default_root_dir) / kind / METADATA
+
+
+def show(logger: Logger, sheet: Image.Image, step: int) -> None:
+    """Log a picture where that is possible."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image("samples", np.array(sheet), step, dataformats="HWC")
+    elif isinstance(logger, WandbLogger):
+        logger.log_image("samples", [sheet], step)

@@ -1,43 +1,69 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
+import hashlib
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
+from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_table, save_table, summary
 from srpo_lightning.callbacks.records import Record, Recorder
 from srpo_lightning.data.prompts import read_prompts
-from srpo_lightning.metrics import Diversity, LabelShare, is_in_top, saturation
+from srpo_lightning.metrics import (
+    Evaluation,
+    SampleTable,
+    Table,
+    brightness,
+    high_frequency,
+    is_in_top,
+    saturation,
+)
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.clip import ClipReward
 
 FILE = "metrics.jsonl"
+TABLES = "tables"
+OWN_COLUMNS = ("reward", "judge", "prompt", "saturation", "brightness", "high_frequency", LABEL, HELD_OUT)
+
+
+def table_path(run_folder: str | Path, step: int, weights: str) -> Path:
+    """Where the numbers of every sample after `step` optimizer steps lie."""
+    return Path(run_folder) / TABLES / f"step-{step:08d}" / f"{weights}.safetensors"
 
 
 class RewardTracking(Recorder):
-    """Scores every validation sample, for the policy's weights and for their average.
+    """Scores every evaluation sample, for the policy's weights, for their average and for the weights before training.
 
-    Logged under `val/<weights>/` and appended to `<run folder>/metrics.jsonl`:
+    Logged under `val/<weights>/` and appended to `<run folder>/metrics.jsonl`, each the mean over the samples:
     `reward` (the objective under the training reward), `judge` (the same under the judge: when the first rises and the
-    second falls, the policy is exploiting its reward), `prompt` (the judge's score of image and prompt),
-    `share/<label>` (images that the judge finds most like each label), `top<k>` (images whose own prompt the judge
-    ranks among the best k of `candidates`), `saturation`, and `diversity` (mean distance of the judge's image features,
-    where it has any), and the mean score of image and prompt under each of `metrics`. The judge and the
-    metrics are in host memory while the policy trains.
+    second falls, the policy is exploiting its reward), `prompt` (the judge's score of image and prompt), each of
+    `metrics`, `top<k>` (whether the judge ranks an image's own prompt among the best k of `candidates`), what hacked
+    rewards move (`saturation`, `brightness`, `high_frequency`), and of all samples together `share/<label>` (images
+    that the judge finds most like each label), where the judge has image features `diversity`, `prompt_diversity` and
+    `drift` (CMMD from the base), and `win/<score>` (how often a sample beats the base's from the same noise).
+
+    The numbers of each sample are kept in `<run folder>/tables/`, those of the base once, in `base.safetensors`. Where
+    it is not there, or of other prompts, noise or rewards, the evaluation puts the weights before training back in
+    place and measures them too. Judge and metrics are in host memory while the policy trains.
 
     Args:
         judge: a reward model other than the training reward; it must read text.
         labels: texts to tell images apart by, for instance styles.
         candidates: prompt files; each image's own prompt competes against all prompts in them.
         top_k: how many of the candidates count as right.
-        metrics: further reward models by the name that their mean score of image and prompt is logged under.
+        metrics: further reward models by the name that their score of image and prompt is logged under.
+        held_out: scores by their weight in `held_out`, one number to choose checkpoints by (checkpoint.monitor:
+            policy/held_out) and for OverOptimizationGuard; the training reward has no place in it. By default judge and
+            prompt count alike: the first alone also rises while subjects fade.
     """
 
     file = FILE
@@ -49,6 +75,7 @@ class RewardTracking(Recorder):
         candidates: Sequence[str] = (),
         top_k: PositiveInt = 5,
         metrics: dict[str, Reward] | None = None,
+        held_out: dict[str, float] | None = None,
     ) -> None:
         judge.check_contrast()
         self.judge = judge
@@ -56,10 +83,30 @@ class RewardTracking(Recorder):
         self.labels = list(labels)
         self.candidates = [prompt for path in candidates for prompt in read_prompts(path).prompts]
         self.top_k = top_k
-        self._metrics: dict[str, dict[str, Metric]] = {}
-        taken = self.scorers.keys() & {"reward", "judge", "prompt", f"top{top_k}", "saturation", "diversity", "share"}
+        self.top = f"top{top_k}"
+        self.held_out = {"judge": 1.0, "prompt": 1.0} if held_out is None else held_out
+        self.base: Table | None = None
+        self.tables: dict[str, SampleTable] = {}
+        self._start_s = 0.0
+        taken = self.scorers.keys() & {*OWN_COLUMNS, self.top, "diversity", "share", "drift", "win", "prompt_diversity"}
         if taken:
             raise ValueError(f"metrics has {', '.join(taken)}, which is logged already: choose another name")
+        unknown = self.held_out.keys() - {"judge", "prompt", self.top, *self.scorers}
+        if unknown or not self.held_out:
+            raise ValueError(
+                f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among judge, prompt, {self.top} and "
+                f"the names in metrics ({', '.join(self.scorers) or 'there are none'})"
+            )
+
+    @property
+    def models(self) -> list[Reward]:
+        """The judge and the other metrics."""
+        return [self.judge, *self.scorers.values()]
+
+    @property
+    def columns(self) -> list[str]:
+        """What every sample gets a number of."""
+        return [*(name for name in OWN_COLUMNS if name != LABEL or self.labels), self.top, *self.scorers]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
@@ -67,10 +114,20 @@ class RewardTracking(Recorder):
             model.load()
             model.requires_grad_(False)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask for the base's samples too, if nobody has measured them yet."""
+        assert isinstance(pl_module, SRPOModule)
+        self._start_s = time.perf_counter()
+        pl_module.weight_variants.pop(BASE, None)
+        if pl_module.trained_steps:
+            self.base = self.base or read_table(base_path(trainer.default_root_dir), self.key(trainer, pl_module))
+            if self.base is None:
+                pl_module.weight_variants[BASE] = pl_module.as_pretrained
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting anew."""
         self._move_models(pl_module.device)
-        self._metrics = {}
+        self.tables = {}
 
     def on_validation_batch_end(  # type: ignore[override]  # the outputs of SRPOModule.validation_step
         self,
@@ -84,71 +141,101 @@ class RewardTracking(Recorder):
         """Score the batch."""
         assert isinstance(pl_module, SRPOModule)
         for weights, images in outputs.items():
-            if weights not in self._metrics:
-                self._metrics[weights] = self._new_metrics(pl_module.device)
-            self._update(self._metrics[weights], pl_module, images.float(), batch.prompts)
+            if weights not in self.tables:
+                table = SampleTable(self.columns, len(trainer.datamodule.eval_prompts))  # type: ignore[attr-defined]
+                self.tables[weights] = table.to(pl_module.device)
+            images = images.float()
+            scores = self.scores(pl_module, images, batch.prompts)
+            features = images.new_empty(len(images), 0)
+            if isinstance(self.judge, ClipReward):
+                features = self.judge.image_features(images)
+            self.tables[weights].update(batch.indices, scores, features)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log and append to the file."""
+        """Put the samples of all ranks together, log, and append to the file."""
         assert isinstance(pl_module, SRPOModule)
+        tables = {weights: table.compute() for weights, table in self.tables.items()}
         step = pl_module.trained_steps
-        for weights, metrics in self._metrics.items():
-            values = self._compute(metrics)
-            pl_module.log_dict({f"val/{weights}/{name}": value for name, value in values.items()}, logger=False)
-            for logger in trainer.loggers:
-                logger.log_metrics({f"val/{weights}/{k}": v for k, v in values.items()}, step)
+        measured_base = tables.get(BASE) if step else tables.get("policy")
+        if measured_base is not None:
+            self.base = measured_base
             if trainer.is_global_zero:
-                append_record(trainer.default_root_dir, {"step": step, "weights": weights, **values})
+                save_table(base_path(trainer.default_root_dir), self.base, self.key(trainer, pl_module))
+        if self.base is not None:
+            tables |= {BASE: self.base}
+        pl_module.evaluations = {
+            weights: Evaluation(table, summary(table, None if weights == BASE or not step else self.base, self.labels))
+            for weights, table in tables.items()
+        }
+        for weights in (name for name in self.tables if name != BASE):
+            self._record(trainer, pl_module, weights, *pl_module.evaluations[weights])
+        seconds = time.perf_counter() - self._start_s
+        for logger in trainer.loggers:
+            logger.log_metrics({"val/seconds": seconds}, step)
         # A moment of copying at each evaluation, for gigabytes of a device that training may need to the last.
         self._move_models(torch.device("cpu"))
 
+    on_test_start = on_validation_start
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # as above
     on_test_epoch_end = on_validation_epoch_end
 
-    @property
-    def models(self) -> list[Reward]:
-        """The judge and the other metrics."""
-        return [self.judge, *self.scorers.values()]
+    def scores(self, module: SRPOModule, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The numbers of each image, [B], by column."""
+        candidates = list(dict.fromkeys([*self.candidates, *prompts]))
+        truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=images.device)
+        scores = {
+            "reward": module.objective.score(module.reward, images, prompts),
+            "judge": module.objective.score(self.judge, images, prompts),
+            "prompt": self.judge(images, prompts),
+            "saturation": saturation(images),
+            "brightness": brightness(images),
+            "high_frequency": high_frequency(images),
+            self.top: is_in_top(self.judge.compare(images, candidates), truth, self.top_k),
+        }
+        if self.labels:
+            scores[LABEL] = self.judge.compare(images, self.labels).argmax(1)
+        scores |= {name: scorer(images, prompts) for name, scorer in self.scorers.items()}
+        return scores | {HELD_OUT: sum(weight * scores[name] for name, weight in self.held_out.items())}
+
+    def key(self, trainer: Trainer, module: SRPOModule) -> str:
+        """What the numbers of the base depend on, as a hash."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        models = {name: [type(m).__name__, getattr(m, "pretrained", "")] for name, m in self.scorers.items()}
+        for name, model in (("reward", module.reward), ("judge", self.judge)):
+            models[name] = [type(model).__name__, getattr(model, "pretrained", "")]
+        what = {
+            "policy": [getattr(module.policy, "pretrained", ""), module.policy.latent_shape()],
+            "objective": [type(module.objective).__name__, str(getattr(module.objective, "control_words", ""))],
+            "samples": [module.seed, module.num_sample_steps, module.sample_guidance, data.eval_samples_per_prompt],
+            "prompts": data.eval_prompts,
+            "columns": [*self.columns, *self.labels, *self.candidates, str(self.held_out)],
+            "models": models,
+        }
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def _record(
+        self, trainer: Trainer, module: SRPOModule, weights: str, table: Table, numbers: dict[str, float]
+    ) -> None:
+        step, folder = module.trained_steps, trainer.default_root_dir
+        module.log_dict({f"val/{weights}/{name}": value for name, value in numbers.items()}, logger=False)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"val/{weights}/{name}": value for name, value in numbers.items()}, step)
+            if isinstance(logger, TensorBoardLogger):
+                for name in ("reward", "judge", "prompt", *self.scorers):
+                    logger.experiment.add_histogram(f"distribution/{weights}/{name}", table.columns[name], step)
+        if trainer.is_global_zero:
+            append_record(folder, {"step": step, "weights": weights, **numbers})
+            save_table(table_path(folder, step, weights), table, "")
 
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)
 
-    def _new_metrics(self, device: torch.device) -> dict[str, Metric]:
-        means = ("reward", "judge", "prompt", f"top{self.top_k}", "saturation", *self.scorers)
-        metrics: dict[str, Metric] = {name: MeanMetric() for name in means}
-        if self.labels:
-            metrics["share"] = LabelShare(len(self.labels))
-        if isinstance(self.judge, ClipReward):
-            metrics["diversity"] = Diversity(self.judge.num_features)
-        return {name: metric.to(device) for name, metric in metrics.items()}
 
-    def _update(self, metrics: dict[str, Metric], module: SRPOModule, images: Tensor, prompts: Sequence[str]) -> None:
-        metrics["reward"].update(module.objective.score(module.reward, images, prompts))
-        metrics["judge"].update(module.objective.score(self.judge, images, prompts))
-        metrics["prompt"].update(self.judge(images, prompts))
-        metrics["saturation"].update(saturation(images))
-        for name, scorer in self.scorers.items():
-            metrics[name].update(scorer(images, prompts))
-        if self.labels:
-            metrics["share"].update(self.judge.compare(images, self.labels))
-        candidates = list(dict.fromkeys([*self.candidates, *prompts]))
-        truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=images.device)
-        hits = is_in_top(self.judge.compare(images, candidates), truth, self.top_k)
-        metrics[f"top{self.top_k}"].update(hits.float())
-        if isinstance(self.judge, ClipReward):
-            metrics["diversity"].update(self.judge.image_features(images))
-
-    def _compute(self, metrics: dict[str, Metric]) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for name, metric in metrics.items():
-            result = metric.compute()
-            if name == "share":
-                values |= {f"share/{label}": float(share) for label, share in zip(self.labels, result, strict=True)}
-            else:
-                values[name] = float(result)
-        return values
+def base_path(run_folder: str | Path) -> Path:
+    """Where the base's numbers are kept."""
+    return Path(run_folder) / TABLES / f"{BASE}.safetensors"
 
 
 def append_record(run_folder: str | Path, record: Record) -> None:

@@ -110,6 +110,11 @@ class PromptData(LightningDataModule):
         """The evaluation prompts."""
         return self.selection.evaluation.prompts
 
+    @property
+    def eval_tags(self) -> list[list[str]]:
+        """The tags of each evaluation prompt."""
+        return [self.selection.evaluation[i].tags or [] for i in range(len(self.selection.evaluation))]
+
     def prepare_data(self) -> None:
         """Compute missing features (once per node) and report what was skipped or cut."""
         self.preparation.run()

@@ -33,6 +33,10 @@ class Policy(nn.Module, ABC):
         """
 
     @abstractmethod
+    def restart(self) -> None:
+        """Give what is trained the values again that `load` gave it, in place."""
+
+    @abstractmethod
     def forward(
         self, x: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float
     ) -> Float[Tensor, "B *rest"]:

@@ -146,11 +146,20 @@ class FluxPolicy(Policy):
         if self.adapter is not None:
             adapters.add(transformer, self.adapter, blocks(transformer))
         shard(transformer, [block for _, block in blocks(transformer)])
-        stream_into(
-            adapters.base_parameters(transformer),
-            safetensors_files(self.pretrained, "transformer", "diffusion_pytorch_model"),
-        )
+        self._fill(transformer)
         return transformer
+
+    def restart(self) -> None:
+        """The published weights, or adapters that change nothing yet."""
+        assert self.transformer is not None, "load() comes first"
+        if self.adapter is None:
+            self._fill(self.transformer)
+        else:
+            adapters.start(self.transformer, self.adapter)
+
+    def _fill(self, transformer: FluxTransformer2DModel) -> None:
+        files = safetensors_files(self.pretrained, "transformer", "diffusion_pytorch_model")
+        stream_into(adapters.base_parameters(transformer), files)
 
     def _empty_transformer(self) -> FluxTransformer2DModel:
         with init_empty_weights(include_buffers=False):

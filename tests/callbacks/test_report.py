@@ -1,7 +1,8 @@
 import numpy as np
 from PIL import Image
 
-from srpo_lightning.callbacks.report import LABEL_PX, before_and_after, contact_sheet, markdown
+from srpo_lightning.callbacks.pictures import LABEL_PX, contact_sheet
+from srpo_lightning.callbacks.report import before_and_after, markdown
 
 RECORDS = [
     {"step": 0, "weights": "policy", "judge": 0.1, "share/3d": 0.25},
@@ -29,12 +30,10 @@ def test_the_table_has_a_row_per_measure_and_says_what_was_not_measured():
     ]
 
 
-def test_the_contact_sheet_puts_each_picture_under_the_name_of_its_row(tmp_path):
+def test_the_contact_sheet_puts_each_picture_under_the_name_of_its_row():
     rows = {}
     for name, shades in (("before", [10, 20]), ("after", [30])):
-        rows[name] = [tmp_path / f"{shade}.png" for shade in shades]
-        for path, shade in zip(rows[name], shades, strict=True):
-            Image.new("RGB", (4, 4), (shade,) * 3).save(path)
+        rows[name] = [Image.new("RGB", (4, 4), (shade,) * 3) for shade in shades]
     sheet = np.array(contact_sheet(rows, scale=3))
     assert sheet.shape == (2 * (12 + LABEL_PX), 24, 3)
     assert (sheet[LABEL_PX : LABEL_PX + 12, :12] == 10).all()

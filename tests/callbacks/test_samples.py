@@ -1,24 +1,51 @@
+import json
+
 import torch
 
-from srpo_lightning.callbacks import SampleLogger
-from srpo_lightning.callbacks.samples import as_bytes, grid
+from srpo_lightning.callbacks import RewardTracking, SampleLogger
+from srpo_lightning.callbacks.pictures import as_picture, read_record
+from srpo_lightning.callbacks.tracking import read_table, table_path
+from srpo_lightning.rewards import ClipReward
 from tests import tiny
 
 
-def test_a_grid_is_filled_row_by_row_and_padded_with_black():
-    images = torch.arange(1, 6).view(5, 1, 1, 1).expand(5, 3, 2, 4)
-    picture = grid(images, 3)
-    assert picture.shape == (3, 4, 12)
-    assert picture[0, ::2, ::4].tolist() == [[1, 2, 3], [4, 5, 0]]
-
-
 def test_pixels_are_rounded_to_the_nearest_byte():
-    images = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 1.0])
-    assert as_bytes(images).tolist() == [0, 0, 1, 255]
-    assert as_bytes(images).dtype == torch.uint8
+    image = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 1.0]).expand(3, 1, 4)
+    assert [pixel[0] for pixel in as_picture(image).get_flattened_data()] == [0, 0, 1, 255]
+
+
+def validate(models, features, run, *callbacks):
+    trainer = tiny.new_trainer(run, callbacks, limit_val_batches=9)
+    trainer.validate(tiny.new_module(models), tiny.new_data(models, features), verbose=False)
 
 
 def test_no_more_samples_are_kept_than_asked_and_they_are_the_first(models, features, tmp_path):
-    trainer = tiny.new_trainer(tmp_path, [SampleLogger(num_samples=2)], limit_val_batches=9)
-    trainer.validate(tiny.new_module(models), tiny.new_data(models, features), verbose=False)
+    validate(models, features, tmp_path, SampleLogger(num_samples=2))
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["00000.png", "00001.png"]
+
+
+def test_a_picture_says_what_it_is_of_and_how_it_was_scored(models, features, tmp_path):
+    """Also where the logger stands before the tracking."""
+    validate(models, features, tmp_path, SampleLogger(), RewardTracking(ClipReward(str(models.judge))))
+    record = read_record(tmp_path / "samples" / "step-00000000" / "policy" / "00002.png")
+    (line,) = (json.loads(line) for line in (tmp_path / "samples" / "metadata.jsonl").read_text().splitlines()[2:])
+    table = read_table(table_path(tmp_path, 0, "policy"))
+    assert record["software"].startswith("srpo_lightning ")
+    assert {k: v for k, v in record.items() if k != "software"} == line
+    assert (record["prompt"], record["seed"], record["num_steps"]) == ("c2", 3, 2)
+    for name, column in table.columns.items():
+        assert abs(record["scores"][name] - float(column[2])) < 1e-5
+
+
+def test_writing_passes_over_validations_when_it_takes_too_long_but_not_the_first_and_last(models, features, tmp_path):
+    trainer = tiny.new_trainer(
+        tmp_path,
+        [SampleLogger(max_share=0.0)],
+        limit_val_batches=9,
+        val_check_interval=1,
+        num_sanity_val_steps=-1,
+        max_steps=3,
+    )
+    trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
+    steps = sorted(path.name for path in (tmp_path / "samples").iterdir() if path.is_dir())
+    assert steps == ["step-00000000", "step-00000003"]

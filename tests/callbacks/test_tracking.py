@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from srpo_lightning.callbacks import RewardTracking
+from srpo_lightning.callbacks import RewardTracking, RunCheckpoint
 from srpo_lightning.callbacks.tracking import append_record, read_records
+from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.metrics import saturation
+from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.rewards import ClipReward, Reward
 from tests import tiny
 
@@ -59,7 +62,8 @@ def test_the_record_equals_scores_computed_one_picture_at_a_time(models, feature
 
 def test_a_judge_without_image_features_is_tracked_without_diversity(models, features, tmp_path):
     record, _ = validate(models, features, tmp_path, Brightness())
-    assert record.keys() == {"step", "weights", "reward", "judge", "prompt", "top5", "saturation"}
+    measured = {"reward", "judge", "prompt", "top5", "held_out", "saturation", "brightness", "high_frequency"}
+    assert record.keys() == {"step", "weights", *measured}
     assert record["judge"] == pytest.approx(0, abs=1e-6)
 
 
@@ -111,3 +115,51 @@ def test_judge_and_metrics_are_sent_to_the_device_to_score_and_back_to_host_memo
     for model in (judge, metric):
         assert model.events[0] == model.events[-1] == "cpu"  # there and back: here they are one place
         assert set(model.events[1:-1]) == {"scores"}
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(rank=2)])
+def test_the_base_is_measured_where_nobody_has_measured_it_and_then_kept(models, features, tmp_path, adapter):
+    """By putting the weights before training in place again, which leaves the trained ones as they were."""
+    if adapter:
+        pytest.importorskip("peft")
+
+    def evaluate(run, checkpoint=None):
+        tracking, module = RewardTracking(ClipReward(str(models.judge))), tiny.new_module(models)
+        module.policy = FluxPolicy(str(models.pipeline), 32, 32, adapter=adapter)
+        trainer = tiny.new_trainer(run, [tracking], limit_val_batches=9)
+        trainer.validate(module, tiny.new_data(models, features), verbose=False, ckpt_path=checkpoint)
+        return module, tracking
+
+    before, _ = evaluate(tmp_path / "before")
+    module = tiny.new_module(models)
+    module.policy = FluxPolicy(str(models.pipeline), 32, 32, adapter=adapter)
+    tiny.new_trainer(tmp_path / "run", [RunCheckpoint()]).fit(module, tiny.new_data(models, features))
+    path = checkpoint_path(tmp_path / "run", 4)
+
+    after, tracking = evaluate(tmp_path / "after", path)
+    own, base = before.evaluations["policy"].table, after.evaluations["base"].table
+    for name, column in own.columns.items():
+        torch.testing.assert_close(base.columns[name], column, rtol=0, atol=1e-6)
+    assert set(tracking.tables) == {"policy", "base"}
+    assert not torch.equal(after.evaluations["policy"].table.columns["reward"], base.columns["reward"])
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert all(torch.equal(p, saved[name]) for name, p in after.trainable_parameters())
+
+    again, tracking = evaluate(tmp_path / "after", path)
+    assert set(tracking.tables) == {"policy"}
+    assert torch.equal(again.evaluations["base"].table.columns["reward"], base.columns["reward"])
+
+
+def test_the_base_of_other_noise_is_not_taken_for_this_ones(models, features, tmp_path):
+    tracking = RewardTracking(ClipReward(str(models.judge)))
+    trainer = tiny.new_trainer(tmp_path, [tracking])
+    trainer.validate(tiny.new_module(models), tiny.new_data(models, features), verbose=False)
+    keys = [tracking.key(trainer, tiny.new_module(models, seed=seed)) for seed in (3, 3, 4)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_held_out_score_of_what_is_not_measured_is_refused(models):
+    with pytest.raises(ValueError, match=r"held_out has reward: choose among judge, prompt, top5"):
+        RewardTracking(Brightness(), held_out={"reward": 1.0})
+    with pytest.raises(ValueError, match="held_out has nothing"):
+        RewardTracking(Brightness(), held_out={})

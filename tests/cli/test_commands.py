@@ -49,7 +49,7 @@ def test_fit_leaves_checkpoints_configuration_samples_metrics_and_report(finishe
     _, run = finished
     assert [path.name for path in checkpoints(run)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
     assert {path.name for path in run.iterdir()} == {
-        "checkpoints", "config.yaml", "samples", "logs", "metrics.jsonl", "report.md", "before_after.png",
+        "checkpoints", "config.yaml", "samples", "tables", "logs", "metrics.jsonl", "report.md", "before_after.png",
     }  # fmt: skip
 
 
@@ -71,9 +71,11 @@ def test_every_validation_has_its_record_of_metrics(finished):
     assert [(r["step"], r["weights"]) for r in records] == [
         (0, "policy"), (2, "policy"), (2, "ema"), (4, "policy"), (4, "ema"),
     ]  # fmt: skip
-    names = {"reward", "judge", "prompt", "top1", "saturation", "share/x", "share/z", "diversity"}
+    scores = {"reward", "judge", "prompt", "top1", "held_out"}
+    names = {*scores, "saturation", "brightness", "high_frequency", "share/x", "share/z", "diversity"}
+    against_base = {"drift", *(f"win/{name}" for name in scores)}
     for record in records:
-        assert record.keys() == {"step", "weights", *names}
+        assert record.keys() == {"step", "weights", *names, *(against_base if record["step"] else ())}
         assert record["share/x"] + record["share/z"] == 1
 
 

@@ -1,0 +1,174 @@
+"""Evaluations beside each other: what was measured on the same prompts from the same noise, by other weights."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from srpo_lightning.metrics import QUANTILES, Interval, Table, bootstrap_mean, cmmd, diversity, prompt_diversity, wins
+
+BASE = "base"
+"""The weights before training, by this name beside `policy` and `ema`."""
+
+HELD_OUT = "held_out"
+"""The column with one number that training knows nothing of, to choose by."""
+
+LABEL = "label"
+"""The column with the number of the label that the judge finds an image most like."""
+
+NOT_WON = (LABEL, "saturation", "brightness", "high_frequency")
+"""Columns of which more is not better."""
+
+
+def by_tag(table: Table, tags: Sequence[Sequence[str]]) -> dict[str, Table]:
+    """The rows of each tag, by its name, sorted.
+
+    Args:
+        tags: of each prompt.
+    """
+    of_row = [tags[group] for group in table.groups.tolist()]
+    names = sorted({tag for own in tags for tag in own})
+    return {name: table.where(torch.tensor([name in own for own in of_row])) for name in names}
+
+
+def are_paired(table: Table, base: Table | None) -> bool:
+    """Whether both are of the same prompts and noise."""
+    return base is not None and torch.equal(base.indices, table.indices)
+
+
+def summary(table: Table, base: Table | None, labels: Sequence[str]) -> dict[str, float]:
+    """One number each of what a run's records and curves show.
+
+    The mean of each column by its name; `share/<label>`; of the features `diversity`, `prompt_diversity` and `drift`,
+    the CMMD from the base; `win/<column>`, the share of samples that score higher than the base's from the same noise.
+    """
+    numbers = {name: float(column.mean()) for name, column in table.columns.items() if name != LABEL}
+    if LABEL in table.columns:
+        numbers |= {f"share/{name}": float((table.columns[LABEL] == i).float().mean()) for i, name in enumerate(labels)}
+    has_features = table.features.shape[1] > 0
+    if has_features:
+        numbers["diversity"] = diversity(table.features)
+        within = prompt_diversity(table.features, table.groups)
+        numbers |= {} if math.isnan(within) else {"prompt_diversity": within}
+    if base is not None and are_paired(table, base):
+        if has_features:
+            numbers["drift"] = cmmd(table.features, base.features)
+        for name in won(table, base):
+            numbers[f"win/{name}"] = float(wins(table.columns[name], base.columns[name]).mean())
+    return numbers
+
+
+def won(table: Table, base: Table) -> list[str]:
+    """The columns by which a sample can be better than the base's."""
+    return [name for name in table.columns if name not in NOT_WON and name in base.columns]
+
+
+class Measure(NamedTuple):
+    """A column of one table.
+
+    Args:
+        mean: with its interval over prompts.
+        std: over samples.
+        quantiles: at metrics.QUANTILES.
+        win: rate against the base, with its interval; None where there is none.
+    """
+
+    mean: Interval
+    std: float
+    quantiles: list[float]
+    win: Interval | None
+
+
+def measures(table: Table, base: Table | None) -> dict[str, Measure]:
+    """All columns of a table but the label."""
+    found = {}
+    for name, column in table.columns.items():
+        if name == LABEL:
+            continue
+        win = None
+        if base is not None and are_paired(table, base) and name in won(table, base):
+            win = bootstrap_mean(wins(column, base.columns[name]), table.groups)
+        at = torch.tensor(QUANTILES, dtype=column.dtype)
+        std = float(column.std()) if len(column) > 1 else 0.0
+        found[name] = Measure(bootstrap_mean(column, table.groups), std, column.quantile(at).tolist(), win)
+    return found
+
+
+Compared: TypeAlias = dict[str, dict[str, dict[str, Measure]]]
+"""By tag (`all` first), by weights, by column."""
+
+
+def compare(tables: Mapping[str, Table], tags: Sequence[Sequence[str]] = ()) -> Compared:
+    """Every measure of every kind of weights, over all prompts and over those of each tag."""
+    base = tables.get(BASE)
+    found = {"all": {weights: measures(table, base) for weights, table in tables.items()}}
+    split = {weights: by_tag(table, tags) if tags else {} for weights, table in tables.items()}
+    for tag in next(iter(split.values())):
+        own_base = split[BASE][tag] if base is not None else None
+        found[tag] = {weights: measures(split[weights][tag], own_base) for weights in tables}
+    return found
+
+
+def write_comparison(path: Path, compared: Compared, head: Mapping[str, Any]) -> str:
+    """Write `<path>.json` with every number and `<path>.md` with a table per tag; returns the latter's text."""
+    content = {
+        tag: {weights: {name: as_dict(m) for name, m in of.items()} for weights, of in by_weights.items()}
+        for tag, by_weights in compared.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps({**head, "compared": content}, indent=2), encoding="utf-8")
+    text = "\n".join(markdown(tag, by_weights) for tag, by_weights in compared.items())
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
+
+
+def as_dict(measure: Measure) -> dict[str, Any]:
+    """For JSON."""
+    win = measure.win and measure.win._asdict()
+    return {**measure._asdict(), "mean": measure.mean._asdict(), "win": win}
+
+
+def markdown(tag: str, by_weights: Mapping[str, Mapping[str, Measure]]) -> str:
+    """Means with the half width of their 95 % interval, and win rates against the base."""
+    heads = [h for weights in by_weights for h in ([weights] if weights == BASE else [weights, f"{weights} wins"])]
+    has_base = BASE in by_weights
+    if not has_base:
+        heads = list(by_weights)
+    lines = [f"### {tag}", "", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name in next(iter(by_weights.values())):
+        cells = []
+        for weights, of in by_weights.items():
+            mean, win = of[name].mean, of[name].win
+            cells.append(f"{mean.value:.4g} +- {(mean.high - mean.low) / 2:.2g}")
+            if has_base and weights != BASE:
+                cells.append(f"{win.value:.0%} ({win.low:.0%} to {win.high:.0%})" if win else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def save_table(path: Path, table: Table, key: str) -> None:
+    """Keep a table, complete or absent, under what its numbers depend on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    columns = {f"column/{name}": column.contiguous() for name, column in table.columns.items()}
+    tensors = {"indices": table.indices, "groups": table.groups, "features": table.features, **columns}
+    save_file(tensors, partial, {"key": key, "columns": json.dumps(list(table.columns))})
+    partial.replace(path)
+
+
+def read_table(path: Path, key: str | None = None) -> Table | None:
+    """A table that was kept; None if there is none, or one under another key."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if key is not None and metadata["key"] != key:
+        return None
+    tensors = load_file(path)
+    columns = {name: tensors[f"column/{name}"] for name in json.loads(metadata["columns"])}
+    return Table(tensors["indices"], tensors["groups"], columns, tensors["features"])

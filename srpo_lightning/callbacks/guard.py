@@ -1,0 +1,126 @@
+"""A guard against over-optimisation: training that goes on to please its reward and nobody else."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from srpo_lightning.callbacks.comparison import BASE, HELD_OUT
+from srpo_lightning.metrics import Evaluation, Table, bootstrap_mean
+from srpo_lightning.module import SRPOModule
+
+
+class OverOptimizationGuard(Callback):
+    """Watches held-out scores, diversity and drift at every evaluation, and acts when they say that it is enough.
+
+    Needs RewardTracking, whose tables of the samples it compares: the same prompts from the same noise at every
+    evaluation. It acts when one of these holds for `patience` evaluations in a row:
+
+    - the held-out score is below its best so far, by more than chance (the paired difference's interval over prompts is
+      below zero), while the training reward is not below what it was then: the gap between the two is growing;
+    - the samples' diversity has fallen below `min_diversity` times the base's;
+    - their drift from the base (CMMD) is above `max_drift`.
+
+    What the held-out score is, RewardTracking says (`held_out`); `checkpoint.monitor: policy/held_out` keeps the best
+    checkpoint, which is then found by `--ckpt_path best`.
+
+    Args:
+        weights: whose samples are watched.
+        action: warn and go on; stop; or lower the learning rate, and stop when that has been done three times.
+        patience: evaluations in a row before it acts.
+        min_diversity: share of the base's diversity.
+        max_drift: CMMD from the base; null: not watched.
+        learning_rate_factor: what lower_learning_rate multiplies by.
+    """
+
+    max_times_lowered = 3
+
+    def __init__(
+        self,
+        weights: Literal["policy", "ema"] = "policy",
+        action: Literal["warn", "stop", "lower_learning_rate"] = "stop",
+        patience: PositiveInt = 2,
+        min_diversity: ClosedUnitInterval = 0.8,
+        max_drift: PositiveFloat | None = None,
+        learning_rate_factor: ClosedUnitInterval = 0.3,
+    ) -> None:
+        self.weights = weights
+        self.action = action
+        self.patience = patience
+        self.min_diversity = min_diversity
+        self.max_drift = max_drift
+        self.learning_rate_factor = learning_rate_factor
+        self.best: Table | None = None
+        self.best_step = 0
+        self.alarms = 0
+        self.times_lowered = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what RewardTracking has measured."""
+        assert isinstance(pl_module, SRPOModule)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.watch(trainer, pl_module.evaluations, pl_module.trained_steps)
+
+    def watch(self, trainer: Trainer, evaluations: Mapping[str, Evaluation], step: int) -> None:
+        """Compare an evaluation with the best and with the base, and act."""
+        evaluation = evaluations.get(self.weights) or evaluations.get("policy")
+        if evaluation is None:
+            return
+        base = evaluations.get(BASE)
+        reasons = self.reasons(evaluation, base.numbers if base else {}, step)
+        self.alarms = self.alarms + 1 if reasons else 0
+        if self.alarms >= self.patience:
+            self._act(trainer, "; ".join(reasons))
+
+    def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:
+        """What is wrong with an evaluation; remembers it if it is the best so far."""
+        (table, numbers), found = evaluation, []
+        if self.best is None or table.columns[HELD_OUT].mean() > self.best.columns[HELD_OUT].mean():
+            self.best, self.best_step = table, step
+        else:
+            fall = bootstrap_mean(table.columns[HELD_OUT] - self.best.columns[HELD_OUT], table.groups)
+            gain = float((table.columns["reward"] - self.best.columns["reward"]).mean())
+            if fall.high < 0 <= gain:
+                found.append(
+                    f"the held-out score fell by {-fall.value:.4g} ({-fall.high:.4g} to {-fall.low:.4g}) since step "
+                    f"{self.best_step} while the training reward rose by {gain:.4g}"
+                )
+        least = self.min_diversity * base.get("diversity", 0.0)
+        if numbers.get("diversity", least) < least:
+            found.append(f"diversity is {numbers['diversity']:.3f}, the base's is {base['diversity']:.3f}")
+        if self.max_drift is not None and numbers.get("drift", 0.0) > self.max_drift:
+            found.append(f"drift from the base is {numbers['drift']:.4g}, more than {self.max_drift:.4g}")
+        return found
+
+    def _act(self, trainer: Trainer, reason: str) -> None:
+        cure = f"the best held-out score was at step {self.best_step}: --ckpt_path best, with checkpoint.monitor"
+        if self.action == "lower_learning_rate" and self.times_lowered < self.max_times_lowered:
+            self.times_lowered, self.alarms = self.times_lowered + 1, 0
+            for optimizer in trainer.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] *= self.learning_rate_factor
+            for scheduler in trainer.lr_scheduler_configs:
+                scheduler.scheduler.base_lrs = [lr * self.learning_rate_factor for lr in scheduler.scheduler.base_lrs]
+            rank_zero_info(f"guard: {reason}; learning rate times {self.learning_rate_factor} ({cure})")
+        elif self.action == "warn":
+            rank_zero_warn(f"over-optimisation: {reason}; {cure}")
+        else:
+            rank_zero_info(f"guard: {reason}; training ends here ({cure})")
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best evaluation, to go on comparing with."""
+        best = self.best and {"indices": self.best.indices, "groups": self.best.groups, "columns": self.best.columns}
+        counts = {"best_step": self.best_step, "alarms": self.alarms, "times_lowered": self.times_lowered}
+        return {"best": best, **counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        best = state_dict["best"]
+        self.best = best and Table(**best, features=torch.empty(len(best["indices"]), 0))
+        self.best_step, self.alarms = state_dict["best_step"], state_dict["alarms"]
+        self.times_lowered = state_dict["times_lowered"]

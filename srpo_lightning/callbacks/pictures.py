@@ -1,0 +1,86 @@
+"""Pictures as files that say what they are of, and as labelled sheets."""
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from srpo_lightning import __version__
+
+SAMPLES = "samples"
+PREDICTIONS = "predictions"
+LABEL_PX = 14
+LETTER_PX = 6  # of Pillow's own font, on average
+
+
+def sample_path(run_folder: str | Path, step: int, weights: str, index: int, kind: str = SAMPLES) -> Path:
+    """Where the picture of evaluation prompt `index` after `step` optimizer steps lies."""
+    return Path(run_folder) / kind / f"step-{step:08d}" / weights / f"{index:05d}.png"
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """An image [3, H, W] in [0, 1] in 8 bits."""
+    return Image.fromarray((image.float().cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def write_picture(path: Path, picture: Image.Image, record: Mapping[str, Any]) -> None:
+    """Save a PNG, complete or absent, with what it is of in its metadata: `prompt` in words, all else in `srpo`."""
+    info = PngInfo()
+    info.add_itxt("prompt", str(record["prompt"]))
+    info.add_itxt("srpo", json.dumps({**record, "software": software()}, ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    picture.save(partial, format="PNG", pnginfo=info)
+    partial.replace(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a picture is of."""
+    with Image.open(path) as picture:
+        content: dict[str, Any] = json.loads(picture.info["srpo"])
+    return content
+
+
+@lru_cache(maxsize=1)
+def software() -> str:
+    """This package's version, and its git revision where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found = ""
+    return f"srpo_lightning {__version__}{f' ({found})' if found else ''}"
+
+
+def contact_sheet(
+    rows: Mapping[str, Sequence[Image.Image | None]], scale: int = 1, columns: Sequence[str] = ()
+) -> Image.Image:
+    """Rows of pictures, each under its name; None leaves a place empty.
+
+    Args:
+        rows: pictures of one size, or smaller ones, by the name of their row.
+        scale: whole number that pictures are enlarged by, their pixels kept square.
+        columns: what stands over the columns.
+    """
+    sizes = [picture.size for row in rows.values() for picture in row if picture is not None]
+    width, height = (scale * max(side) for side in zip(*sizes, strict=True))
+    num_columns, top = max(map(len, rows.values())), LABEL_PX if columns else 0
+    sheet = Image.new("RGB", (num_columns * width, top + len(rows) * (height + LABEL_PX)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(columns):
+        draw.text((column * width + 2, 1), text[: width // LETTER_PX], fill="gray")
+    for row, (name, pictures) in enumerate(rows.items()):
+        y = top + row * (height + LABEL_PX)
+        draw.text((2, y + 1), name, fill="black")
+        for column, picture in enumerate(pictures):
+            if picture is not None:
+                large = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+                sheet.paste(large, (column * width, y + LABEL_PX))
+    return sheet
