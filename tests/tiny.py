@@ -241,7 +241,7 @@ def config(models: Models, run: Path, cache: Path) -> dict[str, Any]:
             "enable_model_summary": False,
             "callbacks": [
                 {"class_path": "srpo_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
-                {"class_path": "srpo_lightning.callbacks.SampleLogger"},
+                {"class_path": "srpo_lightning.callbacks.SampleLogger", "init_args": {"max_share": 1.0}},
                 {"class_path": "srpo_lightning.callbacks.RewardTracking", "init_args": labels},
                 {"class_path": "srpo_lightning.callbacks.Report"},
             ],
