@@ -16,15 +16,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from srpo_lightning.arguments import add_project_arguments
-from srpo_lightning.callbacks.checkpoint import ranked
-from srpo_lightning.checkpoints import checkpoints, newest
+from srpo_lightning.callbacks.checkpoint import find_checkpoint
+from srpo_lightning.checkpoints import checkpoints
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs.control_words import control_words
 from srpo_lightning.jobs.convert import convert
 from srpo_lightning.jobs.estimate import estimate
+from srpo_lightning.jobs.export import export
 from srpo_lightning.module import SRPOModule
 
-JOBS: dict[str, Callable[..., None]] = {"control-words": control_words, "convert": convert, "estimate": estimate}
+JOBS: dict[str, Callable[..., None]] = {
+    "control-words": control_words,
+    "convert": convert,
+    "estimate": estimate,
+    "export": export,
+}
 
 CONFIG = "config.yaml"
 
@@ -119,20 +125,11 @@ class SRPOCLI(LightningCLI):
         """Settle what to resume before anything is read."""
         config = self.config[self.config.subcommand]
         folder = config.trainer.default_root_dir
-        if config.ckpt_path == "last":
-            config.ckpt_path = str(newest(folder))
-            rank_zero_info(f"resuming from {config.ckpt_path}")
-        elif config.ckpt_path == "best":
-            if not config.checkpoint.monitor:
-                raise ValueError("--ckpt_path best needs checkpoint.monitor, the number to be best in: try ema/judge")
-            best = ranked(folder, config.checkpoint.monitor, config.checkpoint.mode)
-            if not best:
-                raise ValueError(f"--ckpt_path best: no checkpoint in {folder} was evaluated in checkpoint.monitor")
-            config.ckpt_path = str(best[0])
-            rank_zero_info(f"the best in {config.checkpoint.monitor} is {config.ckpt_path}")
-        elif config.ckpt_path and not Path(config.ckpt_path).exists():
-            raise ValueError(f"--ckpt_path {config.ckpt_path} does not exist: `last` takes the newest of {folder}")
-        elif self.config.subcommand == "fit" and not config.ckpt_path and checkpoints(folder):
+        if config.ckpt_path:
+            found = find_checkpoint(config.ckpt_path, folder, config.checkpoint.monitor, config.checkpoint.mode)
+            rank_zero_info(f"--ckpt_path {config.ckpt_path}: {found}")
+            config.ckpt_path = str(found)
+        elif self.config.subcommand == "fit" and checkpoints(folder):
             raise ValueError(
                 f"{folder} holds a run already: resume it with --ckpt_path last, name another folder with "
                 "--trainer.default_root_dir, or delete it"

@@ -142,14 +142,19 @@ class FluxPolicy(Policy):
         return transformer
 
     def _stream_transformer(self, shard: Shard) -> FluxTransformer2DModel:
-        transformer = self._empty_transformer().to(self.dtype)
-        if self.adapter is not None:
-            adapters.add(transformer, self.adapter, blocks(transformer))
+        transformer = self.outline()
         shard(transformer, [block for _, block in blocks(transformer)])
         stream_into(
             adapters.base_parameters(transformer),
             safetensors_files(self.pretrained, "transformer", "diffusion_pytorch_model"),
         )
+        return transformer
+
+    def outline(self) -> FluxTransformer2DModel:
+        """The transformer on the meta device: the names, shapes and dtypes of its weights and of its adapters'."""
+        transformer = self._empty_transformer().to(self.dtype)
+        if self.adapter is not None:
+            adapters.add(transformer, self.adapter, blocks(transformer))
         return transformer
 
     def _empty_transformer(self) -> FluxTransformer2DModel:
