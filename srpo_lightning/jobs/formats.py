@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from srpo_lightning.jobs.streaming import as_stored, write_file, write_shards
 from srpo_lightning.jobs.weights import Stored, whole_transformer
 from srpo_lightning.policies import FluxPolicy, bfl
-from srpo_lightning.policies.adapters import save_lora
+from srpo_lightning.policies.adapters import NAME, save_lora
 from srpo_lightning.pretrained import part
 
 CONVERTED_WIDTH = 3072
@@ -69,6 +70,15 @@ class Format(ABC):
     def python(self, folder: Path) -> list[str]:
         """The lines that make a pipeline `pipe`; imports come before."""
 
+    def compare(self, found: FluxTransformer2DModel, expected: Mapping[str, Stored]) -> None:
+        """Refuse a transformer that has not all of these weights as they were to be written, bit for bit."""
+        parameters = dict(found.named_parameters())
+        for name, stored in tqdm(expected.items(), desc="comparing weights", unit="tensor"):
+            if not torch.equal(parameters[name].float(), as_stored(stored, self.dtype).float()):
+                raise ValueError(
+                    f"diffusers has read other weights than were written, first {name}: export again, to another disk"
+                )
+
 
 class Whole(Format):
     """All of the transformer's weights."""
@@ -83,11 +93,9 @@ class Whole(Format):
         """The transformer as diffusers reads it."""
 
     def load(self, folder: Path, *, mixed: bool) -> FluxPipeline:
-        """Compare every weight first, bit for bit."""
+        """Around the transformer."""
         transformer = self.read(folder)
-        for name, parameter in tqdm(transformer.named_parameters(), desc="comparing weights", total=len(self.whole)):
-            if not torch.equal(parameter, as_stored(self.whole[name], self.dtype)):
-                raise ValueError(f"diffusers reads another {name} from {folder} than the checkpoint has")
+        self.compare(transformer, self.whole)
         return plain_pipeline(self.policy, transformer if mixed else transformer.float())
 
     def python(self, folder: Path) -> list[str]:
@@ -113,7 +121,7 @@ class DiffusersFolder(Whole):
 
     def read(self, folder: Path) -> FluxTransformer2DModel:
         """As anybody would."""
-        return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=self.dtype, use_safetensors=True)
+        return FluxTransformer2DModel.from_pretrained(folder, dtype=self.dtype, use_safetensors=True)
 
     def python_transformer(self, folder: Path) -> str:
         """A line."""
@@ -133,6 +141,11 @@ class SingleFile(Whole):
         """The file's name."""
         return f"{self.name}.safetensors"
 
+    @property
+    def is_converted(self) -> bool:
+        """Whether diffusers knows how."""
+        return self.whole["x_embedder.bias"].shape == (CONVERTED_WIDTH,)
+
     def write(self, folder: Path) -> None:
         """One file, however large."""
 
@@ -151,12 +164,22 @@ class SingleFile(Whole):
         """As anybody would; with other widths than FLUX.1's, after turning the names back here."""
         config = str(Path(part(self.policy.pretrained, "transformer", "config.json")).parent)
         source: str | dict[str, Tensor] = str(folder / self.file)
-        if self.whole["x_embedder.bias"].shape != (CONVERTED_WIDTH,):
+        if not self.is_converted:
             tensors, source = load_file(folder / self.file), {}
             for name, parts in bfl.sources(self.whole).items():
                 rows = [self.whole[own].shape[0] for own in parts]
                 source |= dict(zip(parts, bfl.divided(name, tensors.pop(name), rows), strict=True))
-        return FluxTransformer2DModel.from_single_file(source, config=config, torch_dtype=self.dtype)
+        return FluxTransformer2DModel.from_single_file(source, config=config, dtype=self.dtype)
+
+    def python(self, folder: Path) -> list[str]:
+        """What does not work there is said."""
+        lines = super().python(folder)
+        if self.is_converted:
+            return lines
+        return [
+            f"# diffusers {diffusers.__version__} converts files of FLUX.1's width, {CONVERTED_WIDTH}, alone",
+            *lines,
+        ]
 
     def python_transformer(self, folder: Path) -> str:
         """A line."""
@@ -181,11 +204,12 @@ class LoraFiles(Format):
         base = FluxTransformer2DModel.from_pretrained(
             self.policy.pretrained,
             subfolder="transformer",
-            torch_dtype=self.policy.dtype if mixed else torch.float32,
+            dtype=self.policy.dtype if mixed else torch.float32,
             use_safetensors=True,
         )
         pipeline = plain_pipeline(self.policy, base)
-        pipeline.load_lora_weights(folder)
+        pipeline.load_lora_weights(folder, adapter_name=NAME)
+        self.compare(pipeline.transformer, self.trained)
         return pipeline
 
     def python(self, folder: Path) -> list[str]:
@@ -203,5 +227,5 @@ def plain_pipeline(policy: FluxPolicy, transformer: FluxTransformer2DModel) -> F
     """Diffusers' pipeline around a transformer, without text encoders."""
     absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     return FluxPipeline.from_pretrained(
-        policy.pretrained, transformer=transformer, torch_dtype=torch.float32, use_safetensors=True, **absent
+        policy.pretrained, transformer=transformer, dtype=torch.float32, use_safetensors=True, **absent
     )

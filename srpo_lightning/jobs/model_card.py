@@ -44,12 +44,12 @@ class Export(NamedTuple):
 
 def card(export: Export, module: SRPOModule) -> str:
     """Markdown, with the hub's front matter."""
-    policy = module.policy
-    assert isinstance(policy, FluxPolicy)
+    policy = export.format.policy
     kind = "average (EMA)" if export.kind == "ema" else "weights"
     check = f"pixels differ by: {export.difference}" if export.difference else "left out (`--check false`)"
     rows = {
-        "checkpoint": f"`{export.checkpoint}`, step {module.loaded_steps}, its {kind}, written in {str(export.format.dtype)[6:]}",
+        "checkpoint": f"`{export.checkpoint.name}` of step {module.loaded_steps}, its {kind}",
+        "written in": str(export.format.dtype)[6:],
         "training prompts": f"{len(export.prompts)}, SHA-256 of the texts, a line feed after each: "
         f"`{prompts_hash(export.prompts)}`",
         "check against the checkpoint's own pictures (`check/`)": check,
@@ -62,7 +62,8 @@ def card(export: Export, module: SRPOModule) -> str:
 # {export.folder.name}
 
 `{policy.pretrained}`, aligned with human preference by SRPO ([arXiv 2509.06942](https://arxiv.org/abs/2509.06942)) in
-[config.yaml](config.yaml). The licence of the base model applies to these weights: read it before you use or share them.
+[config.yaml](config.yaml). The licence of the base model applies to these weights as well: read it before you use or
+share them.
 
 ## Use
 
@@ -91,7 +92,7 @@ def front_matter(export: Export, policy: FluxPolicy) -> str:
 
 def usage(export: Export, module: SRPOModule) -> str:
     """How to load the files."""
-    height, width = module.policy.size
+    height, width = export.format.policy.size
     sampling = f"num_inference_steps={module.num_sample_steps}, guidance_scale={module.sample_guidance}"
     lines = [
         "import torch",

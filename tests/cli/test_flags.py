@@ -4,6 +4,7 @@ import inspect
 
 from srpo_lightning.callbacks import EMA, Report, RewardTracking, RunCheckpoint, SampleLogger
 from srpo_lightning.data import PromptData
+from srpo_lightning.jobs.export import export
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy
@@ -46,6 +47,7 @@ FLAGS = {
     SampleLogger: "num_samples columns",
     RewardTracking: "judge labels candidates top_k metrics",
     Report: "num_columns scale",
+    export: "config output ckpt_path format weights dtype check device",
 }
 
 
