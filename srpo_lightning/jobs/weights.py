@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from srpo_lightning.callbacks.lora import PREFIX
@@ -99,17 +99,29 @@ def _same(tensor: Tensor) -> Tensor:
 def _sharded(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Stored]]:
     if not (path / METADATA).is_file():
         raise ValueError(f"{path} is no checkpoint ({METADATA} is missing): give one out of a run's checkpoints/")
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    reader = MetadataOnce(path)
     found = {
-        name.removeprefix(f"{key}."): Stored(tuple(own.size), partial(_gathered, path, name, own))
-        for name, own in stored.items()
+        name.removeprefix(f"{key}."): Stored(tuple(own.size), partial(_gathered, reader, name, own))
+        for name, own in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(f"{key}.") and isinstance(own, TensorStorageMetadata)
     }
     return torch.load(path / METADATA, weights_only=True), found
 
 
-def _gathered(path: Path, name: str, own: TensorStorageMetadata) -> Tensor:
+class MetadataOnce(FileSystemReader):
+    """Reads the list of what a folder holds once, however many tensors are asked for one by one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata = super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """From memory."""
+        return self._metadata
+
+
+def _gathered(reader: FileSystemReader, name: str, own: TensorStorageMetadata) -> Tensor:
     """One tensor from all ranks' parts of it."""
     tensor = torch.empty(own.size, dtype=own.properties.dtype)
-    _load_state_dict({name: tensor}, FileSystemReader(path), planner=DefaultLoadPlanner(), no_dist=True)
+    _load_state_dict({name: tensor}, reader, planner=DefaultLoadPlanner(), no_dist=True)
     return tensor
