@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from jsonargparse import Namespace, auto_cli
 
-from srpo_lightning.jobs.estimate import POLICY, in_gib, local_files, read_config, use_devices
+from srpo_lightning.arguments import read_config
+from srpo_lightning.jobs.estimate import POLICY, in_gib, local_files, use_devices
 from srpo_lightning.jobs.prediction import predict, quiet
 from srpo_lightning.memory import GIB
 from srpo_lightning.policies.adapters import Lora

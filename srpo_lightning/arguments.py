@@ -3,10 +3,14 @@
 from inspect import signature
 from typing import Any
 
+import jsonargparse
 from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from srpo_lightning.callbacks import RunCheckpoint
+from srpo_lightning.data import PromptData
+from srpo_lightning.module import SRPOModule
 from srpo_lightning.strategies import ShardedStrategy
 
 
@@ -36,6 +40,26 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
             "trainer.plugins": [{"class_path": "srpo_lightning.checkpoints.AtomicCheckpointIO"}],
         }
     )
+
+
+def read_config(path: str) -> Namespace:
+    """What `fit --config` would read; a run's own config.yaml, which `fit` has written, as well.
+
+    Raises:
+        ValueError: if the file is missing, or `fit` would not take it.
+    """
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
+    parser.add_argument("--ckpt_path", type=str | None)
+    parser.add_argument("--weights_only", type=bool | None)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(SRPOModule, "model")
+    parser.add_lightning_class_args(PromptData, "data")
+    add_project_arguments(parser)
+    try:
+        return parser.parse_path(path)
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def sharded(shard_size: int, replicate_size: int = 1) -> Namespace:

@@ -17,14 +17,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from srpo_lightning.arguments import add_project_arguments, choose_strategy
-from srpo_lightning.callbacks.checkpoint import ranked
+from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.progress import Progress
-from srpo_lightning.checkpoints import check_whole, checkpoints, newest
+from srpo_lightning.checkpoints import check_whole, checkpoints
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs.cache import cache
 from srpo_lightning.jobs.control_words import control_words
 from srpo_lightning.jobs.convert import convert
 from srpo_lightning.jobs.estimate import estimate
+from srpo_lightning.jobs.export import export
 from srpo_lightning.jobs.room import check_room
 from srpo_lightning.module import SRPOModule
 
@@ -33,6 +34,7 @@ JOBS: dict[str, Callable[..., None]] = {
     "control-words": control_words,
     "convert": convert,
     "estimate": estimate,
+    "export": export,
 }
 
 CONFIG = "config.yaml"
@@ -127,13 +129,16 @@ class SRPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle how devices are used and what to resume before anything is read."""
         config = self.config[self.config.subcommand]
+        folder = config.trainer.default_root_dir
         chosen = choose_strategy(config, devices_here(config.trainer))
         if chosen:
             rank_zero_info(chosen)
         if config.ckpt_path:
-            config.ckpt_path = str(chosen_checkpoint(config))
-            check_whole(Path(config.ckpt_path))
-        elif self.config.subcommand == "fit" and checkpoints(config.trainer.default_root_dir):
+            found = find_checkpoint(config.ckpt_path, folder, config.checkpoint.monitor, config.checkpoint.mode)
+            rank_zero_info(f"--ckpt_path {config.ckpt_path}: {found}")
+            check_whole(found)
+            config.ckpt_path = str(found)
+        elif self.config.subcommand == "fit" and checkpoints(folder):
             raise ValueError(
                 f"{config.trainer.default_root_dir} holds a run already: resume it with --ckpt_path last, name another "
                 "folder with --trainer.default_root_dir, or delete it"
@@ -171,27 +176,3 @@ def devices_here(trainer: Namespace) -> int:
     devices = accelerator.auto_device_count() if trainer.devices == "auto" else trainer.devices
     parsed = accelerator.parse_devices(devices)
     return parsed if isinstance(parsed, int) else len(parsed or ())
-
-
-def chosen_checkpoint(config: Namespace) -> Path:
-    """What `ckpt_path` names.
-
-    Raises:
-        ValueError: if there is no such checkpoint.
-    """
-    folder = config.trainer.default_root_dir
-    if config.ckpt_path == "last":
-        path = newest(folder)
-        rank_zero_info(f"resuming from {path}")
-        return path
-    if config.ckpt_path == "best":
-        if not config.checkpoint.monitor:
-            raise ValueError("--ckpt_path best needs checkpoint.monitor, the number to be best in: try ema/judge")
-        best = ranked(folder, config.checkpoint.monitor, config.checkpoint.mode)
-        if not best:
-            raise ValueError(f"--ckpt_path best: no checkpoint in {folder} was evaluated in checkpoint.monitor")
-        rank_zero_info(f"the best in {config.checkpoint.monitor} is {best[0]}")
-        return best[0]
-    if not Path(config.ckpt_path).exists():
-        raise ValueError(f"--ckpt_path {config.ckpt_path} does not exist: `last` takes the newest of {folder}")
-    return Path(config.ckpt_path)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from srpo_lightning.callbacks.tracking import FILE, read_records
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints, remove, step_of
+from srpo_lightning.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
 from srpo_lightning.module import SRPOModule
 
 
@@ -185,3 +185,23 @@ def ranked(run_folder: str | Path, monitor: str, mode: str) -> list[Path]:
     scores = {path: values.get(step_of(path), math.nan) for path in checkpoints(run_folder)}
     sign = -1 if mode == "max" else 1
     return sorted((path for path in scores if not math.isnan(scores[path])), key=lambda path: sign * scores[path])
+
+
+def find_checkpoint(ckpt_path: str, run_folder: str | Path, monitor: str | None, mode: str) -> Path:
+    """What `--ckpt_path` means: `last`, `best` (in `monitor`, see RunCheckpoint), or a path.
+
+    Raises:
+        ValueError: naming the cure, if there is no such checkpoint.
+    """
+    if ckpt_path == "last":
+        return newest(run_folder)
+    if ckpt_path == "best":
+        if not monitor:
+            raise ValueError("--ckpt_path best needs checkpoint.monitor, the number to be best in: try ema/judge")
+        best = ranked(run_folder, monitor, mode)
+        if not best:
+            raise ValueError(f"--ckpt_path best: no checkpoint in {run_folder} was evaluated in checkpoint.monitor")
+        return best[0]
+    if not Path(ckpt_path).exists():
+        raise ValueError(f"--ckpt_path {ckpt_path} does not exist: `last` takes the newest of {run_folder}")
+    return Path(ckpt_path)

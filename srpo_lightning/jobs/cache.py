@@ -13,12 +13,12 @@ from jsonargparse.typing import PositiveInt
 from torch.multiprocessing.spawn import spawn
 from tqdm.auto import tqdm
 
+from srpo_lightning.arguments import read_config
 from srpo_lightning.data import PromptData
 from srpo_lightning.data.chunks import Item, key_of, writing
 from srpo_lightning.data.images import LATENT_BYTES_PER_PIXEL, LatentCache, encoded, latent_key
 from srpo_lightning.data.preparation import lengths
 from srpo_lightning.data.store import ChunkStore, in_groups, per_chunk
-from srpo_lightning.jobs.estimate import read_config
 from srpo_lightning.policies.image import FluxImageEncoder
 from srpo_lightning.policies.text import FluxTextEncoder
 

@@ -8,14 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jsonargparse
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser
 
-from srpo_lightning.arguments import add_project_arguments, choose_strategy, sharded
-from srpo_lightning.data import PromptData
+from srpo_lightning.arguments import choose_strategy, read_config, sharded
 from srpo_lightning.jobs.prediction import (
     CASTS,
     LASTING,
@@ -27,22 +23,7 @@ from srpo_lightning.jobs.prediction import (
 )
 from srpo_lightning.jobs.published import PUBLISHED, write_small_files
 from srpo_lightning.memory import GIB, MemoryTracker
-from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies.adapters import Lora
-
-
-def read_config(path: str) -> Namespace:
-    """What `fit --config` would read."""
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_argument("--seed_everything", type=bool | int, default=0)
-    parser.add_lightning_class_args(Trainer, "trainer")
-    parser.add_lightning_class_args(SRPOModule, "model")
-    parser.add_lightning_class_args(PromptData, "data")
-    add_project_arguments(parser)
-    try:
-        return parser.parse_path(path)
-    except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 @contextmanager

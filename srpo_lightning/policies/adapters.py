@@ -139,6 +139,23 @@ def base_parameters(transformer: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): p for name, p in named if ".lora_" not in name}
 
 
+@torch.no_grad()
+def merged(weight: Tensor, lora: Lora, own: Mapping[str, Tensor]) -> Tensor:
+    """A layer's weight with its adapter in it, in float32: W + scale B A, with DoRA's lengths of rows.
+
+    Args:
+        weight: [rows, columns] of the base.
+        lora: of which kind the adapter is.
+        own: the layer's adapter, by peft's names.
+    """
+    parts = {name.split(".lora_")[1].split(".")[0]: tensor.float() for name, tensor in own.items()}
+    scale = lora.architecture["alpha"] / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+    total = weight.float() + scale * parts["B"] @ parts["A"]
+    if lora.dora:
+        total *= (parts["magnitude_vector"] / torch.linalg.vector_norm(total, dim=1))[:, None]
+    return total
+
+
 def save_lora(transformer: FluxTransformer2DModel, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write `pytorch_lora_weights.safetensors` for `FluxPipeline.load_lora_weights`.
 

@@ -142,11 +142,16 @@ class FluxPolicy(Policy):
         return transformer
 
     def _stream_transformer(self, shard: Shard) -> FluxTransformer2DModel:
+        transformer = self.outline()
+        shard(transformer, [block for _, block in blocks(transformer)])
+        self._fill(transformer)
+        return transformer
+
+    def outline(self) -> FluxTransformer2DModel:
+        """The transformer on the meta device: the names, shapes and dtypes of its weights and of its adapters'."""
         transformer = self._empty_transformer().to(self.dtype)
         if self.adapter is not None:
             adapters.add(transformer, self.adapter, blocks(transformer))
-        shard(transformer, [block for _, block in blocks(transformer)])
-        self._fill(transformer)
         return transformer
 
     def restart(self) -> None:

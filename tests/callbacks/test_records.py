@@ -12,7 +12,12 @@ from tests.faults import Stop
 
 
 def fit(models, features, run, *faults, **settings) -> None:
-    callbacks = [SampleLogger(num_samples=1, max_share=1.0), RewardTracking(ClipReward(str(models.judge))), *faults, RunCheckpoint(2)]
+    callbacks = [
+        SampleLogger(num_samples=1, max_share=1.0),
+        RewardTracking(ClipReward(str(models.judge))),
+        *faults,
+        RunCheckpoint(2),
+    ]
     validated = {"num_sanity_val_steps": -1, "val_check_interval": 1, "limit_val_batches": 1}
     ckpt_path = settings.pop("ckpt_path", None)
     tiny.new_trainer(run, callbacks, **validated | {"max_steps": 4} | settings).fit(

@@ -5,6 +5,7 @@ import inspect
 from srpo_lightning.callbacks import EMA, OverOptimizationGuard, Report, RewardTracking, RunCheckpoint, SampleLogger
 from srpo_lightning.data import PromptData
 from srpo_lightning.data.prompts import Source
+from srpo_lightning.jobs.export import export
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy
@@ -50,6 +51,7 @@ FLAGS = {
     OverOptimizationGuard: "weights action patience min_diversity max_drift learning_rate_factor",
     RewardTracking: "judge labels candidates top_k metrics held_out",
     Report: "num_columns scale",
+    export: "config output ckpt_path format weights dtype check device",
 }
 
 

@@ -5,9 +5,8 @@ import json
 import pytest
 import yaml
 
-from srpo_lightning.arguments import choose_strategy
+from srpo_lightning.arguments import choose_strategy, read_config
 from srpo_lightning.cli import devices_here
-from srpo_lightning.jobs.estimate import read_config
 from srpo_lightning.jobs.prediction import is_sharded, num_devices
 from tests import tiny
 from tests.ranks.test_sharded import config as config_of_ranks

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from srpo_lightning.arguments import read_config
 from srpo_lightning.cli import main
 from srpo_lightning.jobs import estimate as job
-from srpo_lightning.jobs.estimate import OPTIONS, POLICY, local_files, parse_bytes, read_config
+from srpo_lightning.jobs.estimate import OPTIONS, POLICY, local_files, parse_bytes
 from srpo_lightning.jobs.prediction import (
     EVALUATION,
     FROZEN,

@@ -1,0 +1,136 @@
+"""The README.md of an exported model: what it is, how to load it, where it comes from, and what was measured."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+
+import srpo_lightning
+from srpo_lightning.callbacks.report import Record, markdown
+from srpo_lightning.callbacks.tracking import FILE, read_records
+from srpo_lightning.jobs.comparison import Difference
+from srpo_lightning.jobs.formats import Format
+from srpo_lightning.jobs.weights import Kind
+from srpo_lightning.module import SRPOModule
+from srpo_lightning.policies import FluxPolicy
+
+
+class Export(NamedTuple):
+    """What a card is about.
+
+    Args:
+        folder: the final one.
+        format: what is in it.
+        kind: which of the checkpoint's weights.
+        checkpoint: which.
+        run: its run's folder.
+        prompts: what was trained on.
+        difference: what the check found; None: it was left out.
+    """
+
+    folder: Path
+    format: Format
+    kind: Kind
+    checkpoint: Path
+    run: Path
+    prompts: Sequence[str]
+    difference: Difference | None
+
+
+def card(export: Export, module: SRPOModule) -> str:
+    """Markdown, with the hub's front matter."""
+    policy = export.format.policy
+    kind = "average (EMA)" if export.kind == "ema" else "weights"
+    check = f"pixels differ by: {export.difference}" if export.difference else "left out (`--check false`)"
+    rows = {
+        "checkpoint": f"`{export.checkpoint.name}` of step {module.loaded_steps}, its {kind}",
+        "written in": str(export.format.dtype)[6:],
+        "training prompts": f"{len(export.prompts)}, SHA-256 of the texts, a line feed after each: "
+        f"`{prompts_hash(export.prompts)}`",
+        "check against the checkpoint's own pictures (`check/`)": check,
+        "versions": f"srpo_lightning {srpo_lightning.__version__}, torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}",
+        "revision of srpo_lightning": revision() or "not known",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""{front_matter(export, policy)}
+# {export.folder.name}
+
+`{policy.pretrained}`, aligned with human preference by SRPO ([arXiv 2509.06942](https://arxiv.org/abs/2509.06942)) in
+[config.yaml](config.yaml). The licence of the base model applies to these weights as well: read it before you use or
+share them.
+
+## Use
+
+{usage(export, module)}
+
+## Origin
+
+| | |
+|---|---|
+{table}
+
+## Metrics
+
+{metrics(export, module)}"""
+
+
+def front_matter(export: Export, policy: FluxPolicy) -> str:
+    """What the hub reads; a base that is a local folder has no name there."""
+    tags = ["srpo", "text-to-image", "flux", *(["lora"] if policy.adapter else [])]
+    values: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    values |= {"license": "other", "license_name": "license-of-the-base-model"}
+    if not Path(policy.pretrained).expanduser().exists():
+        values |= {"base_model": policy.pretrained, "base_model_relation": export.format.relation}
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in values.items()), "---", ""])
+
+
+def usage(export: Export, module: SRPOModule) -> str:
+    """How to load the files."""
+    height, width = export.format.policy.size
+    sampling = f"num_inference_steps={module.num_sample_steps}, guidance_scale={module.sample_guidance}"
+    lines = [
+        "import torch",
+        "from diffusers import FluxPipeline, FluxTransformer2DModel",
+        *export.format.python(export.folder),
+        f'picture = pipe("a cat", height={height}, width={width}, {sampling}).images[0]',
+    ]
+    code = "\n".join(["```python", *lines, "```"])
+    return f"{code}\n\nIn ComfyUI {export.format.comfyui}." if export.format.comfyui else code
+
+
+def metrics(export: Export, module: SRPOModule) -> str:
+    """The run's first evaluation beside that of the exported weights."""
+    records = read_records(export.run) if (export.run / FILE).is_file() else []
+    wanted = (module.loaded_steps, export.kind)
+    after = [record for record in records if (record["step"], record["weights"]) == wanted]
+    if not after:
+        return "These weights were not evaluated in their run.\n"
+    columns: Mapping[str, Record] = {"before": records[0], f"exported, {export.kind}": after[-1]}
+    return markdown(dict(columns))
+
+
+def prompts_hash(prompts: Sequence[str]) -> str:
+    """SHA-256 of the texts in UTF-8, a line feed after each."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt}\n".encode())
+    return digest.hexdigest()
+
+
+def revision() -> str | None:
+    """The git revision of this project, `-dirty` where files differ from it; None if it is not in a repository."""
+    repository = Path(srpo_lightning.__file__).parents[1]
+    if not (repository / ".git").exists():
+        return None
+    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
