@@ -124,7 +124,7 @@ class SRPO(Objective):
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
         """Step 1: a clean sample and the noise it grew from."""
         shape = (conditions.batch_size, *policy.latent_shape)
-        noise = draws.noise(shape, shared=self.shared_noise).to(conditions.prompt_embeds.device)
+        noise = draws.noise(shape, shared=self.shared_noise).to(conditions.prompt_embeds.device, non_blocking=True)
         x0 = flow.integrate(
             lambda x, sigma: policy(x, sigma, conditions, self.rollout_guidance),
             noise,
@@ -138,7 +138,10 @@ class SRPO(Objective):
         batch_size = conditions.batch_size
         schedule = policy.sigmas(self.num_schedule_steps, self.shift)
         branches = Branches(
-            *(part.to(rollout.x0) for part in self.branches(self.positions(batch_size, draws), schedule))
+            *(
+                part.to(rollout.x0, non_blocking=True)
+                for part in self.branches(self.positions(batch_size, draws), schedule)
+            )
         )
 
         # 3. Direct-Align: inject, one step with gradient, recover. Both branches are one batch.
