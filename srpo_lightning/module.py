@@ -174,7 +174,7 @@ class SRPOModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Conditions, batch_idx: int) -> None:
         """Log the times of a step that is logged; stop a run whose steps keep being skipped."""
-        every = self.trainer.log_every_n_steps
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
         if len(self._moments) == 3 and every and self.trainer.global_step % every == 0:
             # To read them is to wait for the device, as the logger is about to.
             rollout, update = (seconds_between(*pair) for pair in pairwise(self._moments))

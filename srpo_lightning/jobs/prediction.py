@@ -87,7 +87,7 @@ def train(
     trained_label, gradient_label, state_label = [""] * 3 if offloads else [TRAINED, GRADIENTS, STATES]
     tracker.label(parameters, trained_label)
     tracker.label((t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad), FROZEN)
-    tracker.label(conditions[1:], BATCH)
+    tracker.label([t for t in conditions if isinstance(t, Tensor)], BATCH)
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], gradient_label))
     follow_phases(module, tracker)
@@ -239,7 +239,7 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
         with without_weights():
             for judge in judges:
                 judge.load()
-            module.policy.load(strategy and in_mode(mode, strategy.shard))
+            module.policy.load(None if strategy is None else in_mode(mode, strategy.shard))
             module.reward.load()
         stack.enter_context(mode)
         if target == "cuda":

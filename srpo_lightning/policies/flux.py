@@ -53,7 +53,7 @@ class FluxPolicy(Policy):
         quantize: nf4 keeps the linear layers of the transformer's blocks in 4.5 bits per weight, nf4-double in 4.13
             (6.8 and 6.2 GB instead of 23.8 for FLUX.1); with an adapter only. They are rounded on the CPU while
             loading. Embedders, norms and the last projection keep `dtype`. Needs the extra `quant`.
-        compile: compile each transformer block with torch.compile when it first runs, which takes minutes once.
+        compile: compile each transformer block with torch.compile when it first runs, which takes minutes; not DoRA.
         attention: the attention kernel, by diffusers' name for it, such as _native_cudnn or flash; null is torch's
             choice.
     """
@@ -108,6 +108,10 @@ class FluxPolicy(Policy):
                 )
         if attention is not None:
             check_attention(attention)
+        if compile and adapter is not None and adapter.dora:
+            raise ValueError(
+                "peft's DoRA cannot be compiled: set model.policy.init_args.compile or adapter.dora to false"
+            )
         self.compiles_blocks = compile
         self.attention = attention
         self.transformer: FluxTransformer2DModel | None = None

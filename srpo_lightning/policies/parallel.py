@@ -47,12 +47,17 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Compile each block in place when it first runs: names of parameters and checkpoints stay.
 
-    Blocks of one kind share their code. Sizes are symbols in it, so that rollout, trained step and evaluation, whose
-    batches differ, do not each have their own; a batch of one has. Before blocks are divided over ranks: the gathering
-    of their weights is not compiled.
+    Blocks of one kind share their code. The first sizes are compiled as they are, and of the next ones those that
+    differ become symbols: rollout, trained step and evaluation have different batches, and there may be several sizes
+    of pictures, each with and without gradient, hence a limit above torch's 8. Before blocks are divided over ranks:
+    the gathering of their weights stays out of the compiled code.
+
+    Args:
+        blocks: of a transformer.
+        backend: of torch.compile; aot_eager traces without generating code.
     """
     for block in blocks:
-        block.compile(dynamic=True)
+        block.compile(backend=backend, recompile_limit=32)
