@@ -12,6 +12,7 @@ Shapes: B samples, `*rest` the axes of one sample, N noise levels.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -76,8 +77,8 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Latents, sigmas: 
         x: latents at level `sigmas[0]`.
         sigmas: N + 1 noise levels, in float64 so that their differences are exact to the dtype of `x`.
     """
-    for sigma, sigma_next in zip(sigmas.to(x).unbind(), sigmas.to(x)[1:].unbind(), strict=False):
-        sigma, sigma_next = sigma.expand(len(x)), sigma_next.expand(len(x))
+    levels = sigmas.to(x, non_blocking=True).unsqueeze(1).expand(-1, len(x))
+    for sigma, sigma_next in pairwise(levels):
         x = step(x, velocity(x, sigma), sigma, sigma_next)
     return x
 

@@ -1,8 +1,8 @@
 """What Lightning calls, and when. The mathematics is in objectives/ and flow.py."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from srpo_lightning.objectives.base import Objective
 from srpo_lightning.optimizers import InBackward, check_settings, whole
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
+from srpo_lightning.timing import Moment, now, seconds_between
 
 
 class SRPOModule(LightningModule):
@@ -86,7 +87,7 @@ class SRPOModule(LightningModule):
         self.weight_variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"policy": nullcontext}
         self.evaluations: dict[str, Evaluation] = {}
         self.is_finished: Callable[[Conditions], bool] | None = None
-        self._update_start_s = self._update_end_s = 0.0
+        self._moments: list[Moment] = []
 
     def configure_callbacks(self) -> list[Callback]:
         """Add none: the first that Lightning asks for, so the place to refuse settings before anything is read."""
@@ -150,23 +151,18 @@ class SRPOModule(LightningModule):
         """One micro-batch: rollout, then the objective's loss."""
         draws = Draws(self.seed, self.micro_step, self.global_rank)
         self.micro_step += 1
-        start_s = self._now_s()
+        self._moments = [now(self.device)]
         rollout = self.objective.rollout(self.policy, batch, draws)
-        self._update_start_s = self._now_s()
+        self._moments.append(now(self.device))
         outcome = self.objective.loss(self.policy, self.reward, batch, rollout, draws)
         self.log("train/loss", outcome.loss.detach(), prog_bar=True, batch_size=batch.batch_size)
         self.log_dict({f"train/{name}": v for name, v in outcome.scalars.items()}, batch_size=batch.batch_size)
-        self.log("train/seconds_rollout", self._update_start_s - start_s, batch_size=batch.batch_size)
         return outcome.loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Skip the whole step before its first parameter is stepped, if the loss is not finite on any rank."""
         if not self.in_backward or self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="sum").isfinite():
             super().backward(loss, *args, **kwargs)
-
-    def on_after_backward(self) -> None:
-        """The update ends here while gradients accumulate."""
-        self._update_end_s = self._now_s()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient norm; skip the step if it is not finite (in the backward pass: what of it is not)."""
@@ -176,7 +172,7 @@ class SRPOModule(LightningModule):
             gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
             norm = whole(torch.nn.utils.get_total_norm(gradients))
         self.log("train/gradient_norm", norm)
-        if norm.isfinite():
+        if norm.isfinite():  # the one place in a step where the host waits for the device
             self.skipped_steps = 0
             return
         self.skipped_steps += 1
@@ -198,16 +194,20 @@ class SRPOModule(LightningModule):
         Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The update ends here otherwise; callbacks that save or evaluate are not part of it."""
+        """The update ends here; callbacks that save or evaluate are not part of it."""
         # Stochastic rounding draws from torch's global generator.
         torch.manual_seed(keyed_generator(self.seed, "rounding", self.global_step).initial_seed())
         super().optimizer_step(*args, **kwargs)
-        self._update_end_s = self._now_s()
+        self._moments.append(now(self.device))
 
     def on_train_batch_end(self, outputs: Any, batch: Conditions, batch_idx: int) -> None:
-        """Log the time of the update; stop a run whose steps keep being skipped."""
-        seconds = self._update_end_s - self._update_start_s
-        self.log("train/seconds_update", seconds, batch_size=batch.batch_size)
+        """Log the times of a step that is logged; stop a run whose steps keep being skipped."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
+        if len(self._moments) == 3 and every and self.trainer.global_step % every == 0:
+            # To read them is to wait for the device, as the logger is about to.
+            rollout, update = (seconds_between(*pair) for pair in pairwise(self._moments))
+            seconds = {"train/seconds_rollout": rollout, "train/seconds_update": update}
+            self.log_dict(seconds, batch_size=batch.batch_size)
         if self.skipped_steps > self.max_skipped_steps:
             raise FloatingPointError(
                 f"{self.skipped_steps} steps in a row had a loss or gradient that is not finite. The weights are those "
@@ -272,8 +272,3 @@ class SRPOModule(LightningModule):
                 f"this checkpoint differs from the policy in {len(odd)} parameters, first {odd[0]}: "
                 f"found {found.get(odd[0])}, expected {shapes.get(odd[0])}; set model.policy to the trained one"
             )
-
-    def _now_s(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

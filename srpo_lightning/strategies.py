@@ -33,8 +33,8 @@ class ShardedStrategy(ModelParallelStrategy):
         shard_size: ranks that share one copy.
         replicate_size: copies.
         cpu_offload: keep parameters, gradients and optimizer states in host memory; slower.
-        reshard_after_forward: free each block's gathered parameters after its forward pass; False keeps them for the
-            backward pass, faster and larger.
+        reshard_after_forward: free each block's gathered parameters after its forward pass; False keeps them from the
+            first step of a rollout to the backward pass: each is gathered once per micro-batch, and all stay whole.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -117,7 +118,8 @@ class PromptData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Compute missing features (once per node) and report what was skipped or cut."""
-        self.preparation.run()
+        trains = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        self.preparation._replace(selection=self.selection if trains else self.selection.to_evaluate).run()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless stream; a resumed run goes on where the checkpoint was written."""

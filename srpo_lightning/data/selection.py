@@ -45,6 +45,11 @@ class Selection(NamedTuple):
         return [source.prompts for source in (*self.train, *self.images)]
 
     @property
+    def to_evaluate(self) -> "Selection":
+        """Without what is trained on."""
+        return self._replace(train=[], images=[], pictures=[], num_in_both=0)
+
+    @property
     def texts(self) -> list[str]:
         """Everything that is to be encoded, each once."""
         sets = [*self.sets, self.evaluation]

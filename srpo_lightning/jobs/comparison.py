@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from PIL import Image
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.callbacks.samples import as_bytes, grid
+from srpo_lightning.callbacks.pictures import as_picture, contact_sheet
 from srpo_lightning.draws import sample_noise
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy
@@ -77,8 +76,8 @@ def difference(ours: Tensor, theirs: Tensor, allowed: float) -> Difference:
 
 
 def write_pictures(folder: Path, **kinds: Tensor) -> None:
-    """One row of pictures per kind, in a file of its name."""
+    """One row of pictures per kind, under each other in one file."""
     folder.mkdir()
-    for name, images in kinds.items():
-        row = grid(as_bytes(images), len(images)).permute(1, 2, 0)
-        Image.fromarray(row.numpy()).save(folder / f"{name}.png")
+    contact_sheet({name: [as_picture(image) for image in images] for name, images in kinds.items()}).save(
+        folder / "pictures.png"
+    )

@@ -159,8 +159,6 @@ def new_data(settings: Namespace) -> PromptData:
 
 def first_prompts(data: PromptData) -> Conditions:
     """The first batch of the evaluation."""
-    train, data.train_prompts = data.train_prompts, []  # nothing but what is drawn has to be encoded
-    data.prepare_data()
-    data.train_prompts = train
+    data.preparation._replace(selection=data.selection.to_evaluate).run()
     batch: Conditions = next(iter(data.val_dataloader()))
     return batch

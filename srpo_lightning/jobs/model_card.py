@@ -11,7 +11,8 @@ import diffusers
 import torch
 
 import srpo_lightning
-from srpo_lightning.callbacks.report import Record, markdown
+from srpo_lightning.callbacks.records import Record
+from srpo_lightning.callbacks.report import markdown
 from srpo_lightning.callbacks.tracking import FILE, read_records
 from srpo_lightning.jobs.comparison import Difference
 from srpo_lightning.jobs.formats import Format

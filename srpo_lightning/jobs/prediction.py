@@ -6,8 +6,9 @@ config.json; no weights are read, but those of rewards that do without `from_pre
 fake tensors, in a process group that pretends to have so many ranks. Optimizers and layers of compiled libraries have
 stand-ins.
 
-Not counted: kernels' workspaces, the allocator's fragmentation, the CUDA context and NCCL's buffers; features of an
-evaluation's texts; text encoders, which are freed before training; and host memory.
+Not counted: what compiled blocks and attention kernels other than torch's own keep; kernels' workspaces, the
+allocator's fragmentation, the CUDA context and NCCL's buffers; features of an evaluation's texts; text encoders, which
+are freed before training; and host memory.
 """
 
 import logging
@@ -15,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from unittest.mock import patch
 
 import torch
@@ -54,6 +55,12 @@ BATCH, BUCKETS, CASTS = "text features", "gradient buckets of DDP", "weights cas
 EVALUATION, ROLLOUT, FORWARD, BACKWARD = "evaluation", "rollout", "transformer forward", "transformer backward"
 DECODE, REWARD, STEP, AVERAGING = "VAE decode", "reward", "optimizer step", "EMA update"
 LASTING = (TRAINED, FROZEN, GRADIENTS, STATES, AVERAGE, BATCH, BUCKETS, JUDGES)
+
+
+class Phased(Protocol):
+    """What wants to know which phase of a step it is."""
+
+    phase: str
 
 
 def train(
@@ -177,18 +184,18 @@ def step(
     tracker.label((t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)), label)
 
 
-def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, tracker: MemoryTracker) -> Tensor:
+def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, tracker: Phased) -> Tensor:
     """The rollout and the loss, whose graph is all that is left of them."""
-    draws = Draws(module.seed)
+    draws = Draws(module.seed, module.micro_step)
     tracker.phase = ROLLOUT
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+    with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         rollout = module.objective.rollout(module.policy, conditions, draws)
         tracker.phase = FORWARD
         return module.objective.loss(module.policy, module.reward, conditions, rollout, draws).loss
 
 
 @contextmanager
-def phases(module: SRPOModule, tracker: MemoryTracker) -> Iterator[None]:
+def phases(module: SRPOModule, tracker: Phased) -> Iterator[None]:
     """Tell the tracker when images are decoded and scored, and when their gradients are."""
     decode, score = module.policy.decode, module.reward.contrast
 
@@ -211,15 +218,15 @@ def phases(module: SRPOModule, tracker: MemoryTracker) -> Iterator[None]:
 
 
 @contextmanager
-def without_weights() -> Iterator[None]:
-    """Every `from_pretrained` of diffusers and transformers builds the model of the configuration."""
+def without_weights(device: str = "meta") -> Iterator[None]:
+    """Every `from_pretrained` of diffusers and transformers builds the model of the configuration, at random."""
 
     def of_diffusers(cls: Any, /, pretrained: str, *, subfolder: str, torch_dtype: torch.dtype, **_: Any) -> Any:
-        with torch.device("meta"):
+        with torch.device(device):
             return cls.from_config(cls.load_config(pretrained, subfolder=subfolder)).to(torch_dtype).eval()
 
     def of_transformers(cls: Any, /, pretrained: str, *, dtype: torch.dtype, **_: Any) -> Any:
-        with torch.device("meta"):
+        with torch.device(device):
             return cls(cls.config_class.from_pretrained(pretrained)).to(dtype).eval()
 
     with (
@@ -266,9 +273,8 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
         config.model.optimizer = Namespace(
             class_path=f"{EightBitStates.__module__}.EightBitStates", init_args=Namespace()
         )
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(SRPOModule, "model")
-    module = parser.instantiate_classes(Namespace(model=config.model)).model
+    eager(config)
+    module = build(config)
     averages = [c for c in config.trainer.callbacks or [] if c.class_path.endswith(".EMA")]
     ema = EMA(**vars(averages[0].init_args)) if averages else None
     if hasattr(module.objective, "num_rollout_steps"):
@@ -281,7 +287,7 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
         with without_weights():
             for judge in judges:
                 judge.load()
-            module.policy.load(strategy and in_mode(mode, strategy.shard))
+            module.policy.load(None if strategy is None else in_mode(mode, strategy.shard))
             module.reward.load()
         stack.enter_context(mode)
         if target == "cuda":
@@ -302,6 +308,22 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
                 "HPSv2 in its place, and add the difference of their weights"
             ) from error
     return tracker
+
+
+def eager(config: Namespace) -> None:
+    """Turn off what needs tensors with numbers in them: compiled blocks and kernels other than torch's own."""
+    policy = config.model.policy.init_args
+    for setting, value in (("compile", False), ("attention", None)):
+        if setting in policy:
+            policy[setting] = value
+
+
+def build(config: Namespace) -> SRPOModule:
+    """The configured module, its models not yet loaded."""
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(SRPOModule, "model")
+    module: SRPOModule = parser.instantiate_classes(Namespace(model=config.model.clone())).model
+    return module
 
 
 def is_sharded(trainer: Namespace) -> bool:

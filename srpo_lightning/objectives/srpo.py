@@ -124,7 +124,7 @@ class SRPO(Objective):
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
         """Step 1: a clean sample and the noise it grew from; offline a real image and fresh noise."""
         shape = (conditions.batch_size, *policy.latent_shape(conditions.size))
-        noise = draws.noise(shape, shared=self.shared_noise).to(conditions.prompt_embeds.device)
+        noise = draws.noise(shape, shared=self.shared_noise).to(conditions.prompt_embeds.device, non_blocking=True)
         if conditions.x0 is not None:
             return Rollout(conditions.x0.to(noise), noise)
         x0 = flow.integrate(
@@ -140,7 +140,10 @@ class SRPO(Objective):
         batch_size = conditions.batch_size
         schedule = policy.sigmas(self.num_schedule_steps, self.shift, conditions.size)
         branches = Branches(
-            *(part.to(rollout.x0) for part in self.branches(self.positions(batch_size, draws), schedule))
+            *(
+                part.to(rollout.x0, non_blocking=True)
+                for part in self.branches(self.positions(batch_size, draws), schedule)
+            )
         )
 
         # 3. Direct-Align: inject, one step with gradient, recover. Both branches are one batch.

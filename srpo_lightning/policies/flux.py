@@ -20,6 +20,7 @@ from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits
 from srpo_lightning.policies import adapters
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Policy, Shard
+from srpo_lightning.policies.parallel import check_attention, compile_blocks
 from srpo_lightning.pretrained import read_json, safetensors_files, stream_into, unreadable_is_refused
 
 Packed: TypeAlias = Float[Tensor, "B L C"]
@@ -52,6 +53,9 @@ class FluxPolicy(Policy):
         quantize: nf4 keeps the linear layers of the transformer's blocks in 4.5 bits per weight, nf4-double in 4.13
             (6.8 and 6.2 GB instead of 23.8 for FLUX.1); with an adapter only. They are rounded on the CPU while
             loading. Embedders, norms and the last projection keep `dtype`. Needs the extra `quant`.
+        compile: compile each transformer block with torch.compile when it first runs, which takes minutes; not DoRA.
+        attention: the attention kernel, by diffusers' name for it, such as _native_cudnn or flash; null is torch's
+            choice.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class FluxPolicy(Policy):
         quantize_timesteps: bool = False,
         adapter: Lora | None = None,
         quantize: Literal["none", "nf4", "nf4-double"] = "none",
+        compile: bool = False,
+        attention: str | None = None,
     ) -> None:
         super().__init__()
         for name, side in (("height", height), ("width", width)):
@@ -100,6 +106,14 @@ class FluxPolicy(Policy):
                     f"quantize is {quantize}, but weights in 4 bits cannot be trained: give model.policy.init_args."
                     "adapter, for instance {rank: 32}, or set quantize to none"
                 )
+        if attention is not None:
+            check_attention(attention)
+        if compile and adapter is not None and adapter.dora:
+            raise ValueError(
+                "peft's DoRA cannot be compiled: set model.policy.init_args.compile or adapter.dora to false"
+            )
+        self.compiles_blocks = compile
+        self.attention = attention
         self.transformer: FluxTransformer2DModel | None = None
 
     def load(self, shard: Shard | None = None) -> None:
@@ -139,10 +153,12 @@ class FluxPolicy(Policy):
             transformer.is_loaded_in_4bit = True  # peft asks
         if self.adapter is not None:
             adapters.add(transformer, self.adapter, blocks(transformer))
+        self._prepare_blocks(transformer)
         return transformer
 
     def _stream_transformer(self, shard: Shard) -> FluxTransformer2DModel:
         transformer = self.outline()
+        self._prepare_blocks(transformer)
         shard(transformer, [block for _, block in blocks(transformer)])
         self._fill(transformer)
         return transformer
@@ -165,6 +181,12 @@ class FluxPolicy(Policy):
     def _fill(self, transformer: FluxTransformer2DModel) -> None:
         files = safetensors_files(self.pretrained, "transformer", "diffusion_pytorch_model")
         stream_into(adapters.base_parameters(transformer), files)
+
+    def _prepare_blocks(self, transformer: FluxTransformer2DModel) -> None:
+        if self.attention is not None:
+            transformer.set_attention_backend(self.attention)
+        if self.compiles_blocks:
+            compile_blocks(block for _, block in blocks(transformer))
 
     def _empty_transformer(self) -> FluxTransformer2DModel:
         with init_empty_weights(include_buffers=False):
@@ -258,5 +280,8 @@ def unpack(x: Packed, size: Size) -> Spatial:
 def image_ids(size: Size, like: Tensor) -> Float[Tensor, "L 3"]:
     """Position ids of the image tokens: (0, row, column)."""
     h, w = (side // IMAGE_PX_PER_TOKEN for side in size)
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    # Made where they are read: a copy to a GPU would make the host wait at every step of a rollout.
+    rows, columns = torch.meshgrid(
+        torch.arange(h, device=like.device), torch.arange(w, device=like.device), indexing="ij"
+    )
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).to(like)

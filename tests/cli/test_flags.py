@@ -35,7 +35,7 @@ FLAGS = {
     "reward_batch_size",
     ControlWords: "positive negative",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
-    "resolution_shift quantize_timesteps adapter quantize",
+    "resolution_shift quantize_timesteps adapter quantize compile attention",
     ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",
     PickScore: "pretrained processor logit_scale_divisor dtype cache_size",
     HPSv2: "pretrained filename processor fit logit_scale_divisor dtype cache_size",

@@ -1,0 +1,63 @@
+"""How a transformer's blocks run: which attention kernel they call, and whether they are compiled.
+
+What is divided over ranks is the strategy's; recomputing blocks is one call of diffusers' own.
+"""
+
+from collections.abc import Iterable
+
+from diffusers.models.attention_dispatch import attention_backend
+from torch import nn
+
+ATTENTION = (
+    "native",
+    "_native_flash",
+    "_native_efficient",
+    "_native_cudnn",
+    "_native_math",
+    "flex",
+    "flash",
+    "xformers",
+)
+"""diffusers' names of attention kernels with a gradient.
+
+The others have none (sage, _flash_3), are for other machines (_native_npu, _native_xla), wait for the device in every
+call (_varlen), or are fetched from the hub as compiled code (_hub).
+"""
+
+
+def check_attention(name: str) -> None:
+    """Refuse a kernel that blocks could not be trained with.
+
+    Raises:
+        ValueError: listing the ones whose packages are here.
+    """
+    usable = [known for known in ATTENTION if _is_installed(known)]
+    if name not in usable:
+        raise ValueError(
+            f"attention is {name!r}, which is no attention kernel of diffusers that has a gradient and is installed: "
+            f"choose from {', '.join(usable)}"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        with attention_backend(name):
+            return True
+    except RuntimeError:  # says which package is missing
+        return False
+
+
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Compile each block in place when it first runs: names of parameters and checkpoints stay.
+
+    Blocks of one kind share their code. The first sizes are compiled as they are, and of the next ones those that
+    differ become symbols: rollout, trained step and evaluation have different batches, and there may be several sizes
+    of pictures, each with and without gradient, hence a limit above torch's 8. Before blocks are divided over ranks:
+    the gathering of their weights stays out of the compiled code.
+
+    Args:
+        blocks: of a transformer.
+        backend: of torch.compile; aot_eager traces without generating code.
+    """
+    for block in blocks:
+        block.compile(backend=backend, recompile_limit=32)
