@@ -1,9 +1,7 @@
 """Pictures as files that say what they are of, and as labelled sheets."""
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from srpo_lightning import __version__
+from srpo_lightning.provenance import software
 
 SAMPLES = "samples"
 PREDICTIONS = "predictions"
@@ -46,17 +44,6 @@ def read_record(path: Path) -> dict[str, Any]:
     with Image.open(path) as picture:
         content: dict[str, Any] = json.loads(picture.info["srpo"])
     return content
-
-
-@lru_cache(maxsize=1)
-def software() -> str:
-    """This package's version, and its git revision where it runs from a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        found = ""
-    return f"srpo_lightning {__version__}{f' ({found})' if found else ''}"
 
 
 def contact_sheet(

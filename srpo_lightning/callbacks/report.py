@@ -12,10 +12,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from srpo_lightning.callbacks.comparison import BASE, compare, write_comparison
-from srpo_lightning.callbacks.pictures import contact_sheet, sample_path, software
+from srpo_lightning.callbacks.pictures import contact_sheet, sample_path
 from srpo_lightning.callbacks.records import Record
 from srpo_lightning.callbacks.tracking import FILE, read_records
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.provenance import software
 
 
 class Report(Callback):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from srpo_lightning.jobs.formats import Format
 from srpo_lightning.jobs.weights import Kind
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.provenance import revision
 
 
 class Export(NamedTuple):
@@ -122,16 +122,3 @@ def prompts_hash(prompts: Sequence[str]) -> str:
     for prompt in prompts:
         digest.update(f"{prompt}\n".encode())
     return digest.hexdigest()
-
-
-def revision() -> str | None:
-    """The git revision of this project, `-dirty` where files differ from it; None if it is not in a repository."""
-    repository = Path(srpo_lightning.__file__).parents[1]
-    if not (repository / ".git").exists():
-        return None
-    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
