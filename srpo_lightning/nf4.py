@@ -15,7 +15,7 @@ def check_bitsandbytes() -> None:
         ValueError: with the command that installs the missing package.
     """
     if find_spec("bitsandbytes") is None:
-        raise ValueError("quantize asks for bitsandbytes, which is not installed: pip install 'srpo-lightning[quant]'")
+        raise ValueError("quantize needs bitsandbytes: pip install 'srpo-lightning[quant]'")
 
 
 def keep_in_4_bits(module: nn.Module, double: bool = False, but: Container[str] = ()) -> None:

@@ -13,6 +13,7 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from srpo_lightning.callbacks.pictures import LABEL_PX
 from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main
@@ -114,9 +115,8 @@ def test_every_format_draws_the_checkpoints_pictures_in_plain_diffusers(trained,
         return
     export(run, output, *options)
     assert "allowed mean 0.0001" in capsys.readouterr().out
-    for name in ("ours", "diffusers"):
-        with Image.open(output / "check" / f"{name}.png") as picture:
-            assert picture.size == (3 * 32, 32)
+    with Image.open(output / "check" / "pictures.png") as picture:
+        assert picture.size == (3 * 32, 2 * (32 + LABEL_PX))
 
 
 @pytest.mark.parametrize("form", ["diffusers", "lora"])
@@ -255,7 +255,7 @@ def test_other_pictures_than_the_checkpoints_fail_and_stay_to_be_looked_at(train
     message = refused(run, output, "--dtype", "float32")
     assert "are not the checkpoint's (mean" in message
     assert not output.exists()
-    assert {path.name for path in (tmp_path / "out.partial" / "check").iterdir()} == {"ours.png", "diffusers.png"}
+    assert {path.name for path in (tmp_path / "out.partial" / "check").iterdir()} == {"pictures.png"}
 
 
 def test_other_weights_than_the_checkpoints_fail_although_rounding_would_hide_them(trained, tmp_path, monkeypatch):

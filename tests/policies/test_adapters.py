@@ -285,7 +285,7 @@ def test_the_adapter_is_exported_every_so_many_steps_and_at_the_end_once_each(
 
     def record(transformer, weights, folder):
         written.append(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
 
     monkeypatch.setattr(lora_callback, "save_lora", record)
     trainer = tiny.new_trainer(tmp_path, [LoraExport(2)], max_steps=max_steps, accumulate_grad_batches=2)

@@ -39,7 +39,7 @@ def own_attention():
 def run(policy: FluxPolicy, batch_size: int, *, grad: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The velocity, and the gradient of its square."""
     draw = torch.Generator().manual_seed(batch_size)
-    x, sigma = torch.randn(batch_size, *policy.latent_shape, generator=draw), torch.full((batch_size,), 0.8)
+    x, sigma = torch.randn(batch_size, *policy.latent_shape(), generator=draw), torch.full((batch_size,), 0.8)
     with torch.set_grad_enabled(grad):
         velocity = policy(x, sigma, tiny.new_conditions(batch_size), 3.5)
     policy.zero_grad()
