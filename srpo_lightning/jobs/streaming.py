@@ -38,7 +38,7 @@ def write_file(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype, pr
     with path.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for stored in tensors.values():
-            stream.write(as_stored(stored, dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+            stream.write(as_stored(stored, dtype).flatten().view(torch.uint8).numpy().data)
             progress.update()
 
 

@@ -78,6 +78,15 @@ def test_a_second_run_in_a_used_folder_is_refused(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_that_is_cut_off_is_refused(config, tmp_path, capsys, command):
+    path = checkpoint_path(tmp_path / "run", 1)
+    path.parent.mkdir(parents=True)
+    torch.save({"x": torch.arange(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-5])
+    refused([command, "--config", config, "--ckpt_path", "last"], f"{path} is damaged: {path.name} is cut off", capsys)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
 def test_a_checkpoint_of_another_policy_is_refused(models, config, features, tmp_path, capsys, command):
     main(["fit", "--config", config, "--trainer.max_steps", "1"])
     wide = models._replace(pipeline=tiny.write_pipeline(tmp_path / "wide", width=24))
