@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import shapes as shapes  # so that --jaxtyping-packages finds it
 from srpo_lightning.cli import main
+from tests import shapes as shapes  # so that --jaxtyping-packages finds it
 from tests import tiny
 
 settings.register_profile("srpo", deadline=None, derandomize=True, max_examples=50)  # torch's first call takes long

@@ -1,26 +1,22 @@
 """Every notebook runs from its first cell to its last, and its pictures show something."""
 
-import shutil
-
 import nbformat
 import pytest
 
-from tests.notebooks import NOTEBOOKS, execute, num_colours, pictures
+from tests.notebooks import NOTEBOOKS, colours, executed, pictures
 
 DRAWS = ("plt.subplots(", "contact_sheet(rows")
-FEW_COLOURS = 50  # axes, letters and the smoothing of their edges, in shades of one colour, need fewer
+FEW_COLOURS = 50  # black letters and axes with smooth edges have fewer
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_cell_that_draws_puts_out_a_picture(notebook, finished_run, tmp_path):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    executed = execute(notebook, tmp_path, {"RUN": str(run), "NUM_STEPS": "2", "NUM_PROMPTS": "2"})
-    cells = [cell for cell in executed.cells if cell.cell_type == "code"]
+def test_every_cell_that_draws_puts_out_a_picture(notebook, finished_run):
+    cells = [cell for cell in executed(notebook, finished_run).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     drawing = [cell for cell in cells if any(call in cell.source for call in DRAWS)]
     assert drawing
     for cell in drawing:
-        assert [num_colours(picture) > FEW_COLOURS for picture in pictures(cell)] == [True], cell.source
+        assert [len(colours(picture)) > FEW_COLOURS for picture in pictures(cell)] == [True], cell.source
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
