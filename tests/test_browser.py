@@ -18,12 +18,7 @@ from tests.notebooks import NOTEBOOKS, colours, executed, pictures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-DASHBOARD = (
-    330,
-    70,
-    1280,
-    900,
-)  # left, top, right and bottom of TensorBoard's page without its header and its settings
+DASHBOARD = (330, 70, 1280, 900)  # the corners of TensorBoard's page without its header and its settings
 FIRST_RUN_COLOUR = (255, 112, 67)  # of TensorBoard's curves
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
