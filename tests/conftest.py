@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from srpo_lightning.cli import main
 from tests import shapes as shapes  # so that --jaxtyping-packages finds it
 from tests import tiny
 
@@ -36,6 +37,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tiny.Models:
 def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A feature cache that tests share."""
     return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="session")
+def finished_run(models: tiny.Models, features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run of four steps. Read-only."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with mock.patch.dict(os.environ), mock.patch("sys.argv", ["srpo_lightning"]):
+        main(["fit", "--config", str(tiny.write_config(models, run, features))])
+    return run
 
 
 @pytest.fixture(autouse=True)
