@@ -64,7 +64,7 @@ def wait_until_read(url: str, server: subprocess.Popen[bytes], patience_s: float
         assert server.poll() is None, "tensorboard has ended"
         try:
             with urllib.request.urlopen(f"{url}/data/plugin/timeseries/tags") as answer:
-                if b"samples/ema" in answer.read():
+                if b"distribution/ema/reward" in answer.read():
                     return
         except urllib.error.URLError:
             pass
@@ -75,9 +75,9 @@ def wait_until_read(url: str, server: subprocess.Popen[bytes], patience_s: float
 def test_tensorboard_lists_what_a_run_logs(tensorboard, tmp_path):
     page, _ = visit(f"{tensorboard}/?darkMode=false#timeseries", tmp_path)
     assert "<title>TensorBoard</title>" in page
-    for group in ("train", "val", "samples"):
+    for group in ("train", "val", "samples", "distribution"):
         assert f">{group}<" in page
-    for tag in ("samples/policy", "samples/ema"):
+    for tag in ("samples/seconds", "val/seconds"):
         assert tag in page
 
 
