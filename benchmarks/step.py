@@ -217,7 +217,11 @@ class Spent(NamedTuple):
 
     @classmethod
     def since(cls, start: "Spent") -> "Spent":
+        """From then to now; since nothing, where the clocks stand."""
         return cls(time.perf_counter() - start.wall, time.process_time() - start.cpu)
+
+
+NOTHING = Spent(0, 0)
 
 
 class TakingTurns(Dataset[Conditions]):
@@ -232,7 +236,7 @@ class TakingTurns(Dataset[Conditions]):
         self.make_bare_step: Callable[[], None] = lambda: None
         self.bare: list[Spent] = []
         self.lightning: list[Spent] = []
-        self._handed_over = Spent(0, 0)
+        self._handed_over = NOTHING
 
     def __len__(self) -> int:
         return self.num_steps + 1
@@ -241,11 +245,11 @@ class TakingTurns(Dataset[Conditions]):
         synchronize(self.conditions.prompt_embeds.device)
         if index:
             self.lightning.append(Spent.since(self._handed_over))
-        start = Spent.since(Spent(0, 0))
+        start = Spent.since(NOTHING)
         self.make_bare_step()
         synchronize(self.conditions.prompt_embeds.device)
         self.bare.append(Spent.since(start))
-        self._handed_over = Spent.since(Spent(0, 0))
+        self._handed_over = Spent.since(NOTHING)
         return fresh(self.conditions, -index)
 
 
