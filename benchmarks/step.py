@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from statistics import median, quantiles
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse import Namespace, auto_cli
@@ -209,6 +209,21 @@ def by_phase(
     return times, rates
 
 
+class Spent(NamedTuple):
+    """Seconds by the clock, and of processors; other programs on the machine change the second less."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def since(cls, start: "Spent") -> "Spent":
+        """From then to now; since nothing, where the clocks stand."""
+        return cls(time.perf_counter() - start.wall, time.process_time() - start.cpu)
+
+
+NOTHING = Spent(0, 0)
+
+
 class TakingTurns(Dataset[Conditions]):
     """Batches for Lightning, a bare step being made before each is handed out; both kinds of step are timed.
 
@@ -219,22 +234,22 @@ class TakingTurns(Dataset[Conditions]):
         self.conditions = conditions
         self.num_steps = num_steps
         self.make_bare_step: Callable[[], None] = lambda: None
-        self.bare: list[float] = []
-        self.lightning: list[float] = []
-        self._handed_over_s = 0.0
+        self.bare: list[Spent] = []
+        self.lightning: list[Spent] = []
+        self._handed_over = NOTHING
 
     def __len__(self) -> int:
         return self.num_steps + 1
 
     def __getitem__(self, index: int) -> Conditions:
         synchronize(self.conditions.prompt_embeds.device)
-        start_s = time.perf_counter()
         if index:
-            self.lightning.append(start_s - self._handed_over_s)
+            self.lightning.append(Spent.since(self._handed_over))
+        start = Spent.since(NOTHING)
         self.make_bare_step()
         synchronize(self.conditions.prompt_embeds.device)
-        self._handed_over_s = time.perf_counter()
-        self.bare.append(self._handed_over_s - start_s)
+        self.bare.append(Spent.since(start))
+        self._handed_over = Spent.since(NOTHING)
         return fresh(self.conditions, -index)
 
 
@@ -243,8 +258,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def lightning_share(module: SRPOModule, config: Namespace, conditions: Conditions, num_steps: int) -> list[float]:
-    """Seconds of a step through Trainer.fit over those of a bare one, pair by pair."""
+def lightning_share(module: SRPOModule, config: Namespace, conditions: Conditions, num_steps: int) -> list[Spent]:
+    """What a step through Trainer.fit takes over what a bare one does, pair by pair."""
     turns = TakingTurns(conditions, num_steps)
     own = [EMA(**vars(c.init_args)) for c in config.trainer.callbacks if is_average(c)]
     for message in QUIET:
@@ -272,7 +287,8 @@ def lightning_share(module: SRPOModule, config: Namespace, conditions: Condition
 
         turns.make_bare_step = first_bare_step
         trainer.fit(module, DataLoader(turns, batch_size=None, shuffle=False))
-    return [ours / bare for ours, bare in zip(turns.lightning[1:], turns.bare[1:], strict=False)]
+    pairs = zip(turns.lightning[1:], turns.bare[1:], strict=False)
+    return [Spent(ours.wall / bare.wall, ours.cpu / bare.cpu) for ours, bare in pairs]
 
 
 @contextmanager
@@ -351,8 +367,9 @@ def main(
         if steps:
             del step
             with as_is():
-                ratios = lightning_share(module, config, conditions, steps)
-            print(f"a step through Lightning over a bare one: {spread(ratios)}")
+                overheads = lightning_share(module, config, conditions, steps)
+            print(f"a step through Lightning over a bare one: {spread([ratio.wall for ratio in overheads])}")
+            print(f"the same in processor time: {spread([ratio.cpu for ratio in overheads])}")
 
 
 def of_phase(seconds: Mapping[str, float], phase: str) -> float:

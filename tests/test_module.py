@@ -1,14 +1,36 @@
+import csv
+import time
+from pathlib import Path
+from unittest import mock
+
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 
+from srpo_lightning import module as own
 from srpo_lightning.callbacks import EMA, RunCheckpoint
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.timing import seconds_between
 from tests import tiny
 from tests.faults import History, NanReward
 
 
 def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Durations(Callback):
+    """How long each micro-batch took."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seconds.append(-time.perf_counter())
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seconds[-1] += time.perf_counter()
 
 
 def test_only_the_transformers_weights_are_in_the_checkpoint_file(models, features, tmp_path):
@@ -101,6 +123,21 @@ def test_skipped_steps_that_are_not_in_a_row_do_not_stop_the_run(models, feature
     trainer = tiny.new_trainer(tmp_path, max_steps=6)
     trainer.fit(module, tiny.new_data(models, features))
     assert trainer.global_step == 6
+
+
+def test_the_times_of_logged_steps_are_logged_and_are_within_the_step(models, features, tmp_path, monkeypatch):
+    """Those of other steps are not asked for: to read them would make the host wait for the device."""
+    history, durations = CSVLogger(tmp_path), Durations()
+    read = mock.Mock(side_effect=seconds_between)
+    monkeypatch.setattr(own, "seconds_between", read)
+    trainer = tiny.new_trainer(tmp_path, [durations], logger=history, log_every_n_steps=2, accumulate_grad_batches=2)
+    trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
+    rows = list(csv.DictReader(Path(history.experiment.metrics_file_path).read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["1", "3"]
+    for row, whole_step in zip(rows, durations.seconds[3::4], strict=True):
+        rollout, update = (float(row[f"train/seconds_{part}"]) for part in ("rollout", "update"))
+        assert 0 < rollout < rollout + update < whole_step
+    assert read.call_count == 4
 
 
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(models):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,7 +32,7 @@ from srpo_lightning.jobs.prediction import (
 )
 from srpo_lightning.jobs.published import PUBLISHED
 from srpo_lightning.memory import MemoryTracker, cuda_operations
-from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies import FluxPolicy, flux
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import tiny
 
@@ -224,6 +225,14 @@ def test_published_architectures_have_the_published_numbers_of_weights(tmp_path)
         small = ClipReward(config.model.reward.init_args.pretrained)
         small.load()
     assert sum(p.numel() for p in small.clip.parameters()) == 427_616_513
+
+
+def test_neither_compiled_blocks_nor_other_attention_kernels_are_predicted_with(small, monkeypatch):
+    """Both take tensors with numbers in them."""
+    monkeypatch.setattr(flux, "compile_blocks", None)
+    monkeypatch.setattr(FluxTransformer2DModel, "set_attention_backend", None)
+    chosen = {f"{POLICY}.compile": True, f"{POLICY}.attention": "_native_math"}
+    assert peak(changed(small, **chosen)) == peak(changed(small))
 
 
 def run(capsys, *arguments):

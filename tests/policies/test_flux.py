@@ -1,6 +1,9 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from srpo_lightning.draws import Draws
+from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.flux import unpack
 from tests import tiny
@@ -67,6 +70,36 @@ def test_quantized_timesteps_are_truncated_and_not_rounded(models, policy):
         exact = policy(x, torch.tensor([0.9127, 0.7509]), conditions, 3.5)
     torch.testing.assert_close(fine, truncated, rtol=0, atol=1e-6)
     assert (fine - exact).abs().max() > 1e-5
+
+
+class Waits(TorchDispatchMode):
+    """Operations that would make the host wait for a device: numbers asked for, and copies that are not queued."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result, kwargs = func(*args, **kwargs or {}), kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].device != result.device:
+            self.found += [] if kwargs.get("non_blocking") else [func]
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type != "cpu":
+            self.found.append(func)
+        return result
+
+
+def test_no_step_of_a_rollout_makes_the_host_wait_for_the_device(models):
+    """The meta device stands for one that computes while the host goes on."""
+    policy = tiny.new_policy(models).to("meta")
+    conditions = tiny.new_conditions(2)
+    there = conditions._replace(
+        prompt_embeds=conditions.prompt_embeds.to("meta"),
+        pooled_prompt_embeds=conditions.pooled_prompt_embeds.to("meta"),
+    )
+    with Waits() as waits:
+        rollout = SRPO(ControlWords(["x"], ["y"]), num_rollout_steps=3).rollout(policy, there, Draws(0))
+    assert rollout.x0.device.type == "meta"
+    assert waits.found == []
 
 
 def test_decoding_has_a_gradient_and_stays_in_range(policy):
