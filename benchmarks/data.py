@@ -134,9 +134,9 @@ def shrink(pretrained: str = "srpo_lightning/assets/emoji-flux") -> None:
 
 
 def resident() -> float:
-    """Megabytes of this process and its workers."""
+    """Megabytes of this process and its workers, without the pages of files that they share."""
     own = psutil.Process()
-    return float(sum(p.memory_info().rss for p in (own, *own.children(recursive=True))) / MEGABYTE)
+    return float(sum(p.memory_full_info().uss for p in (own, *own.children(recursive=True))) / MEGABYTE)
 
 
 def timed(action: Callable[[], object]) -> float:

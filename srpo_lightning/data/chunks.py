@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from srpo_lightning.checkpoints import sync
@@ -216,10 +216,18 @@ def damage(path: Path, chunk: Chunk) -> str | None:
 def writing(folder: Path) -> Iterator[None]:
     """One at a time fills a folder, also where several nodes share it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process that fills {folder}", flush=True)
+        lock.acquire()
+    try:
         for scratch in folder.glob(".writing-*"):  # what a kill has left
             shutil.rmtree(scratch, ignore_errors=True)
         yield
+    finally:
+        lock.release()
 
 
 def sha256(path: Path) -> str:

@@ -42,6 +42,7 @@ class PromptData(LightningDataModule):
         height: of the policy's own size (follows model.policy.init_args.height).
         width: the same.
         cache_dir: where text features and latents are kept between runs; on s3://, gs:// or hf:// they are only read.
+        mirror_dir: where chunks that come from there are kept on this machine, as many as were read.
         max_prompts_to_encode: the most that fit encodes by itself; beyond it says how to run `cache`.
         max_sequence_length: T5 tokens per prompt; None: what the tokenizer states, at most 512.
         text_dtype: what features are computed and kept in.
@@ -69,6 +70,7 @@ class PromptData(LightningDataModule):
         height: PositiveInt = 1024,
         width: PositiveInt = 1024,
         cache_dir: str = ".cache/features",
+        mirror_dir: str = ".cache/mirror",
         max_prompts_to_encode: NonNegativeInt = 2000,
         max_sequence_length: PositiveInt | None = None,
         text_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -94,9 +96,10 @@ class PromptData(LightningDataModule):
         self.selection = self.selection._replace(evaluation=self.selection.evaluation[:num_eval_prompts])
         dtype = getattr(torch, text_dtype)
         encoder = FluxTextEncoder(pretrained, max_sequence_length, dtype, text_device, text_quantize)
-        self.cache = FeatureCache(cache_dir, encoder)
+        self.cache = FeatureCache(cache_dir, encoder, mirror_dir)
         self.image_encoder = FluxImageEncoder(pretrained, device=text_device) if offline_ratio else None
-        self.latents = LatentCache(cache_dir, self.image_encoder.description()) if self.image_encoder else None
+        encoder_of_pictures = self.image_encoder and self.image_encoder.description()
+        self.latents = LatentCache(cache_dir, encoder_of_pictures, mirror_dir) if encoder_of_pictures else None
         self.preparation = Preparation(
             self.selection, self.cache, self.latents, self.image_encoder, text_batch_size, max_prompts_to_encode
         )

@@ -15,10 +15,11 @@ class FeatureCache(ChunkStore):
     Args:
         folder: of the caches of all encoders, here or on s3://, gs:// or hf://.
         encoder: whose features these are; its weights are read only if a prompt is missing.
+        mirror: see `ChunkStore`.
     """
 
-    def __init__(self, folder: str, encoder: FluxTextEncoder) -> None:
-        super().__init__(folder, encoder.description())
+    def __init__(self, folder: str, encoder: FluxTextEncoder, mirror: str = ".cache/mirror") -> None:
+        super().__init__(folder, encoder.description(), mirror)
         self.encoder = encoder
 
     @property

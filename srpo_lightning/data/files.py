@@ -1,7 +1,9 @@
 """The rows of files and folders, whatever their kind: one dictionary each, read one after the other."""
 
 import csv
+import hashlib
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 Row: TypeAlias = dict[str, Any]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+KEPT = Path(".cache/pictures")
 SLICE = "@"  # between an archive's path and where in it a picture lies
 
 
@@ -68,6 +71,17 @@ def read_picture(reference: str) -> bytes:
             return stream.read(int(size) if in_archive else -1)
     except OSError as error:
         raise ValueError(f"picture {reference} cannot be read ({error.strerror}): correct its path") from error
+
+
+def keep_picture(content: bytes) -> str:
+    """Write a picture that came inside a table to a file named by its content; returns the path."""
+    path = (KEPT / hashlib.sha256(content).hexdigest()).resolve()
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        partial.write_bytes(content)
+        partial.replace(path)
+    return str(path)
 
 
 def _decoded(file: Path, prompt: str, image: str) -> Iterator[Found]:

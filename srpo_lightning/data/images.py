@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from srpo_lightning.batch import Size
-from srpo_lightning.data.chunks import Description, Item, key_of
+from srpo_lightning.data.chunks import Item, key_of
 from srpo_lightning.data.files import read_picture
 from srpo_lightning.data.store import ChunkStore, per_chunk
 
@@ -38,10 +38,8 @@ class LatentCache(ChunkStore):
     Args:
         folder: of the caches of all encoders, here or on s3://, gs:// or hf://.
         description: of the encoder, with its `fingerprint`.
+        mirror: see `ChunkStore`.
     """
-
-    def __init__(self, folder: str, description: Description) -> None:
-        super().__init__(folder, description)
 
     def missing(self, pictures: Sequence[Picture]) -> list[Picture]:
         """The pictures whose latents are not there."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import pyarrow as pa
 
 from srpo_lightning.batch import Size
-from srpo_lightning.data.files import Found, rows
+from srpo_lightning.data.files import Found, keep_picture, rows
 
 PX_PER_TOKEN = 16  # FLUX's VAE halves three times, packing once more
 
@@ -44,7 +44,7 @@ class Source:
             captions in .txt files beside them or as `datasets` saves it, or a Hugging Face dataset id.
         weight: its share of the drawn prompts, next to those of other sources.
         prompt: the column of the text.
-        image: of a picture's path, relative to the file.
+        image: of a picture's path, relative to the file, or of the picture itself, which is then kept as a file.
         seed: of the number that the evaluation sample is drawn from.
         negative_prompt: of what to move away from.
         tags: of a list, or a text with commas.
@@ -284,15 +284,15 @@ def _folder_of(path: str) -> Path:
     return (file if file.is_dir() else file.parent).resolve()
 
 
-def _picture(value: Any, folder: Path) -> str | None:
-    if isinstance(value, Mapping) and value.get("bytes") is None:  # as `datasets` has it
-        value = value.get("path")
-    if isinstance(value, str):
-        return str(folder / Path(value).expanduser())
-    raise ValueError(
-        f"holds a picture itself ({type(value).__name__}), expected a path: save pictures as files, or the set as a "
-        "webdataset .tar"
-    )
+def _picture(value: Any, folder: Path) -> str:
+    content = value
+    if isinstance(value, Mapping):  # as `datasets` has it
+        content = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(content, str):
+        return str(folder / Path(content).expanduser())
+    if isinstance(content, bytes):
+        return keep_picture(content)
+    raise ValueError(f"is {type(value).__name__}, expected a path, or the bytes of a picture file")
 
 
 def _integer(value: Any) -> int:

@@ -139,6 +139,18 @@ def test_pictures_are_encoded_beside_their_captions(config, models, tmp_path, ca
     assert "pictures: 3 of 3 are there" in capsys.readouterr().out
 
 
+def test_sources_in_a_configuration_are_paths_or_arguments_or_lists_of_both(config, models, tmp_path):
+    (tmp_path / "p.csv").write_text("caption,w,h\na cat,32,48\n")
+    named = {"path": str(tmp_path / "p.csv"), "prompt": "caption", "width": "w", "height": "h", "weight": 2}
+    for train, expected in ((named, ["a cat"]), ([str(models.evaluation), named], ["c0", "c1", "c2", "a cat"])):
+        change(config, train=train, sizes=[[32, 16]])
+        data = read_data(config)
+        assert data.train_prompts == expected
+        assert data.selection.train[-1].weight == 2
+        assert data.selection.train[-1].prompts[0].size == (48, 32)
+        assert data.sizes == [(16, 32)]
+
+
 def test_a_missing_chunk_is_made_again(config, tmp_path, small_chunks, capsys, caplog):
     main(["cache", "--config", config])
     before = files(tmp_path)

@@ -26,8 +26,8 @@ FLAGS = {
     SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
     "max_skipped_steps optimizer_in_backward clip_norm_per_parameter",
     PromptData: "train pretrained evaluation validation_fraction images offline_ratio batch_size eval_batch_size "
-    "num_eval_prompts eval_samples_per_prompt sizes height width cache_dir max_prompts_to_encode max_sequence_length "
-    "text_dtype text_quantize text_batch_size text_device shuffle_window num_workers seed",
+    "num_eval_prompts eval_samples_per_prompt sizes height width cache_dir mirror_dir max_prompts_to_encode "
+    "max_sequence_length text_dtype text_quantize text_batch_size text_device shuffle_window num_workers seed",
     Source: "path weight prompt image seed negative_prompt tags width height split",
     RunCheckpoint: "every_n_steps keep monitor mode keep_best every_n_minutes",
     SRPO: "control_words word_choice template num_rollout_steps rollout_guidance guidance shift num_schedule_steps "

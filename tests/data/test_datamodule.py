@@ -238,10 +238,11 @@ def test_a_missing_cache_beside_one_of_another_length_names_that(models, tmp_pat
 def test_a_remote_cache_is_read_and_never_written(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     local = prepared(new_data(models, tmp_path / "there", str(models.train)))
-    remote = new_data(models, f"local:{tmp_path / 'there'}", str(models.train))
+    remote = new_data(models, f"local:{tmp_path / 'there'}", str(models.train), mirror_dir=str(tmp_path / "here"))
     for ours, theirs in zip(steps(prepared(remote), 3), steps(local, 3), strict=True):
         assert ours.prompts == theirs.prompts
         assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
+    assert len(list((tmp_path / "here").rglob("*.bin"))) == len(list((tmp_path / "there").rglob("*.bin"))) == 1
     (tmp_path / "more.txt").write_text("new")
     with pytest.raises(ValueError, match=r"1 of 4 prompts are not in local:"):
         new_data(models, f"local:{tmp_path / 'there'}", str(tmp_path / "more.txt")).prepare_data()

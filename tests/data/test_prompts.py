@@ -84,7 +84,7 @@ def test_null_counts_as_empty(tmp_path):
         ("p.jsonl", '{"prompt": "a", "tags": [1]}', r"'tags' is \[1\], expected a list of texts"),
         ("p.jsonl", '{"prompt": "a", "width": 64}', r"width is 64 and height is None, expected both"),
         ("p.jsonl", '{"prompt": "a", "width": 64, "height": 40}', r"16 does not divide 40: make it 32 or 48"),
-        ("p.jsonl", '{"prompt": "a", "image": [1]}', r"'image' holds a picture itself"),
+        ("p.jsonl", '{"prompt": "a", "image": [1]}', r"'image' is list, expected a path, or the bytes"),
         ("p.csv", "caption\na", r"line 2: no column 'prompt'"),
         ("p.csv", "prompt\na, b", r"line 2: more cells than columns; quote cells"),
         ("p.csv", 'prompt\n"a', r"not a table"),
@@ -200,6 +200,18 @@ def picture(colour=(255, 0, 0)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 6), colour).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "inside", [picture(), {"bytes": picture(), "path": None}], ids=["bytes", "as `datasets` has it"]
+)
+def test_pictures_inside_a_table_are_kept_as_files(tmp_path, monkeypatch, inside):
+    monkeypatch.chdir(tmp_path)
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "a", "image": inside}]), tmp_path / "p.parquet")
+    (record,) = read_prompts("p.parquet")
+    assert read_picture(record.image) == picture()
+    assert read_prompts("p.parquet")[0] == record
+    assert len(list((tmp_path / ".cache" / "pictures").iterdir())) == 1
 
 
 def test_a_folder_of_pictures_has_its_captions_beside_them(tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import litdata
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -222,6 +224,17 @@ def test_pruning_removes_chunks_that_nothing_wants(tmp_path):
     assert len(chunks(own)) == 2
     own.open()
     assert (own.find([key for key, _ in WANTED]) >= 0).tolist() == [True] * 6 + [False]
+
+
+def test_a_second_process_waits_for_the_first_to_fill_a_folder(tmp_path, capsys):
+    own = store(tmp_path)
+    own.folder.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(own.folder / ".lock"):
+            second = pool.submit(own.fill, WANTED, encode, 2, 3)
+            assert wait([second], timeout=1.5).not_done == {second}
+        assert second.result(timeout=60) == 7
+    assert f"waiting for another process that fills {own.folder}" in capsys.readouterr().out
 
 
 def test_a_worker_gets_the_store_by_pickling(tmp_path):
