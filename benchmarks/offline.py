@@ -1,0 +1,76 @@
+"""Seconds of training to a given share of the positive style: by rollouts, by real pictures, and half and half.
+
+python -m srpo_lightning.emoji pictures runs/emoji_pictures
+python -m benchmarks.offline [--share 0.5] [--max_steps 60]
+
+Fits the built-in model on the training concepts and evaluates on the others. Each run's seconds are those of its
+training steps, as it logs them; evaluations are left out. The runs take turns in one process, evaluation by evaluation,
+so that a machine whose speed changes changes it for all of them.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from srpo_lightning.callbacks.tracking import read_records
+from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.cli import main as command
+
+CONFIG = "configs/emoji_srpo_offline.yaml"
+RATIOS = {"online": 0.0, "mixed": 0.5, "offline": 1.0}
+
+
+def main(
+    share: float = 0.5, max_steps: int = 60, every: int = 6, folder: str = "runs/offline", label: str = "3d"
+) -> None:
+    for step in range(every, max_steps + 1, every):
+        for name, ratio in RATIOS.items():
+            advance(Path(folder) / name, ratio, step, every)
+    head = f"share of {label} / top5 / judge, by step"
+    print(f"{'':8} {'s/step':>7} {f'steps to {share:.0%}':>14} {'seconds':>8}   {head}")
+    for name in RATIOS:
+        run = Path(folder) / name
+        points = {r["step"]: r for r in read_records(run) if r["weights"] == "policy"}
+        seconds = training_seconds(run)
+        each = sum(seconds.values()) / len(seconds)
+        reached = first_step(points, f"share/{label}", share)
+        found = f"{reached:14.1f} {reached * each:8.1f}" if reached else f"{'never':>14} {'':8}"
+        curve = ", ".join(
+            f"{step}: {r[f'share/{label}']:.2f}/{r['top5']:.2f}/{r['judge']:.2f}" for step, r in sorted(points.items())
+        )
+        print(f"{name:8} {each:7.3f} {found}   {curve}")
+
+
+def advance(run: Path, ratio: float, step: int, every: int) -> None:
+    """Train up to a step, from where the run stands."""
+    if checkpoint_path(run, step).exists():
+        return
+    resume = ["--ckpt_path", "last"] if step > every else []
+    command(
+        ["fit", "--config", CONFIG, "--trainer.default_root_dir", str(run), "--data.offline_ratio", str(ratio),
+         "--model.objective.num_rollout_steps", "12", "--trainer.max_steps", str(step),
+         "--trainer.val_check_interval", str(every), "--checkpoint.every_n_steps", str(every),
+         "--checkpoint.keep", "1000", "--trainer.enable_model_summary", "false", *resume]
+    )  # fmt: skip
+
+
+def training_seconds(run: Path) -> dict[int, float]:
+    """Of each step, without evaluations."""
+    events = EventAccumulator(str(run / "logs"), size_guidance={"scalars": 0})
+    events.Reload()
+    parts = [{e.step: e.value for e in events.Scalars(f"train/seconds_{what}")} for what in ("rollout", "update")]
+    return {step: parts[0][step] + parts[1][step] for step in parts[0].keys() & parts[1].keys()}
+
+
+def first_step(points: dict[int, dict[str, float]], name: str, share: float) -> float | None:
+    """Where a curve first reaches `share`, on the straight line between two evaluations."""
+    for (a, before), (b, after) in pairwise(sorted(points.items())):
+        if before[name] < share <= after[name]:
+            return a + (b - a) * (share - before[name]) / (after[name] - before[name])
+    return None
+
+
+if __name__ == "__main__":
+    auto_cli(main)
