@@ -166,7 +166,7 @@ def model_flops(config: Namespace) -> Mapping[str, float]:
         module.configure_model()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker("", {}):
         make_fake(module)
-        conditions = fake_conditions(config)
+        conditions = fake_conditions(config, config.data.batch_size)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
             meter = Meter(counter.get_total_flops, lambda start, end: end - start)
             with phases(module, meter):
@@ -345,7 +345,7 @@ def main(
         dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
         flops = model_flops(config)
         module = load(config, device, geometry)
-        conditions = on_device(fake_conditions(config), device)
+        conditions = on_device(fake_conditions(config, config.data.batch_size), device)
         as_is = partial(torch.compiler.set_stance, "force_eager")
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {"eager": as_is}
         if compile:

@@ -4,9 +4,23 @@ from tests import tiny
 
 
 def test_repeating_puts_one_whole_copy_after_the_other_in_every_field():
-    batch = tiny.new_conditions(3)
+    batch = tiny.new_conditions(3)._replace(
+        size=(32, 16),
+        x0=torch.randn(3, 2, 4),
+        seeds=[1, None, 3],
+        negative_prompts=[None, "b", None],
+        tags=[["x"], [], ["y", "z"]],
+    )
     twice = batch.repeat(2)
     assert twice.batch_size == 6
-    assert twice.prompts == batch.prompts + batch.prompts
-    for repeated, original in zip(twice[1:], batch[1:], strict=True):
-        assert torch.equal(repeated, torch.cat([original, original]))
+    assert twice.size == batch.size
+    for name in (name for name in batch._fields if name != "size"):
+        repeated, original = getattr(twice, name), getattr(batch, name)
+        if isinstance(original, torch.Tensor):
+            assert torch.equal(repeated, torch.cat([original, original])), name
+        else:
+            assert repeated == original + original, name
+
+
+def test_what_a_batch_does_not_have_is_not_repeated():
+    assert tiny.new_conditions(3).repeat(2)[4:] == (None,) * 5

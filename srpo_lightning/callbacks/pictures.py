@@ -1,6 +1,7 @@
 """Pictures as files that say what they are of, and as labelled sheets."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def write_picture(path: Path, picture: Image.Image, record: Mapping[str, Any]) -
     info.add_itxt("prompt", str(record["prompt"]))
     info.add_itxt("srpo", json.dumps({**record, "software": software()}, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")  # two ranks may have drawn the same one
     picture.save(partial, format="PNG", pnginfo=info)
     partial.replace(path)
 

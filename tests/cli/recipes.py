@@ -1,17 +1,14 @@
 """Runs a recipe of configs/ as a user would, with tiny models in the place of the large ones."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from srpo_lightning.callbacks.tracking import read_records
-from tests import tiny
+from tests import processes, tiny
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run_recipe(name: str, models: tiny.Models, folder: Path, changes: dict[str, str]) -> Path:
+def run_recipe(name: str, models: tiny.Models, folder: Path, changes: dict[str, str], num_ranks: int = 1) -> Path:
     """`fit` for two steps, with paths, sizes and lengths changed and no other line; returns the run folder.
 
     Args:
@@ -35,9 +32,8 @@ def run_recipe(name: str, models: tiny.Models, folder: Path, changes: dict[str, 
         text = text.replace(old, new)
     config = folder / "flux.yaml"
     config.write_text(text + "\n")
-    command = [sys.executable, "-m", "srpo_lightning", "fit", "--config", str(config)]
-    command += ["--data.cache_dir", str(folder / "features"), "--trainer.accelerator", "cpu"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=dict(os.environ))
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["fit", "--config", str(config), "--data.cache_dir", str(folder / "features")]
+    done = processes.start([*arguments, "--trainer.accelerator", "cpu"], num_ranks)
+    assert done.returncode == 0, done.output
     assert [(r["step"], r["weights"]) for r in read_records(run)] == [(0, "policy"), (2, "policy"), (2, "ema")]
     return run

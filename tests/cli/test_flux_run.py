@@ -13,5 +13,5 @@ def test_the_flux_configuration_trains_to_its_report_on_models_in_the_same_layou
         "devices: 8": "devices: 2",
         "shard_size: 8": "shard_size: 2",
     }
-    run = run_recipe("flux_srpo", models, tmp_path, changes)
+    run = run_recipe("flux_srpo", models, tmp_path, changes, num_ranks=2)
     assert [path.name for path in checkpoints(run)] == ["step-00000002.ckpt"]

@@ -2,9 +2,6 @@
 
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,9 +9,8 @@ import torch
 
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 from srpo_lightning.cli import main
-from tests import tiny
+from tests import processes, tiny
 
-REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS = 40
 NUM_KILLS = 2
 
@@ -33,20 +29,18 @@ def write_config(models, run: Path, features: Path) -> Path:
 def kill_after_a_checkpoint(config: Path, run: Path, delay_s: float, *flags: str) -> None:
     """Start the run in a process of its own and SIGKILL it `delay_s` after its next checkpoint."""
     before = set(checkpoints(run))
-    command = [sys.executable, "-m", "srpo_lightning", "fit", "--config", str(config), *flags]
-    with (run.with_suffix(".log")).open("a") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+    process = processes.launch(["fit", "--config", str(config), *flags], run.with_suffix(".log"))
     try:
         deadline = time.monotonic() + 120
         while not set(checkpoints(run)) - before:
-            assert process.poll() is None, run.with_suffix(".log").read_text()
+            assert process.is_alive(), run.with_suffix(".log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.005)
         time.sleep(delay_s)
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), "the run ended before it could be killed"
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
 
 
 def assert_equal(a: object, b: object, where: str = "") -> None:

@@ -7,19 +7,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from srpo_lightning import strategies
 from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints
-from tests import tiny
+from tests import processes, tiny
+from tests.processes import Done
 
-REPOSITORY = Path(__file__).parents[2]
 SAMPLES = 4
 
 
@@ -43,15 +43,14 @@ def sharded(shard_size: int, **settings) -> dict:
     }
 
 
-def start(config: Path, *arguments: str, command: str = "fit") -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "srpo_lightning", command, "--config", str(config), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+def start(config: Path, *arguments: str, command: str = "fit", before: Callable[[], None] | None = None) -> Done:
+    num_ranks = json.loads(config.read_text())["trainer"]["devices"]
+    return processes.start([command, "--config", str(config), *arguments], num_ranks, before)
 
 
 def fit(config: Path, *arguments: str) -> None:
     done = start(config, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.output
 
 
 def whole(run: Path, step: int) -> dict:
@@ -70,22 +69,17 @@ def assert_close(ours: dict, theirs: dict) -> None:
             torch.testing.assert_close(ours[kind][name], tensor, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-DYING = """
-import os, signal, sys
-from srpo_lightning import strategies
+def die_while_saving() -> None:
+    """Let the second checkpoint kill each rank after its part of it."""
+    save, calls = strategies.save, []
 
-save, calls = strategies.save, []
+    def dying(state, checkpoint_id):
+        save(state, checkpoint_id=checkpoint_id)
+        calls.append(checkpoint_id)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def dying(state, checkpoint_id):
-    save(state, checkpoint_id=checkpoint_id)
-    calls.append(checkpoint_id)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-strategies.save = dying
-from srpo_lightning.cli import main
-main(sys.argv[1:])
-"""
+    strategies.save = dying
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +134,7 @@ def test_sigterm_on_one_rank_lets_all_finish_the_step_save_and_leave(models, fea
     stopping["trainer"]["callbacks"].append(terminate)
     path.write_text(json.dumps(stopping))
     done = start(path)
-    assert done.returncode == 143, done.stdout + done.stderr
+    assert done.returncode == 143, done.output
     assert [p.name for p in checkpoints(run)] == ["step-00000002.ckpt"]
     path.write_text(json.dumps(settings))
     fit(path, "--ckpt_path", "last")
@@ -148,12 +142,9 @@ def test_sigterm_on_one_rank_lets_all_finish_the_step_save_and_leave(models, fea
 
 
 def test_ranks_killed_while_they_save_leave_the_checkpoint_before(models, features, folder, single):
-    run, program = folder / "killed", folder / "dying.py"
+    run = folder / "killed"
     path = config(models, features, run, 2)
-    program.write_text(DYING)
-    command = [sys.executable, str(program), "fit", "--config", str(path)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    died = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+    died = start(path, before=die_while_saving)
     assert died.returncode == -signal.SIGKILL
     assert [p.name for p in checkpoints(run)] == ["step-00000002.ckpt"]
     assert (run / "checkpoints" / "step-00000004.ckpt.partial").is_dir()
@@ -184,7 +175,7 @@ def test_evaluation_on_two_ranks_reads_weights_and_average(models, features, two
     evaluated["trainer"]["callbacks"] = settings[:3]
     path.write_text(json.dumps(evaluated))
     done = start(path, "--ckpt_path", str(checkpoint_path(two, 2)), command="validate")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.output
     records = read_records(two)
     assert [(r["step"], r["weights"]) for r in records[-2:]] == [(2, "policy"), (2, "ema")]
     assert records[-1]["reward"] != records[-2]["reward"]
@@ -193,7 +184,7 @@ def test_evaluation_on_two_ranks_reads_weights_and_average(models, features, two
 def test_sizes_that_do_not_make_the_number_of_ranks_are_refused(models, features, folder):
     done = start(config(models, features, folder / "refused", 2, strategy=sharded(4)))
     assert done.returncode != 0
-    assert "shard_size 4 x replicate_size 1 is not the number of ranks, 2: set their product to it" in done.stderr
+    assert "shard_size 4 x replicate_size 1 is not the number of ranks, 2: set their product to it" in done.output
 
 
 def test_a_checkpoint_of_another_policy_is_refused_before_its_tensors_are_read(models, features, two, tmp_path):
@@ -202,4 +193,4 @@ def test_a_checkpoint_of_another_policy_is_refused_before_its_tensors_are_read(m
         config(models, features, two, 2), "--ckpt_path", "last", "--model.policy.init_args.pretrained", str(wider)
     )
     assert done.returncode != 0
-    assert "this checkpoint is of another policy" in done.stderr
+    assert "this checkpoint is of another policy" in done.output

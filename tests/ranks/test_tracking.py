@@ -1,18 +1,13 @@
 """What is measured by two gloo processes against one, with a last batch that is not whole."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from srpo_lightning.callbacks.tracking import read_table, table_path
-from tests import tiny
-
-REPOSITORY = Path(__file__).parents[2]
+from tests import processes, tiny
 
 
 def validate(models, features, folder: Path, devices: int) -> Path:
@@ -24,10 +19,8 @@ def validate(models, features, folder: Path, devices: int) -> Path:
     settings["trainer"] |= {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
     config = folder / f"config{devices}.json"
     config.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "srpo_lightning", "validate", "--config", str(config)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = processes.start(["validate", "--config", str(config)], devices)
+    assert done.returncode == 0, done.output
     return run
 
 
