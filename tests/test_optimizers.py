@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -20,19 +18,8 @@ from srpo_lightning.cli import main
 from srpo_lightning.low_bit import AdamW8bit
 from srpo_lightning.optimizers import InBackward
 from srpo_lightning.policies import FluxPolicy
-from tests import tiny
+from tests import processes, tiny
 from tests.faults import History, NanReward
-
-REPOSITORY = Path(__file__).parents[1]
-
-PROGRAM = """
-import sys
-import torch
-from srpo_lightning.cli import main
-torch.compiler.set_stance("force_eager")
-for config in sys.argv[1:]:
-    main(["fit", "--config", config])
-"""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU"),
@@ -314,6 +301,11 @@ def test_a_second_fit_steps_once(models, features, tmp_path):
     assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {2}
 
 
+def uncompiled() -> None:
+    """torchao compiles its steps; here that would take longer than all else."""
+    torch.compiler.set_stance("force_eager")
+
+
 class NanOnOneRank(NanReward):
     """Not a number on rank 1 in the second step."""
 
@@ -323,8 +315,6 @@ class NanOnOneRank(NanReward):
 
 def test_two_ranks_step_their_shards_in_the_backward_pass_and_skip_what_is_not_finite_on_one(wide, features, tmp_path):
     """The same weights, in bfloat16 with eight-bit states, as those of a step after the backward pass."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
     strategy = {"class_path": "srpo_lightning.strategies.ShardedStrategy", "init_args": {"shard_size": 2}}
     model = {
         "reward": {"class_path": "tests.test_optimizers.NanOnOneRank", "init_args": {"pretrained": str(wide.clip)}},
@@ -335,10 +325,9 @@ def test_two_ranks_step_their_shards_in_the_backward_pass_and_skip_what_is_not_f
         write(wide, features, tmp_path / name, model | choice, "bfloat16", **trainer)
         for name, choice in (("after", {}), ("during", IN_BACKWARD))
     ]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(program), *configs]
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for config in configs:
+        done = processes.start(["fit", "--config", config], num_ranks=2, before=uncompiled)
+        assert done.returncode == 0, done.output
     after, during = (gathered(checkpoint_path(tmp_path / name, 3)) for name in ("after", "during"))
     assert_same(after, during)
     assert {float(state["step"]) for state in during["optimizer_states"][0]["state"].values()} == {2.0}
