@@ -193,4 +193,4 @@ def test_a_checkpoint_of_another_policy_is_refused_before_its_tensors_are_read(m
         config(models, features, two, 2), "--ckpt_path", "last", "--model.policy.init_args.pretrained", str(wider)
     )
     assert done.returncode != 0
-    assert "this checkpoint is of another policy" in done.output
+    assert "this checkpoint is of another policy" in done.output, done.output
