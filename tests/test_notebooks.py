@@ -1,8 +1,10 @@
-"""Every notebook runs from its first cell to its last, and its pictures show something."""
+"""Every notebook runs from its first cell to its last, and its pictures show something, in a browser too."""
 
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 
+from tests.browser import needs_browser, visit
 from tests.notebooks import NOTEBOOKS, colours, executed, pictures
 
 DRAWS = ("plt.subplots(", "contact_sheet(rows")
@@ -23,3 +25,20 @@ def test_every_cell_that_draws_puts_out_a_picture(notebook, finished_run):
 def test_notebooks_are_kept_without_outputs(notebook):
     cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells), "clear all outputs, then save"
+
+
+@needs_browser
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_shows_its_headings_and_pictures(notebook, finished_run, tmp_path):
+    """At a width at which no picture is scaled, every colour of every picture is on the page."""
+    node = executed(notebook, finished_run)
+    html, _ = HTMLExporter(mathjax_url="", require_js_url="", mermaid_js_url="").from_notebook_node(node)
+    (tmp_path / "notebook.html").write_text(html, encoding="utf-8")
+    page, screenshot = visit(f"file://{tmp_path}/notebook.html", tmp_path, width=1600, height=9000)
+    shown = colours(screenshot)
+    for cell in node.cells:
+        if cell.cell_type == "code":
+            assert all(colours(picture) <= shown for picture in pictures(cell))
+        elif cell.source.startswith("#"):
+            heading = cell.source.splitlines()[0].lstrip("# ")
+            assert f">{heading}<" in page
