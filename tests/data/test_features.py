@@ -62,3 +62,9 @@ def test_other_weights_at_the_same_path_get_another_folder(models, tmp_path):
     assert after.folder != before.folder
     assert after.add(["a"], 1) == 1
     assert not torch.equal(after["a"].pooled_prompt_embeds, before["a"].pooled_prompt_embeds)
+
+
+def test_a_copied_model_folder_with_another_name_finds_the_same_features(models, tmp_path):
+    FeatureCache(str(tmp_path / "cache"), encoder(models.pipeline)).add(PROMPTS, 4)
+    copied = encoder(shutil.copytree(models.pipeline, tmp_path / "another"))
+    assert FeatureCache(str(tmp_path / "cache"), copied).missing(PROMPTS) == []
