@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import yaml
 from jsonargparse import auto_cli
 
 from srpo_lightning.callbacks import OverOptimizationGuard
@@ -26,6 +27,7 @@ def main(
     lr: float = 1e-4,
     max_steps: int = 60,
     every: int = 5,
+    samples: int = 2,
     seeds: tuple[int, ...] = (0,),
     patience: tuple[int, ...] = (1, 2),
     folder: str = "runs/guard",
@@ -35,9 +37,10 @@ def main(
         run = Path(folder) / f"lr-{lr:g}-seed-{seed}"
         if not table_path(run, max_steps, "policy").is_file():
             train(
-                ["fit", "--config", config, "--trainer.default_root_dir", str(run), "--seed_everything", str(seed),
+                ["fit", "--config", unguarded(config, run), "--trainer.default_root_dir", str(run), "--seed_everything", str(seed),
                  "--model.optimizer.lr", str(lr), "--trainer.max_steps", str(max_steps),
-                 "--trainer.val_check_interval", str(every), "--checkpoint.every_n_steps", str(every)]
+                 "--trainer.val_check_interval", str(every), "--checkpoint.every_n_steps", str(every),
+                 "--data.eval_samples_per_prompt", str(samples)]
             )  # fmt: skip
         evaluations = read_evaluations(run, range(0, max_steps + 1, every))
         print(f"\nseed {seed}, learning rate {lr:g}")
@@ -49,6 +52,17 @@ def main(
         print(f"best held-out score: {evaluations[best].numbers[HELD_OUT]:.3f} at step {best}")
         for number in patience:
             print(verdict(evaluations, number, best))
+
+
+def unguarded(config: str, run: Path) -> str:
+    """The same configuration without the guard, in a file beside the run."""
+    settings = yaml.safe_load(Path(config).read_text())
+    callbacks = settings["trainer"]["callbacks"]
+    settings["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("OverOptimizationGuard")]
+    path = run.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
 
 
 def read_evaluations(run: Path, steps: range) -> dict[int, Evaluation]:

@@ -1,7 +1,7 @@
 """Seconds of training to a given share of the positive style: by rollouts, by real pictures, and half and half.
 
 python -m srpo_lightning.emoji pictures runs/emoji_pictures
-python -m benchmarks.offline [--share 0.5] [--max_steps 60]
+python -m benchmarks.offline [--share 0.5] [--max_steps 48]
 
 Fits the built-in model on the training concepts and evaluates on the others. Each run's seconds are those of its
 training steps, as it logs them; evaluations are left out. The runs take turns in one process, evaluation by evaluation,
@@ -23,11 +23,16 @@ RATIOS = {"online": 0.0, "mixed": 0.5, "offline": 1.0}
 
 
 def main(
-    share: float = 0.5, max_steps: int = 60, every: int = 6, folder: str = "runs/offline", label: str = "3d"
+    share: float = 0.5,
+    max_steps: int = 48,
+    every: int = 12,
+    samples: int = 2,
+    folder: str = "runs/offline",
+    label: str = "3d",
 ) -> None:
     for step in range(every, max_steps + 1, every):
         for name, ratio in RATIOS.items():
-            advance(Path(folder) / name, ratio, step, every)
+            advance(Path(folder) / name, ratio, step, every, samples)
     head = f"share of {label} / top5 / judge, by step"
     print(f"{'':8} {'s/step':>7} {f'steps to {share:.0%}':>14} {'seconds':>8}   {head}")
     for name in RATIOS:
@@ -43,7 +48,7 @@ def main(
         print(f"{name:8} {each:7.3f} {found}   {curve}")
 
 
-def advance(run: Path, ratio: float, step: int, every: int) -> None:
+def advance(run: Path, ratio: float, step: int, every: int, samples: int) -> None:
     """Train up to a step, from where the run stands."""
     if checkpoint_path(run, step).exists():
         return
@@ -52,7 +57,8 @@ def advance(run: Path, ratio: float, step: int, every: int) -> None:
         ["fit", "--config", CONFIG, "--trainer.default_root_dir", str(run), "--data.offline_ratio", str(ratio),
          "--model.objective.num_rollout_steps", "12", "--trainer.max_steps", str(step),
          "--trainer.val_check_interval", str(every), "--checkpoint.every_n_steps", str(every),
-         "--checkpoint.keep", "1000", "--trainer.enable_model_summary", "false", *resume]
+         "--checkpoint.keep", "1000", "--trainer.enable_model_summary", "false",
+         "--data.eval_samples_per_prompt", str(samples), *resume]
     )  # fmt: skip
 
 

@@ -67,4 +67,6 @@ def test_other_weights_at_the_same_path_get_another_folder(models, tmp_path):
 def test_a_copied_model_folder_with_another_name_finds_the_same_features(models, tmp_path):
     FeatureCache(str(tmp_path / "cache"), encoder(models.pipeline)).add(PROMPTS, 4)
     copied = encoder(shutil.copytree(models.pipeline, tmp_path / "another"))
-    assert FeatureCache(str(tmp_path / "cache"), copied).missing(PROMPTS) == []
+    cache = FeatureCache(str(tmp_path / "cache"), copied)
+    cache.open()
+    assert cache.missing(PROMPTS) == []
