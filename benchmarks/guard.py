@@ -37,7 +37,8 @@ def main(
         run = Path(folder) / f"lr-{lr:g}-seed-{seed}"
         if not table_path(run, max_steps, "policy").is_file():
             train(
-                ["fit", "--config", unguarded(config, run), "--trainer.default_root_dir", str(run), "--seed_everything", str(seed),
+                ["fit", "--config", unguarded(config, run), "--trainer.default_root_dir", str(run),
+                 "--seed_everything", str(seed),
                  "--model.optimizer.lr", str(lr), "--trainer.max_steps", str(max_steps),
                  "--trainer.val_check_interval", str(every), "--checkpoint.every_n_steps", str(every),
                  "--data.eval_samples_per_prompt", str(samples)]

@@ -37,7 +37,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from srpo_lightning.batch import Conditions
+from srpo_lightning.batch import Conditions, Size
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.draws import Draws
 from srpo_lightning.jobs.stand_ins import EightBitStates, keep_in_4_bits
@@ -382,6 +382,12 @@ def make_fake(module: torch.nn.Module) -> None:
             setattr(owner, name, torch.empty_like(buffer, device="cpu"))
 
 
+def largest_size(config: Namespace) -> Size | None:
+    """Of the sizes that a step may have, that with the most pixels; None where there is only the policy's own."""
+    sizes = [(height, width) for width, height in config.data.get("sizes") or []]
+    return max(sizes, key=lambda size: size[0] * size[1], default=None)
+
+
 def fake_conditions(config: Namespace, size: int) -> Conditions:
     """A batch of the shapes that the data module would hand out."""
     pretrained = config.model.policy.init_args.pretrained
@@ -395,4 +401,5 @@ def fake_conditions(config: Namespace, size: int) -> Conditions:
         torch.zeros(size, length, transformer["joint_attention_dim"], dtype=dtype),
         torch.zeros(size, transformer["pooled_projection_dim"], dtype=dtype),
         torch.zeros(size, dtype=torch.int64),
+        largest_size(config),
     )

@@ -1,9 +1,10 @@
 import json
 
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from srpo_lightning.callbacks import RewardTracking, SampleLogger
-from srpo_lightning.callbacks.pictures import as_picture, read_record
+from srpo_lightning.callbacks import EMA, RewardTracking, SampleLogger
+from srpo_lightning.callbacks.pictures import LABEL_PX, as_picture, read_record
 from srpo_lightning.callbacks.tracking import read_table, table_path
 from srpo_lightning.rewards import ClipReward
 from tests import tiny
@@ -49,3 +50,57 @@ def test_writing_passes_over_validations_when_it_takes_too_long_but_not_the_firs
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
     steps = sorted(path.name for path in (tmp_path / "samples").iterdir() if path.is_dir())
     assert steps == ["step-00000000", "step-00000003"]
+
+
+def predict(models, features, run) -> list[int]:
+    """The samples that were drawn for it."""
+    drawn, module = [], tiny.new_module(models)
+    sample = module.sample
+
+    def record(batch):
+        drawn.extend(batch.indices.tolist())
+        return sample(batch)
+
+    module.sample = record
+    trainer = tiny.new_trainer(run, [SampleLogger()])
+    trainer.predict(module, tiny.new_data(models, features, eval_batch_size=1), return_predictions=False)
+    return drawn
+
+
+def test_predictions_that_are_there_are_not_drawn_again(models, features, tmp_path):
+    assert predict(models, features, tmp_path) == [0, 1, 2]
+    folder = tmp_path / "predictions"
+    pictures = sorted(folder.rglob("*.png"))
+    assert [path.name for path in pictures] == ["00000.png", "00001.png", "00002.png"]
+    before = pictures[1].read_bytes()
+    pictures[1].unlink()
+    assert predict(models, features, tmp_path) == [1]
+    assert pictures[1].read_bytes() == before
+    assert predict(models, features, tmp_path) == []
+    records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert sorted(record["index"] for record in records) == [0, 1, 1, 2]
+    assert all(read_record(folder / record["file"])["prompt"] == record["prompt"] for record in records)
+
+
+def test_the_sheet_shows_base_policy_and_average_under_each_other(models, features, tmp_path):
+    shown = []
+
+    class Listener(TensorBoardLogger):
+        @property
+        def experiment(self):
+            writer = super().experiment
+            writer.add_image = lambda tag, picture, step, **_: shown.append((tag, step, picture.shape))
+            return writer
+
+    trainer = tiny.new_trainer(
+        tmp_path,
+        [EMA(decay=0.5), SampleLogger(columns=2, max_share=1.0)],
+        limit_val_batches=9,
+        val_check_interval=2,
+        num_sanity_val_steps=-1,
+        max_steps=2,
+        logger=Listener(tmp_path),
+    )
+    trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
+    width, row, head = 2 * 32, 32 + LABEL_PX, LABEL_PX
+    assert shown == [("samples", 0, (head + row, width, 3)), ("samples", 2, (head + 3 * row, width, 3))]

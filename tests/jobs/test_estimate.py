@@ -25,6 +25,7 @@ from srpo_lightning.jobs.prediction import (
     STATES,
     STEP,
     TRAINED,
+    fake_conditions,
     num_devices,
     predict,
     quiet,
@@ -283,3 +284,9 @@ def test_sizes_of_memory_have_units(text, size):
 def test_a_size_without_a_unit_is_refused():
     with pytest.raises(ValueError, match="'80' is no size of memory: write it as 80GiB"):
         parse_bytes("80")
+
+
+def test_of_several_sizes_of_pictures_the_one_with_the_most_pixels_is_estimated(small):
+    config = changed(small, data__sizes=[(64, 16), (16, 96), (32, 32)])
+    assert fake_conditions(config, 2).size == (96, 16)
+    assert fake_conditions(changed(small), 2).size is None
