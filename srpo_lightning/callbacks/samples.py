@@ -30,6 +30,7 @@ from srpo_lightning.module import SRPOModule
 
 METADATA = "metadata.jsonl"
 THUMBNAIL_PX = 256
+LEGIBLE_PX = 128  # a picture's width in a sheet at least, so that there is room for words
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -171,7 +172,8 @@ class SampleLogger(Recorder):
                 rows[weights] = [own.get(index) for index in shown]
         prompts = {index: str(sample.record["prompt"]) for (_, index), sample in samples.items()}
         if rows:
-            sheet = contact_sheet(rows, columns=[prompts.get(index, "") for index in shown])
+            scale = max(1, LEGIBLE_PX // max(sample.picture.width for sample in samples.values()))
+            sheet = contact_sheet(rows, scale, [prompts.get(index, "") for index in shown])
             for logger in trainer.loggers:
                 show(logger, sheet, module.trained_steps)
 

@@ -102,5 +102,5 @@ def test_the_sheet_shows_base_policy_and_average_under_each_other(models, featur
         logger=Listener(tmp_path),
     )
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
-    width, row, head = 2 * 32, 32 + LABEL_PX, LABEL_PX
+    width, row, head = 2 * 128, 128 + LABEL_PX, LABEL_PX  # four times as large, for the words
     assert shown == [("samples", 0, (head + row, width, 3)), ("samples", 2, (head + 3 * row, width, 3))]
