@@ -88,7 +88,7 @@ class Meter:
     @property
     def phase(self) -> str:
         """The running one."""
-        return self._readings[-1][0]
+        return self._readings[-1][0] if self._readings else ""
 
     @phase.setter
     def phase(self, name: str) -> None:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 from unittest.mock import patch
 
 import torch
@@ -57,6 +57,7 @@ DECODE, REWARD, STEP, AVERAGING = "VAE decode", "reward", "optimizer step", "EMA
 LASTING = (TRAINED, FROZEN, GRADIENTS, STATES, AVERAGE, BATCH, BUCKETS, JUDGES)
 
 
+@runtime_checkable  # beartype asks, where shapes are checked
 class Phased(Protocol):
     """What wants to know which phase of a step it is."""
 
