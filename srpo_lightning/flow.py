@@ -95,7 +95,7 @@ def score(x: Latents, velocity: Latents, sigma: Sigma) -> Latents:
 
 def random_step(
     x: Latents, velocity: Latents, sigma: Sigma, sigma_next: Sigma, diffusion: Sigma
-) -> tuple[Latents, Latents]:
+) -> tuple[Latents, Tensor]:
     """One Euler-Maruyama step down of the SDE that has the same marginals as the flow.
 
     Args:
@@ -113,7 +113,7 @@ def random_step(
     return step(x, drift, sigma, sigma_next), std
 
 
-def log_prob(x: Latents, mean: Latents, std: Latents) -> Float[Tensor, " B"]:
+def log_prob(x: Latents, mean: Latents, std: Tensor) -> Float[Tensor, " B"]:
     """The logarithm of the normal density of each sample, averaged over its elements, in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, mean, std = x.to(dtype), mean.to(dtype), std.to(dtype)

@@ -20,11 +20,12 @@ def sampled(objective, conditions=None):
 def test_the_sde_has_the_marginals_of_the_flow(diffusion):
     """x0 ~ N(m, s^2): x_sigma ~ N((1 - sigma) m, (1 - sigma)^2 s^2 + sigma^2), by the flow and by the SDE."""
     m, s, num_steps, count = 1.5, 0.4, 300, 40_000
-    sigmas = flow.schedule(num_steps, 1.0).unsqueeze(1)
+    sigmas = flow.schedule(num_steps, 1.0).unsqueeze(1).expand(-1, count)
     draw = torch.Generator().manual_seed(0)
     random = ode = torch.randn(count, 1, generator=draw, dtype=torch.float64)
 
     def velocity(x, sigma):
+        sigma = sigma.unsqueeze(1)
         variance = (1 - sigma) ** 2 * s**2 + sigma**2
         return -m + (sigma - (1 - sigma) * s**2) / variance * (x - (1 - sigma) * m)
 
@@ -34,7 +35,7 @@ def test_the_sde_has_the_marginals_of_the_flow(diffusion):
         random = mean + std * torch.randn(count, 1, generator=draw, dtype=torch.float64)
         ode = flow.step(ode, velocity(ode, sigmas[i]), sigmas[i], sigmas[i + 1])
         if i + 1 in (150, 240, num_steps - 1):
-            sigma = float(sigmas[i + 1])
+            sigma = float(sigmas[i + 1, 0])
             expected = ((1 - sigma) ** 2 * s**2 + sigma**2) ** 0.5
             for x in (random, ode):
                 assert float(x.mean()) == pytest.approx((1 - sigma) * m, abs=0.015)
