@@ -51,3 +51,17 @@ class Conditions(NamedTuple):
             self.negative_prompts and self.negative_prompts * times,
             self.tags and self.tags * times,
         )
+
+    def take(self, rows: slice) -> "Conditions":
+        """Some prompts of the batch."""
+        return Conditions(
+            self.prompts[rows],
+            self.prompt_embeds[rows],
+            self.pooled_prompt_embeds[rows],
+            self.indices[rows],
+            self.size,
+            None if self.x0 is None else self.x0[rows],
+            self.seeds and self.seeds[rows],
+            self.negative_prompts and self.negative_prompts[rows],
+            self.tags and self.tags[rows],
+        )

@@ -32,13 +32,19 @@ class Draws(NamedTuple):
     step: int = 0
     rank: int = 0
 
-    def noise(self, shape: Sequence[int], *, shared: bool) -> Tensor:
+    def noise(self, shape: Sequence[int], *, shared: bool, purpose: str = "noise") -> Tensor:
         """Standard normal noise, float32 [B, ...] on the CPU; `shared` gives every sample the same."""
-        return self._each(shape[0], "noise", shared, lambda generator: _normal(shape[1:], generator))
+        return self._each(shape[0], purpose, shared, lambda generator: _normal(shape[1:], generator))
 
     def integers(self, purpose: str, low: int, high: int, count: int, *, shared: bool) -> Tensor:
         """An integer for each of B = `count` samples, uniform on low..high, both ends included; int64 [B]."""
         return self._each(count, purpose, shared, lambda g: torch.randint(low, high + 1, (), generator=g))
+
+    def subset(self, purpose: str, weights: Sequence[float], count: int) -> list[int]:
+        """`count` different places among `weights`, drawn in proportion to them, in order; the same on every rank."""
+        generator = keyed_generator(self.seed, self.step, "all", purpose)
+        drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, generator=generator)
+        return sorted(drawn.tolist())
 
     def _each(self, count: int, purpose: str, shared: bool, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         own = range(self.rank * count, (self.rank + 1) * count)

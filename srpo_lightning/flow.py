@@ -11,6 +11,7 @@ after the first.
 Shapes: B samples, `*rest` the axes of one sample, N noise levels.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TypeAlias
@@ -81,6 +82,43 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Latents, sigmas: 
     for sigma, sigma_next in pairwise(levels):
         x = step(x, velocity(x, sigma), sigma, sigma_next)
     return x
+
+
+def score(x: Latents, velocity: Latents, sigma: Sigma) -> Latents:
+    """The gradient of the log-density that a velocity implies, `-(x + (1 - sigma) v) / sigma`, at `sigma` above 0.
+
+    It is `-(x - (1 - sigma) x0_hat) / sigma^2` with `x0_hat = x - sigma v`.
+    """
+    sigma = _over(sigma, x)
+    return -(x + (1 - sigma) * velocity) / sigma
+
+
+def random_step(
+    x: Latents, velocity: Latents, sigma: Sigma, sigma_next: Sigma, diffusion: Sigma
+) -> tuple[Latents, Tensor]:
+    """One Euler-Maruyama step down of the SDE that has the same marginals as the flow.
+
+    Args:
+        diffusion: the noise per root of a unit of sigma, g; 0 is `step`.
+
+    Returns:
+        Mean `x + (v - g^2 score / 2) (sigma_next - sigma)` and standard deviation `g sqrt(sigma - sigma_next)`, which
+        broadcasts over the mean, of the normal distribution of the next latents.
+
+    Source: DanceGRPO, arXiv 2505.07818, with g = eta; Flow-GRPO, arXiv 2505.05470, with
+    g = a sqrt(sigma / (1 - sigma)).
+    """
+    drift = velocity - _over(diffusion, x) ** 2 / 2 * score(x, velocity, sigma)
+    std = _over(diffusion * (sigma - sigma_next).sqrt(), x)
+    return step(x, drift, sigma, sigma_next), std
+
+
+def log_prob(x: Latents, mean: Latents, std: Tensor) -> Float[Tensor, " B"]:
+    """The logarithm of the normal density of each sample, averaged over its elements, in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, mean, std = x.to(dtype), mean.to(dtype), std.to(dtype)
+    density = -(((x - mean) / std) ** 2) / 2 - std.log() - math.log(2 * math.pi) / 2
+    return density.flatten(1).mean(1)
 
 
 def _over(sigma: Tensor, x: Tensor) -> Tensor:

@@ -24,3 +24,12 @@ def test_repeating_puts_one_whole_copy_after_the_other_in_every_field():
 
 def test_what_a_batch_does_not_have_is_not_repeated():
     assert tiny.new_conditions(3).repeat(2)[4:] == (None,) * 5
+
+
+def test_taking_rows_of_a_repeated_batch_gives_the_same_rows_of_every_field():
+    batch = tiny.new_conditions(3)._replace(negative_prompts=["a", None, "c"], seeds=[1, 2, 3], size=(16, 32))
+    taken = batch.repeat(2).take(slice(3, 5))
+    assert taken.prompts == batch.prompts[:2]
+    assert torch.equal(taken.prompt_embeds, batch.prompt_embeds[:2])
+    assert torch.equal(taken.indices, batch.indices[:2])
+    assert (taken.negative_prompts, taken.seeds, taken.size, taken.x0) == (["a", None], [1, 2], (16, 32), None)

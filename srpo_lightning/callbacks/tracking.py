@@ -201,12 +201,13 @@ class RewardTracking(Recorder):
     def key(self, trainer: Trainer, module: SRPOModule) -> str:
         """What the numbers of the base depend on, as a hash."""
         data = trainer.datamodule  # type: ignore[attr-defined]
+        form = getattr(module.objective, "form", module.objective)
         models = {name: [type(m).__name__, getattr(m, "pretrained", "")] for name, m in self.scorers.items()}
         for name, model in (("reward", module.reward), ("judge", self.judge)):
             models[name] = [type(model).__name__, getattr(model, "pretrained", "")]
         what = {
             "policy": [getattr(module.policy, "pretrained", ""), module.policy.latent_shape()],
-            "objective": [type(module.objective).__name__, str(getattr(module.objective, "control_words", ""))],
+            "objective": [type(module.objective).__name__, str(getattr(form, "control_words", ""))],
             "samples": [module.seed, module.num_sample_steps, module.sample_guidance, data.eval_samples_per_prompt],
             "prompts": data.eval_prompts,
             "columns": [*self.columns, *self.labels, *self.candidates, str(self.held_out)],

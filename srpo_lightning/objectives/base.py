@@ -15,10 +15,19 @@ from srpo_lightning.rewards.base import Reward
 
 
 class Rollout(NamedTuple):
-    """Clean latents and the noise they grew from, both [B, ...]."""
+    """Clean latents and the noise they grew from, both [B, ...].
+
+    Args:
+        x0: where the rollout ended: clean latents, unless the objective stops before.
+        noise: where it began.
+        trajectory: [n + 1, B, ...], every state in between, where the objective keeps them.
+        log_probs: [n, B], of each step given the state before, where steps are random.
+    """
 
     x0: Tensor
     noise: Tensor
+    trajectory: Tensor | None = None
+    log_probs: Tensor | None = None
 
 
 class Outcome(NamedTuple):

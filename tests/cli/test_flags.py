@@ -7,7 +7,23 @@ from srpo_lightning.data import PromptData
 from srpo_lightning.data.prompts import Source
 from srpo_lightning.jobs.export import export
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.objectives import SRPO, ControlWords
+from srpo_lightning.objectives import (
+    GRPO,
+    SRPO,
+    ControlWords,
+    DanceDiffusion,
+    DirectAlign,
+    DRaFT,
+    DRTune,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    FlowDiffusion,
+    LeapAlign,
+    Plain,
+    ReFL,
+    Relative,
+)
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.rewards import (
     AestheticV25,
@@ -22,6 +38,8 @@ from srpo_lightning.rewards import (
 )
 from srpo_lightning.strategies import ShardedStrategy
 
+TRAJECTORY = "guidance shift margin shared_noise reward_batch_size"
+CONNECTED = f"form num_steps num_trained_steps late_bias input_gradient {TRAJECTORY}"
 FLAGS = {
     SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
     "max_skipped_steps optimizer_in_backward clip_norm_per_parameter",
@@ -34,6 +52,22 @@ FLAGS = {
     "window grid_size ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
     "reward_batch_size",
     ControlWords: "positive negative",
+    Plain: "",
+    Relative: "control_words word_choice template extra_weight",
+    DirectAlign: "form inversion num_rollout_steps rollout_guidance guidance shift num_schedule_steps window grid_size "
+    "ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
+    "reward_batch_size",
+    ReFL: f"form num_steps late_steps {TRAJECTORY}",
+    DRaFT: f"form num_steps num_trained_steps num_variants {TRAJECTORY}",
+    DRTune: f"form num_steps num_trained_steps early_stop {TRAJECTORY}",
+    LeapAlign: f"form num_steps input_gradient min_distance {TRAJECTORY}",
+    FlowBPSparse: f"form num_steps num_trained_steps late_bias {TRAJECTORY}",
+    FlowBPBridge: CONNECTED,
+    FlowBPLagrange: CONNECTED,
+    GRPO: "form diffusion num_steps group_size timestep_fraction clip_range max_advantage guidance shift shared_noise "
+    "reward_batch_size",
+    DanceDiffusion: "eta",
+    FlowDiffusion: "a",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
     "resolution_shift quantize_timesteps adapter quantize compile attention",
     ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",

@@ -1,0 +1,205 @@
+"""GRPO for flow models: DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv 2505.05470)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from srpo_lightning import flow
+from srpo_lightning.batch import Conditions
+from srpo_lightning.draws import Draws
+from srpo_lightning.objectives.base import Objective, Outcome, Rollout
+from srpo_lightning.objectives.reward_forms import Plain, RewardForm
+from srpo_lightning.policies.base import Policy
+from srpo_lightning.rewards.base import Reward
+
+
+class Diffusion(ABC):
+    """How random each step is."""
+
+    @abstractmethod
+    def __call__(self, sigmas: Float[Tensor, "N B"]) -> Float[Tensor, "N B"]:
+        """The diffusion of the step from each level (flow.random_step); `sigmas` is the whole schedule, from 1 to 0."""
+
+
+class DanceDiffusion(Diffusion):
+    """DanceGRPO's: the same at every level.
+
+    Args:
+        eta: the diffusion.
+    """
+
+    def __init__(self, eta: PositiveFloat = 0.3) -> None:
+        self.eta = eta
+
+    def __call__(self, sigmas: Float[Tensor, "N B"]) -> Float[Tensor, "N B"]:
+        """`eta`."""
+        return torch.full_like(sigmas, self.eta)
+
+
+class FlowDiffusion(Diffusion):
+    """Flow-GRPO's: `a sqrt(sigma / (1 - sigma))`, with the second level in the denominator of the first.
+
+    Args:
+        a: the factor.
+    """
+
+    def __init__(self, a: PositiveFloat = 0.9) -> None:
+        self.a = a
+
+    def __call__(self, sigmas: Float[Tensor, "N B"]) -> Float[Tensor, "N B"]:
+        """Largest near pure noise."""
+        below_one = torch.cat([sigmas[1:2], sigmas[1:]])
+        return self.a * (sigmas / (1 - below_one)).sqrt()
+
+
+class GRPO(Objective):
+    """Random rollouts in groups of one prompt; steps of those that beat their group are made more likely.
+
+    No gradient of the reward is needed. One update per rollout: the log-probabilities are those of the weights that
+    drew the steps, so that every ratio is 1 at the update and clipping is idle, and the gradient is the policy
+    gradient. Left out: several updates per rollout, and the penalty by the KL divergence from the base, for which the
+    module would have to give the base's velocity. Accumulating gradients (trainer.accumulate_grad_batches) takes
+    several prompts into one update. The last step, into the picture, is not random and not trained.
+
+    Args:
+        form: what is asked of the reward; None: the plain reward.
+        diffusion: how random the steps are; None: DanceGRPO's.
+        num_steps: steps of the rollout.
+        group_size: G, the samples of each prompt; the policy sees G times data.batch_size at once.
+        timestep_fraction: the share of the random steps that is trained, drawn anew for each update.
+        clip_range: the ratio is clipped to 1 -+ this.
+        max_advantage: advantages are clipped to -+ this.
+        guidance: distilled guidance, of the rollout and of the trained steps alike.
+        shift: of the noise levels; None takes the one of the model's scheduler.
+        shared_noise: the samples of a group start from the same noise.
+        reward_batch_size: images decoded and scored at once; None: all.
+
+    Raises:
+        ValueError: if a group has one sample, or no step would be trained.
+    """
+
+    def __init__(
+        self,
+        form: RewardForm | None = None,
+        diffusion: Diffusion | None = None,
+        num_steps: PositiveInt = 16,
+        group_size: PositiveInt = 12,
+        timestep_fraction: ClosedUnitInterval = 0.6,
+        clip_range: PositiveFloat = 1e-4,
+        max_advantage: PositiveFloat = 5.0,
+        guidance: float = 3.5,
+        shift: PositiveFloat | None = 3.0,
+        shared_noise: bool = True,
+        reward_batch_size: PositiveInt | None = None,
+    ) -> None:
+        if group_size < 2:
+            raise ValueError(f"group_size is {group_size}: samples are compared with each other, set 2 or more")
+        self.num_trained_steps = int(timestep_fraction * (num_steps - 1))
+        if self.num_trained_steps < 1:
+            raise ValueError(
+                f"timestep_fraction {timestep_fraction} of {num_steps - 1} random steps is none (num_steps is "
+                f"{num_steps}, the last is not random): raise either"
+            )
+        self.form = form or Plain()
+        self.diffusion = diffusion or DanceDiffusion()
+        self.num_steps = num_steps
+        self.group_size = group_size
+        self.clip_range = clip_range
+        self.max_advantage = max_advantage
+        self.guidance = guidance
+        self.shift = shift
+        self.shared_noise = shared_noise
+        self.reward_batch_size = reward_batch_size
+
+    @torch.no_grad()
+    def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
+        """G random trajectories of each prompt, [G B], with the log-probability of every random step."""
+        if conditions.x0 is not None:
+            raise ValueError("GRPO learns from the policy's own trajectories: leave data.images out")
+        groups = conditions.repeat(self.group_size)
+        shape = (conditions.batch_size, *policy.latent_shape(conditions.size))
+        noise = self._noise("start", shape, draws, groups, same=self.shared_noise)
+        sigmas = self.sigmas(policy, conditions, noise)
+        diffusion = self.diffusion(sigmas)
+        states, log_probs = [noise], []
+        for i in range(self.num_steps - 1):
+            mean, std = self.random_step(policy, states[-1], sigmas, diffusion, i, groups)
+            states.append(mean + std * self._noise(f"step {i}", shape, draws, groups))
+            log_probs.append(flow.log_prob(states[-1], mean, std))
+        velocity = policy(states[-1], sigmas[-2], groups, self.guidance)
+        states.append(flow.step(states[-1], velocity, sigmas[-2], sigmas[-1]))
+        return Rollout(states[-1], noise, torch.stack(states), torch.stack(log_probs))
+
+    def loss(self, policy: Policy, reward: Reward, conditions: Conditions, rollout: Rollout, draws: Draws) -> Outcome:
+        """The clipped policy gradient of the trained steps; each is checkpointed, so that one graph lives at a time."""
+        assert rollout.trajectory is not None
+        assert rollout.log_probs is not None
+        groups = conditions.repeat(self.group_size)
+        rewards = self._rewards(policy, reward, groups, rollout.x0, draws)
+        advantage = advantages(rewards.view(self.group_size, -1), self.max_advantage).flatten()
+        sigmas = self.sigmas(policy, conditions, rollout.noise)
+        diffusion = self.diffusion(sigmas)
+
+        def log_prob(x: Tensor, x_next: Tensor, i: int) -> Tensor:
+            return flow.log_prob(x_next, *self.random_step(policy, x, sigmas, diffusion, i, groups))
+
+        losses, ratios = [], []
+        for i in self.trained(draws):
+            now = checkpoint(log_prob, rollout.trajectory[i], rollout.trajectory[i + 1], i, use_reentrant=False)
+            ratio = (now - rollout.log_probs[i]).exp()
+            clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+            losses.append(-torch.minimum(ratio * advantage, clipped * advantage).mean())
+            ratios.append((ratio.detach() - 1).abs().max())
+        scalars = {"reward": rewards.mean(), "ratio_error": torch.stack(ratios).max()}
+        return Outcome(torch.stack(losses).mean(), scalars)
+
+    def trained(self, draws: Draws) -> list[int]:
+        """The random steps that are trained, the same on every rank."""
+        return draws.subset("timesteps", [1.0] * (self.num_steps - 1), self.num_trained_steps)
+
+    def sigmas(self, policy: Policy, conditions: Conditions, like: Tensor) -> Float[Tensor, "N B"]:
+        """The schedule's levels, one for each sample, in the dtype and on the device of `like`."""
+        sigmas = policy.sigmas(self.num_steps, self.shift, conditions.size).to(like, non_blocking=True)
+        return sigmas.unsqueeze(1).expand(-1, len(like))
+
+    def random_step(
+        self, policy: Policy, x: Tensor, sigmas: Tensor, diffusion: Tensor, i: int, conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of step i."""
+        velocity = policy(x, sigmas[i], conditions, self.guidance)
+        return flow.random_step(x, velocity, sigmas[i], sigmas[i + 1], diffusion[i])
+
+    def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """What the form rewards."""
+        return self.form.score(reward, images, prompts)
+
+    def check_reward(self, reward: Reward) -> None:
+        """Refuse a reward that the form cannot use."""
+        self.form.check(reward)
+
+    @torch.no_grad()
+    def _rewards(self, policy: Policy, reward: Reward, groups: Conditions, x0: Tensor, draws: Draws) -> Tensor:
+        size = self.reward_batch_size or len(x0)
+        parts = [slice(start, start + size) for start in range(0, len(x0), size)]
+        images = (policy.decode(x0[rows], groups.size) for rows in parts)
+        scored = zip(parts, images, strict=True)
+        return torch.cat([self.form(reward, pictures, groups.take(rows), draws) for rows, pictures in scored])
+
+    def _noise(
+        self, purpose: str, shape: Sequence[int], draws: Draws, groups: Conditions, *, same: bool = False
+    ) -> Tensor:
+        # Drawn per prompt and member, so that it does not depend on how prompts are divided over ranks.
+        members = [0] * self.group_size if same else range(self.group_size)
+        noise = [draws.noise(shape, shared=False, purpose=f"{purpose} of {g}") for g in members]
+        return torch.cat(noise).to(groups.prompt_embeds.device, non_blocking=True)
+
+
+def advantages(rewards: Float[Tensor, "G B"], largest: float) -> Float[Tensor, "G B"]:
+    """How far each sample beats its group of G, in standard deviations of the group, clipped to -+ `largest`."""
+    deviation = rewards - rewards.mean(0)
+    return (deviation / (rewards.std(0) + 1e-8)).clamp(-largest, largest)

@@ -1,0 +1,160 @@
+"""What is asked of the reward model about pictures: independent of how the gradient then reaches the policy."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from srpo_lightning.batch import Conditions
+from srpo_lightning.draws import Draws
+from srpo_lightning.rewards.base import Reward
+
+
+class RewardForm(ABC):
+    """One number per picture, from one reward model."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        reward: Reward,
+        images: Tensor,
+        conditions: Conditions,
+        draws: Draws,
+        weight: Float[Tensor, " B"] | None = None,
+        signs: Sequence[int] | None = None,
+    ) -> Float[Tensor, " B"]:
+        """What a training step rewards.
+
+        Args:
+            reward: the model.
+            images: [B, 3, H, W] in [0, 1], differentiable.
+            conditions: of these pictures.
+            draws: of the step.
+            weight: lambda of each picture, where the estimator has its own; read by relative forms only.
+            signs: 1 for a picture to reward, -1 for one to penalise; None rewards all.
+        """
+
+    @abstractmethod
+    def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """What it rewards in finished pictures, without chance."""
+
+    def check(self, reward: Reward) -> None:  # noqa: B027  # most forms take any
+        """Refuse a reward that the form cannot use."""
+
+
+class Plain(RewardForm):
+    """The reward of a picture under its own prompt."""
+
+    def __call__(
+        self,
+        reward: Reward,
+        images: Tensor,
+        conditions: Conditions,
+        draws: Draws,
+        weight: Float[Tensor, " B"] | None = None,
+        signs: Sequence[int] | None = None,
+    ) -> Float[Tensor, " B"]:
+        """The score under the prompt, negated where the picture is penalised."""
+        return _signs(signs, images) * self.score(reward, images, conditions.prompts)
+
+    def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """The score under the prompt."""
+        scores: Tensor = reward(images, prompts)
+        return scores
+
+
+@dataclass
+class ControlWords:
+    """The words that steer: put before a prompt, they say what to move towards and what away from.
+
+    Args:
+        positive: towards these, for instance Natural-lighting, Detail, Detailed, Real.
+        negative: away from these, for instance Concept art, Painting, Anime, Flat, Oil.
+    """
+
+    positive: list[str]
+    negative: list[str]
+
+
+class Relative(RewardForm):
+    """SRPO's semantic relative reward, `(1 + lambda) R(image, positive) - R(image, negative)` (arXiv 2509.06942).
+
+    Args:
+        control_words: the positive and the negative words.
+        word_choice: go through the words step by step, or draw them at random.
+        template: how a word meets a prompt.
+        extra_weight: lambda, where the estimator brings none of its own.
+    """
+
+    def __init__(
+        self,
+        control_words: ControlWords,
+        word_choice: Literal["cycle", "random"] = "cycle",
+        template: str = "{word}. {prompt}",
+        extra_weight: float = 0.1,
+    ) -> None:
+        for side, words in vars(control_words).items():
+            if not words or not all(word.strip() for word in words):
+                raise ValueError(f"control_words.{side} is {words}: give at least one word, none of them empty")
+        if "{prompt}" not in template or "{word}" not in template:
+            raise ValueError(f"template is {template!r}: it must contain {{word}} and {{prompt}}")
+        self.control_words = control_words
+        self.word_choice = word_choice
+        self.template = template
+        self.extra_weight = extra_weight
+
+    def __call__(
+        self,
+        reward: Reward,
+        images: Tensor,
+        conditions: Conditions,
+        draws: Draws,
+        weight: Float[Tensor, " B"] | None = None,
+        signs: Sequence[int] | None = None,
+    ) -> Float[Tensor, " B"]:
+        """Of the step's words; they swap where the picture is penalised."""
+        pairs = list(zip(*self.texts(conditions, draws), signs or [1] * len(images), strict=True))
+        towards = [positive if sign > 0 else negative for positive, negative, sign in pairs]
+        away = [negative if sign > 0 else positive for positive, negative, sign in pairs]
+        if weight is None:
+            weight = images.new_full((len(images),), self.extra_weight)
+        coefficients = torch.stack([1 + weight, -torch.ones_like(weight)], dim=1)
+        relative = reward.contrast(images, [towards, away], coefficients)
+        return relative + _signs(signs, images) * reward.plain(images, conditions.prompts)
+
+    def texts(self, conditions: Conditions, draws: Draws) -> tuple[list[str], list[str]]:
+        """The prompts under the step's positive word and under its negative word, or their own negative prompts."""
+        positive = self._word(self.control_words.positive, "positive", draws)
+        negative = self._word(self.control_words.negative, "negative", draws)
+        away, own = self._under(negative, conditions.prompts), conditions.negative_prompts
+        if own is not None:
+            away = [text if mine is None else mine for text, mine in zip(away, own, strict=True)]
+        return self._under(positive, conditions.prompts), away
+
+    def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """The relative reward without lambda, averaged over all words."""
+        positive, negative = self.control_words.positive, self.control_words.negative
+        texts = [self._under(word, prompts) for word in [*positive, *negative]]
+        shares = [1 / len(positive)] * len(positive) + [-1 / len(negative)] * len(negative)
+        coefficients = torch.tensor(shares, device=images.device).expand(len(images), -1)
+        return reward.contrast(images, texts, coefficients) + reward.plain(images, prompts)
+
+    def check(self, reward: Reward) -> None:
+        """Refuse a reward that no words can steer."""
+        reward.check_contrast()
+
+    def _under(self, word: str, prompts: Sequence[str]) -> list[str]:
+        return [self.template.format(word=word, prompt=prompt) for prompt in prompts]
+
+    def _word(self, words: list[str], purpose: str, draws: Draws) -> str:
+        if self.word_choice == "cycle":
+            return words[draws.step % len(words)]
+        return words[int(draws.integers(purpose, 0, len(words) - 1, 1, shared=True))]
+
+
+def _signs(signs: Sequence[int] | None, images: Tensor) -> Tensor | int:
+    return 1 if signs is None else torch.tensor(signs).to(images, non_blocking=True)

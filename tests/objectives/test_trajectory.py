@@ -1,0 +1,253 @@
+"""Each estimator against plain autograd through its formula, written out here from objectives' papers."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from srpo_lightning.draws import Draws
+from srpo_lightning.objectives import (
+    ControlWords,
+    DRaFT,
+    DRTune,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    ReFL,
+    Relative,
+)
+from srpo_lightning.objectives.flow_bp import quadrature_weights
+from tests.objectives import toy
+
+N, GUIDANCE = 8, 0.7
+SETTINGS = {"num_steps": N, "guidance": GUIDANCE}
+ESTIMATORS = {
+    "refl": ReFL(late_steps=(4, 7), **SETTINGS),
+    "draft-1": DRaFT(**SETTINGS),
+    "draft-3": DRaFT(num_trained_steps=3, **SETTINGS),
+    "draft-lv": DRaFT(num_variants=2, **SETTINGS),
+    "drtune": DRTune(num_trained_steps=2, **SETTINGS),
+    "leap": LeapAlign(min_distance=0.01, **SETTINGS),
+    "sparse": FlowBPSparse(**SETTINGS),
+    "bridge": FlowBPBridge(**SETTINGS),
+    "lagrange": FlowBPLagrange(num_trained_steps=4, **SETTINGS),
+}
+each = pytest.mark.parametrize("objective", ESTIMATORS.values(), ids=ESTIMATORS.keys())
+
+
+class Formula:
+    """The setting of one step, in the papers' terms."""
+
+    def __init__(self, objective, step: int = 0):
+        self.objective, self.draws = objective, Draws(0, step)
+        self.policy, self.reward, self.conditions = toy.Field(), toy.Wavy(), toy.batch()
+        self.rollout = toy.rollout(self.policy, objective, self.conditions, self.draws)
+        self.states, self.sigma = self.rollout.trajectory, self.policy.sigmas(N)
+
+    def v(self, x: Tensor, i: int) -> Tensor:
+        return self.policy(x, self.sigma[i].expand(len(x)), self.conditions, GUIDANCE)
+
+    def d(self, i: int) -> Tensor:
+        return self.sigma[i + 1] - self.sigma[i]
+
+    def rewards(self, x0: Tensor) -> Tensor:
+        return self.reward(self.policy.decode(x0), self.conditions.prompts)
+
+    def estimate(self) -> Tensor:
+        return self.objective.loss(self.policy, self.reward, self.conditions, self.rollout, self.draws).loss
+
+
+def mixed(x: Tensor, alpha: float) -> Tensor:
+    return alpha * x + (1 - alpha) * x.detach()
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_refl_is_the_reward_of_the_picture_predicted_from_the_late_step(step):
+    f = Formula(ESTIMATORS["refl"], step)
+    i, x = len(f.states) - 1, f.states[-1]
+    loss = torch.relu(2.0 - f.rewards(x - f.sigma[i] * f.v(x, i))).mean()
+    assert 4 <= i <= 7
+    torch.testing.assert_close(f.estimate(), loss, **toy.TOLERANCE)
+    toy.assert_same_gradients(f.policy, f.estimate(), loss)
+
+
+def test_refl_draws_every_late_step_and_the_same_on_every_rank():
+    stops = [ESTIMATORS["refl"].stop(Draws(0, step)) for step in range(40)]
+    assert set(stops) == {4, 5, 6, 7}
+    assert stops == [ESTIMATORS["refl"].stop(Draws(0, step, rank=3)) for step in range(40)]
+
+
+@pytest.mark.parametrize("k", [1, 3, N])
+def test_draft_is_autograd_through_the_last_k_steps_without_checkpoints(k):
+    f = Formula(DRaFT(num_trained_steps=k, **SETTINGS))
+    x = f.states[-1]
+    for i in range(N - k, N):
+        x = x + f.d(i) * f.v(x, i)
+    toy.assert_same_gradients(f.policy, f.estimate(), -f.rewards(x).mean(), rtol=1e-12, atol=1e-14)
+
+
+def test_draft_lv_averages_the_last_step_and_steps_from_other_noise():
+    f = Formula(ESTIMATORS["draft-lv"])
+    x0 = f.states[-1] + f.d(N - 1) * f.v(f.states[-1], N - 1)
+    rewards = [f.rewards(x0)]
+    for n in range(2):
+        noise = f.draws.noise(x0.shape, shared=False, purpose=f"variant {n}").double()
+        x = (1 - f.sigma[N - 1]) * x0.detach() + f.sigma[N - 1] * noise
+        rewards.append(f.rewards(x + f.d(N - 1) * f.v(x, N - 1)))
+    assert not torch.equal(rewards[1], rewards[2])
+    toy.assert_same_gradients(f.policy, f.estimate(), -torch.stack(rewards).mean())
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_drtune_is_autograd_through_the_chain_with_detached_inputs(step):
+    f = Formula(ESTIMATORS["drtune"], step)
+    stop = len(f.states) - 1
+    trained, x = f.objective.trained(stop), f.states[0]
+    assert len(trained) == 2
+    for i in range(stop + 1):
+        v = f.v(x.detach(), i)
+        x = x + (f.d(i) if i < stop else -f.sigma[i]) * (v if i in trained else v.detach())
+    toy.assert_same_gradients(f.policy, f.estimate(), -f.rewards(x).mean())
+
+
+def test_drtune_stops_in_the_last_part_and_spaces_its_steps_equally():
+    objective = DRTune(num_steps=25)
+    assert {objective.stop(Draws(0, step)) for step in range(200)} == set(range(15, 25))
+    assert objective.trained(20) == [6, 13, 20]
+    assert all(objective.trained(stop)[0] >= 0 for stop in range(15, 25))
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_leap_align_is_two_leaps_straight_through_weighted_by_how_far_they_miss(step):
+    f = Formula(ESTIMATORS["leap"], step)
+    k, j = f.objective.anchors(f.draws)
+    assert k < j
+    leap_j = f.states[k] + (f.sigma[j] - f.sigma[k]) * f.v(f.states[k], k)
+    x_j = leap_j + (f.states[j] - leap_j).detach()
+    leap_0 = x_j - f.sigma[j] * f.v(mixed(x_j, 0.3), j)
+    x_0 = leap_0 + (f.states[-1] - leap_0).detach()
+    d_j = (leap_j - f.states[j]).abs().mean((1, 2, 3)).clamp(min=0.01)
+    d_0 = (leap_0 - f.states[-1]).abs().mean((1, 2, 3)).clamp(min=0.01)
+    loss = -(f.rewards(x_0) / (d_j + d_0).detach()).mean()
+    toy.assert_same_gradients(f.policy, f.estimate(), loss)
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_flow_bp_sparse_is_the_euler_sum_with_a_few_trained_velocities(step):
+    f = Formula(ESTIMATORS["sparse"], step)
+    support = f.objective.support(f.draws)
+    v = [f.v(f.states[i], i) for i in range(N)]
+    x0 = f.states[0] + sum(f.d(i) * (v[i] if i in support else v[i].detach()) for i in range(N))
+    torch.testing.assert_close(x0, f.states[-1], **toy.TOLERANCE)
+    toy.assert_same_gradients(f.policy, f.estimate(), -f.rewards(x0).mean())
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_flow_bp_bridge_reads_the_split_state_with_a_share_of_its_gradient(step):
+    f = Formula(ESTIMATORS["bridge"], step)
+    *before, j = f.objective.support(f.draws)
+    v = [f.v(f.states[i], i) for i in range(N)]
+    x_j = f.states[0] + sum(f.d(i) * (v[i] if i in before else v[i].detach()) for i in range(j))
+    x0 = x_j + f.d(j) * f.v(mixed(x_j, 0.3), j) + sum(f.d(i) * v[i].detach() for i in range(j + 1, N))
+    toy.assert_same_gradients(f.policy, f.estimate(), -f.rewards(x0).mean())
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_flow_bp_lagrange_integrates_the_polynomial_through_its_velocities(step):
+    f = Formula(ESTIMATORS["lagrange"], step)
+    *before, t = f.objective.support(f.draws)
+    nodes = f.sigma[before]
+    powers = torch.arange(len(before))
+    fit = torch.linalg.inv(nodes.unsqueeze(1) ** powers)  # coefficients of the Lagrange polynomials, by columns
+    integrals = (f.sigma[t] ** (powers + 1) - nodes[0] ** (powers + 1)) / (powers + 1)
+    leap = f.states[before[0]] + sum(w * f.v(f.states[i], i) for w, i in zip(integrals @ fit, before, strict=True))
+    x_t = leap + (f.states[t] - leap).detach()
+    hat = x_t - f.sigma[t] * f.v(mixed(x_t, 0.3), t)
+    loss = -f.rewards(hat + (f.states[-1] - hat).detach()).mean()
+    toy.assert_same_gradients(f.policy, f.estimate(), loss, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_quadrature_weights_sum_to_the_interval_and_integrate_polynomials_exactly(count):
+    nodes = torch.linspace(0.9, 0.3, count, dtype=torch.float64)
+    start, end = torch.tensor(0.95, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
+    weights = quadrature_weights(nodes, start, end)
+    for degree in range(count):
+        exact = (end ** (degree + 1) - start ** (degree + 1)) / (degree + 1)
+        torch.testing.assert_close((weights * nodes**degree).sum(), exact, rtol=0, atol=1e-12)
+
+
+def test_late_steps_are_drawn_more_often():
+    drawn = torch.tensor([FlowBPSparse(num_steps=10).support(Draws(0, step)) for step in range(200)])
+    assert (drawn.diff(dim=1) > 0).all()
+    counts = torch.bincount(drawn.flatten(), minlength=10)
+    assert counts[:5].sum() < counts[5:].sum() / 3
+
+
+@each
+def test_along_the_exact_flow_every_estimator_arrives_at_the_picture(objective):
+    policy, conditions = toy.Point(), toy.batch()
+    for step in range(5):
+        draws = Draws(0, step)
+        rollout = toy.rollout(policy, objective, conditions, draws)
+        end = objective.end(policy, conditions, rollout.trajectory, toy.levels(policy, N, 2), draws)
+        torch.testing.assert_close(end, policy.picture.expand_as(end), rtol=0, atol=1e-12)
+
+
+@each
+def test_the_rollout_is_the_objectives_own_start_of_the_euler_chain(objective):
+    policy, conditions, draws = toy.Field(), toy.batch(), Draws(0, 1)
+    rollout = objective.rollout(policy, conditions, draws)
+    assert len(rollout.trajectory) == objective.stop(draws) + 1
+    assert not rollout.trajectory.requires_grad
+    assert torch.equal(rollout.trajectory[0], draws.noise((2, *toy.SHAPE), shared=False))
+    assert torch.equal(rollout.trajectory[-1], rollout.x0)
+    sigmas = policy.sigmas(N)
+    for i, (x, x_next) in enumerate(pairwise(rollout.trajectory)):
+        v = policy(x, sigmas[i].expand(2), conditions, GUIDANCE)
+        torch.testing.assert_close(x_next, x + (sigmas[i + 1] - sigmas[i]).float() * v, rtol=1e-5, atol=1e-6)
+
+
+def test_any_estimator_takes_srpos_relative_reward():
+    f = Formula(DRaFT(Relative(ControlWords(["Real"], ["Flat oil"]), extra_weight=0.2), **SETTINGS))
+    x0 = f.states[-1] + f.d(N - 1) * f.v(f.states[-1], N - 1)
+    images = f.policy.decode(x0)
+    positive, negative = ([f"{word}. {p}" for p in f.conditions.prompts] for word in ("Real", "Flat oil"))
+    relative = 1.2 * f.reward(images, positive) - f.reward(images, negative)
+    toy.assert_same_gradients(f.policy, f.estimate(), -relative.mean())
+    score = f.objective.score(f.reward, images, f.conditions.prompts)
+    torch.testing.assert_close(score, f.reward(images, positive) - f.reward(images, negative))
+
+
+def test_scoring_in_micro_batches_changes_nothing():
+    whole, parts = (DRaFT(num_variants=2, reward_batch_size=size, **SETTINGS) for size in (None, 4))
+    a, b = Formula(whole), Formula(parts)
+    for one, other in zip(toy.gradients(a.policy, a.estimate()), toy.gradients(b.policy, b.estimate()), strict=True):
+        torch.testing.assert_close(one, other, **toy.TOLERANCE)
+
+
+@each
+def test_pictures_in_place_of_trajectories_are_refused(objective):
+    conditions = toy.batch()._replace(x0=torch.zeros(2, *toy.SHAPE))
+    with pytest.raises(ValueError, match=r"data.images .* leave it out"):
+        objective.rollout(toy.Field(), conditions, Draws(0))
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "cure"),
+    [
+        (ReFL, {"num_steps": 10}, "the last is at most 9"),
+        (ReFL, {"late_steps": (5, 4)}, "first must not come after"),
+        (DRaFT, {"num_trained_steps": 26}, "train fewer"),
+        (DRaFT, {"num_trained_steps": 2, "num_variants": 2}, "set num_trained_steps to 1"),
+        (DRTune, {"num_trained_steps": 20}, "lower early_stop"),
+        (LeapAlign, {"num_steps": 1}, "set 2 or more"),
+        (FlowBPSparse, {"num_trained_steps": 26}, "at most all 25"),
+        (FlowBPBridge, {"num_trained_steps": 1}, "trains 2 or more"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_with_its_cure(objective, settings, cure):
+    with pytest.raises(ValueError, match=cure):
+        objective(**settings)
