@@ -103,7 +103,7 @@ class SampleLogger(Recorder):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last ones in any case."""
         assert isinstance(pl_module, SRPOModule)
-        if self._samples:
+        if trainer.strategy.reduce_boolean_decision(bool(self._samples), all=False):
             self._write(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,8 +165,11 @@ class SampleLogger(Recorder):
         rows: dict[str, list[Image.Image | None]] = {}
         if not module.trained_steps:
             self._base = {index: sample.picture for (_, index), sample in samples.items()}
+        elif not self._base:  # a resumed run
+            paths = {index: sample_path(trainer.default_root_dir, 0, "policy", index) for index in shown}
+            self._base = {index: Image.open(path).convert("RGB") for index, path in paths.items() if path.is_file()}
         for weights in dict.fromkeys([BASE, *(weights for weights, _ in samples)]):
-            own = self._base if weights == BASE and self._base else {}
+            own = self._base if weights == BASE else {}
             own = own | {index: sample.picture for (kind, index), sample in samples.items() if kind == weights}
             if own and (module.trained_steps or weights != BASE):
                 rows[weights] = [own.get(index) for index in shown]
