@@ -3,8 +3,8 @@ import os
 from srpo_lightning.quiet import quiet
 
 quiet()
-# Threads that spin while they wait slow a run down many times as soon as another program uses one of the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that spin long while they wait slow a run down many times as soon as another program uses one of the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from srpo_lightning.cli import main  # noqa: E402
 
