@@ -4,6 +4,8 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,15 @@ def _numbered(state: dict[str, Any]) -> dict[str, Any]:
     number = {name: i for i, name in enumerate(names)}
     groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
     return {"state": {number[name]: own for name, own in state["state"].items()}, "param_groups": groups}
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """A name beside a file's own to write to, which becomes it when that is done; each process has one of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}{PARTIAL}-{os.getpid()}")
+    yield partial
+    partial.replace(path)
 
 
 def begin_folder(path: Path) -> Path:

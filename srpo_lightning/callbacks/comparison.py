@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.metrics import QUANTILES, Interval, Table, bootstrap_mean, cmmd, diversity, prompt_diversity, wins
 
 BASE = "base"
@@ -153,12 +154,10 @@ def markdown(tag: str, by_weights: Mapping[str, Mapping[str, Measure]]) -> str:
 
 def save_table(path: Path, table: Table, key: str) -> None:
     """Keep a table, complete or absent, under what its numbers depend on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     columns = {f"column/{name}": column.contiguous() for name, column in table.columns.items()}
     tensors = {"indices": table.indices, "groups": table.groups, "features": table.features, **columns}
-    save_file(tensors, partial, {"key": key, "columns": json.dumps(list(table.columns))})
-    partial.replace(path)
+    with complete_or_absent(path) as partial:
+        save_file(tensors, partial, {"key": key, "columns": json.dumps(list(table.columns))})
 
 
 def read_table(path: Path, key: str | None = None) -> Table | None:

@@ -1,7 +1,6 @@
 """Pictures as files that say what they are of, and as labelled sheets."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.provenance import software
 
 SAMPLES = "samples"
@@ -34,10 +34,8 @@ def write_picture(path: Path, picture: Image.Image, record: Mapping[str, Any]) -
     info = PngInfo()
     info.add_itxt("prompt", str(record["prompt"]))
     info.add_itxt("srpo", json.dumps({**record, "software": software()}, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")  # two ranks may have drawn the same one
-    picture.save(partial, format="PNG", pnginfo=info)
-    partial.replace(path)
+    with complete_or_absent(path) as partial:  # two ranks may have drawn the same one
+        picture.save(partial, format="PNG", pnginfo=info)
 
 
 def read_record(path: Path) -> dict[str, Any]:

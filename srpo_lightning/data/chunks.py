@@ -12,7 +12,6 @@ computed again after a kill.
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from srpo_lightning.checkpoints import sync
+from srpo_lightning.checkpoints import complete_or_absent, sync
 
 Item: TypeAlias = Mapping[str, Tensor]
 Planes: TypeAlias = npt.NDArray[np.uint8]
@@ -244,8 +243,7 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    with complete_or_absent(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        sync(partial)
     sync(path.parent)

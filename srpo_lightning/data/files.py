@@ -3,12 +3,13 @@
 import csv
 import hashlib
 import json
-import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
+
+from srpo_lightning.checkpoints import complete_or_absent
 
 Row: TypeAlias = dict[str, Any]
 
@@ -77,10 +78,8 @@ def keep_picture(content: bytes) -> str:
     """Write a picture that came inside a table to a file named by its content; returns the path."""
     path = (KEPT / hashlib.sha256(content).hexdigest()).resolve()
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        partial.write_bytes(content)
-        partial.replace(path)
+        with complete_or_absent(path) as partial:
+            partial.write_bytes(content)
     return str(path)
 
 
