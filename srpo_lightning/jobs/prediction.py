@@ -12,6 +12,7 @@ are freed before training; and host memory.
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,11 +26,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -37,7 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from srpo_lightning.batch import Conditions, Size
+from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.draws import Draws
 from srpo_lightning.jobs.stand_ins import EightBitStates, keep_in_4_bits
@@ -383,14 +380,9 @@ def make_fake(module: torch.nn.Module) -> None:
             setattr(owner, name, torch.empty_like(buffer, device="cpu"))
 
 
-def largest_size(config: Namespace) -> Size | None:
-    """Of the sizes that a step may have, that with the most pixels; None where there is only the policy's own."""
-    sizes = [(height, width) for width, height in config.data.get("sizes") or []]
-    return max(sizes, key=lambda size: size[0] * size[1], default=None)
-
-
 def fake_conditions(config: Namespace, size: int) -> Conditions:
-    """A batch of the shapes that the data module would hand out."""
+    """A batch of the shapes that the data module would hand out; of several sizes of pictures the largest."""
+    sizes = [(height, width) for width, height in config.data.get("sizes") or []]
     pretrained = config.model.policy.init_args.pretrained
     transformer = read_json(pretrained, "transformer", "config.json")
     length = config.data.max_sequence_length
@@ -402,5 +394,5 @@ def fake_conditions(config: Namespace, size: int) -> Conditions:
         torch.zeros(size, length, transformer["joint_attention_dim"], dtype=dtype),
         torch.zeros(size, transformer["pooled_projection_dim"], dtype=dtype),
         torch.zeros(size, dtype=torch.int64),
-        largest_size(config),
+        max(sizes, key=math.prod, default=None),
     )
