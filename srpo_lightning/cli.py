@@ -21,6 +21,7 @@ from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.checkpoints import check_whole, checkpoints
 from srpo_lightning.data import PromptData
+from srpo_lightning.jobs.benchmark import benchmark
 from srpo_lightning.jobs.cache import cache
 from srpo_lightning.jobs.control_words import control_words
 from srpo_lightning.jobs.convert import convert
@@ -30,6 +31,7 @@ from srpo_lightning.jobs.room import check_room
 from srpo_lightning.module import SRPOModule
 
 JOBS: dict[str, Callable[..., None]] = {
+    "benchmark": benchmark,
     "cache": cache,
     "control-words": control_words,
     "convert": convert,

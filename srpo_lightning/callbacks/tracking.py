@@ -27,6 +27,7 @@ from srpo_lightning.metrics import (
     saturation,
 )
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.objectives.reward_forms import RewardForm
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.clip import ClipReward
 
@@ -64,6 +65,8 @@ class RewardTracking(Recorder):
         held_out: scores by their weight in `held_out`, one number to choose checkpoints by (checkpoint.monitor:
             policy/held_out) and for OverOptimizationGuard; the training reward has no place in it. By default judge and
             prompt count alike: the first alone also rises while subjects fade.
+        form: what `reward` and `judge` are of; None: what the objective asks of its reward. One form makes runs with
+            several objectives comparable.
     """
 
     file = FILE
@@ -76,9 +79,11 @@ class RewardTracking(Recorder):
         top_k: PositiveInt = 5,
         metrics: dict[str, Reward] | None = None,
         held_out: dict[str, float] | None = None,
+        form: RewardForm | None = None,
     ) -> None:
         judge.check_contrast()
         self.judge = judge
+        self.form = form
         self.scorers = metrics or {}
         self.labels = list(labels)
         self.candidates = [prompt for path in candidates for prompt in read_prompts(path).prompts]
@@ -184,9 +189,10 @@ class RewardTracking(Recorder):
         """The numbers of each image, [B], by column."""
         candidates = list(dict.fromkeys([*self.candidates, *prompts]))
         truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=images.device)
+        form = self.form or module.objective
         scores = {
-            "reward": module.objective.score(module.reward, images, prompts),
-            "judge": module.objective.score(self.judge, images, prompts),
+            "reward": form.score(module.reward, images, prompts),
+            "judge": form.score(self.judge, images, prompts),
             "prompt": self.judge(images, prompts),
             "saturation": saturation(images),
             "brightness": brightness(images),
@@ -201,13 +207,13 @@ class RewardTracking(Recorder):
     def key(self, trainer: Trainer, module: SRPOModule) -> str:
         """What the numbers of the base depend on, as a hash."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        form = getattr(module.objective, "form", module.objective)
+        form = self.form or getattr(module.objective, "form", None)
         models = {name: [type(m).__name__, getattr(m, "pretrained", "")] for name, m in self.scorers.items()}
         for name, model in (("reward", module.reward), ("judge", self.judge)):
             models[name] = [type(model).__name__, getattr(model, "pretrained", "")]
         what = {
             "policy": [getattr(module.policy, "pretrained", ""), module.policy.latent_shape()],
-            "objective": [type(module.objective).__name__, str(getattr(form, "control_words", ""))],
+            "form": [type(form or module.objective).__name__, repr(vars(form)) if form else ""],
             "samples": [module.seed, module.num_sample_steps, module.sample_guidance, data.eval_samples_per_prompt],
             "prompts": data.eval_prompts,
             "columns": [*self.columns, *self.labels, *self.candidates, str(self.held_out)],

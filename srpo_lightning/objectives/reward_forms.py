@@ -47,7 +47,16 @@ class RewardForm(ABC):
 
 
 class Plain(RewardForm):
-    """The reward of a picture under its own prompt."""
+    """The reward of a picture under its own prompt.
+
+    Args:
+        template: what the reward reads; "3d. {prompt}" asks for a word without contrasting it with any.
+    """
+
+    def __init__(self, template: str = "{prompt}") -> None:
+        if "{prompt}" not in template:
+            raise ValueError(f"template is {template!r}: it must contain {{prompt}}")
+        self.template = template
 
     def __call__(
         self,
@@ -63,7 +72,7 @@ class Plain(RewardForm):
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """The score under the prompt."""
-        scores: Tensor = reward(images, prompts)
+        scores: Tensor = reward(images, [self.template.format(prompt=prompt) for prompt in prompts])
         return scores
 
 

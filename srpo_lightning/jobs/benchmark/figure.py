@@ -1,0 +1,45 @@
+"""The curves of all rows over compute."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from srpo_lightning.checkpoints import complete_or_absent
+from srpo_lightning.jobs.benchmark.report import Report
+
+PANELS = {
+    "reward": "training reward",
+    "judge": "held-out judge",
+    "saturation": "saturation",
+    "prompt_diversity": "diversity within a prompt",
+}
+
+
+def draw(report: Report, path: Path) -> str:
+    """Write a picture with the mean over seeds of each row; returns a line that says where it is."""
+    if find_spec("matplotlib") is None:
+        return "no figure: pip install -e '.[notebooks]' brings matplotlib, then add --report_only true"
+    import matplotlib.pyplot as plt  # noqa: PLC0415  # not every installation has it
+
+    rows = {name: curves for name, curves in report.results.items() if name != "base"}
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), sharex=True, layout="constrained")
+    colours = plt.colormaps["tab20"]
+    for number, (name, curves) in enumerate(rows.items()):
+        is_ours = "SRPO" in name
+        style = {"color": colours(number % 20), "linestyle": "-" if is_ours else "--", "linewidth": 2.2 if name == "SRPO" else 1.3}
+        shortest = min(len(curve.points) for curve in curves)
+        for (column, _), axis in zip(PANELS.items(), axes.flat, strict=True):
+            values = [
+                sum(curve.points[i].numbers[column] for curve in curves) / len(curves) for i in range(shortest)
+            ]
+            forwards = [curves[0].points[i].forwards / 1000 for i in range(shortest)]
+            axis.plot(forwards, values, marker="o", markersize=3, label=name, **style)
+    for title, axis in zip(PANELS.values(), axes.flat, strict=True):
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("thousand forward passes of the policy")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    with complete_or_absent(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    plt.close(figure)
+    return f"curves: {path}"

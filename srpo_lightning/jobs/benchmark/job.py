@@ -1,0 +1,126 @@
+"""The command: tries learning rates, runs all seeds, reports."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+
+from srpo_lightning.jobs.benchmark.claims import claims
+from srpo_lightning.jobs.benchmark.figure import draw
+from srpo_lightning.jobs.benchmark.plan import Plan, Row, Run, Settings
+from srpo_lightning.jobs.benchmark.processes import Runner, is_done
+from srpo_lightning.jobs.benchmark.report import Report, write
+from srpo_lightning.jobs.benchmark.results import Curve, read_curve
+
+QUICK = 4
+
+
+def benchmark(
+    fit: Settings,
+    rows: dict[str, Row],
+    learning_rates: list[float],
+    forwards: PositiveInt,
+    label: str,
+    target: float,
+    seeds: list[int],
+    evaluations: PositiveInt = 3,
+    folder: str = "runs/benchmark",
+    num_workers: PositiveInt = 2,
+    quick: bool = False,
+    report_only: bool = False,
+) -> None:
+    """Train by every objective at equal compute, and compare what came of it.
+
+    Each row is trained at several learning rates from the first seed; the one with the best held-out judge at the end is
+    run from all seeds. What is done is never done again: a second call goes on where the first was stopped. Writes
+    `table.md`, `results.json` and `curves.png` into the folder.
+
+    Args:
+        fit: settings of `fit` that all runs share, with RewardTracking among its callbacks.
+        rows: what is compared, by name.
+        learning_rates: tried for every row that names no others.
+        forwards: passes of the policy on one sample that each run may spend; a backward pass counts two.
+        label: the one of RewardTracking's labels that is wanted.
+        target: of the judge, for the time that it takes to reach it.
+        seeds: of the runs.
+        evaluations: of each run, at equal distances.
+        folder: of all runs and of the report.
+        num_workers: runs at a time.
+        quick: a quarter of the compute, two evaluations, one seed, the middle learning rate; in a folder of its own.
+        report_only: train nothing, report on what is there.
+
+    Raises:
+        ValueError: if a run failed, after all others are done.
+    """
+    plan = Plan(fit.values, present(rows), learning_rates, seeds, forwards, evaluations, Path(folder))
+    if quick:
+        plan = plan._replace(seeds=seeds[:1], forwards=forwards // QUICK, evaluations=2, folder=Path(f"{folder}_quick"))
+        plan = plan._replace(rows={name: untried(row, learning_rates) for name, row in plan.rows.items()})
+    runner = Runner(num_workers)
+    bases = {seed: plan.base(seed) for seed in plan.seeds}
+    tried = {name: plan.tried(name) for name in plan.rows}
+    if not report_only:
+        runner(bases.values(), {})
+        if runner.failed:
+            raise ValueError("the weights before training could not be evaluated: see the log above")
+        runner((run for runs in tried.values() for run in runs), bases)
+    labels = labels_of(fit.values)
+    sweeps = {name: [read_curve(run, labels) for run in runs if is_done(run)] for name, runs in tried.items()}
+    chosen = choose(plan, sweeps)
+    runs = {name: of_seeds(plan, name, rate) for name, rate in chosen.items()}
+    if not report_only:
+        # Seed by seed, so that a benchmark that is stopped has whole tables of fewer seeds.
+        runner((own[i] for i in range(len(plan.seeds)) for own in runs.values() if i < len(own)), bases)
+    done = {name: [read_curve(run, labels) for run in own if is_done(run)] for name, own in runs.items()}
+    results = {"base": [read_curve(run, labels) for run in bases.values() if is_done(run)]} | {
+        name: curves for name, curves in done.items() if curves
+    }
+    if not results["base"]:
+        raise ValueError(f"nothing in {plan.folder} to report on: leave --report_only away")
+    report = Report(results, {name: own for name, own in sweeps.items() if own}, label, target, claims(results, labels))
+    print(write(report, plan.folder))
+    print(draw(report, plan.folder / "curves.png"))
+    if runner.failed:
+        raise ValueError(f"{len(runner.failed)} runs failed, the table is without them; the same command tries again")
+
+
+def present(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows that can be run here."""
+    missing = {name: row.needs for name, row in rows.items() if row.needs and not Path(row.needs).exists()}
+    for name, path in missing.items():
+        print(f"{name} is left out: {path} is not here")
+    return {name: row for name, row in rows.items() if name not in missing}
+
+
+def untried(row: Row, learning_rates: list[float]) -> Row:
+    """The same with the middle one of its learning rates."""
+    rates = row.learning_rates or learning_rates
+    return Row(**{**vars(row), "learning_rates": [sorted(rates)[len(rates) // 2]]})
+
+
+def labels_of(fit: Mapping[str, Any]) -> list[str]:
+    """Those that RewardTracking tells images apart by."""
+    for callback in fit["trainer"]["callbacks"]:
+        if callback["class_path"].endswith("RewardTracking"):
+            return list(callback["init_args"]["labels"])
+    raise ValueError("fit.trainer.callbacks has no RewardTracking, which measures what is compared: add it, with labels")
+
+
+def choose(plan: Plan, sweeps: Mapping[str, list[Curve]]) -> dict[str, float]:
+    """The learning rate of each row: that of the best judge at the end."""
+    best = {
+        name: max(curves, key=lambda curve: curve.last["judge"]).run.learning_rate
+        for name, curves in sweeps.items()
+        if curves
+    }
+    return best | {
+        name: best[row.learning_rate_of]
+        for name, row in plan.rows.items()
+        if row.learning_rate_of and row.learning_rate_of in best
+    }
+
+
+def of_seeds(plan: Plan, row: str, learning_rate: float) -> list[Run]:
+    """A row's runs."""
+    return [plan.run(row, learning_rate, seed) for seed in plan.seeds[: plan.rows[row].num_seeds]]
