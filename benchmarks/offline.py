@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from jsonargparse import auto_cli
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main as command
+from srpo_lightning.jobs.benchmark.results import training_seconds
 
 CONFIG = "configs/emoji_srpo_offline.yaml"
 RATIOS = {"online": 0.0, "mixed": 0.5, "offline": 1.0}
@@ -60,14 +60,6 @@ def advance(run: Path, ratio: float, step: int, every: int, samples: int) -> Non
          "--checkpoint.keep", "1000", "--trainer.enable_model_summary", "false",
          "--data.eval_samples_per_prompt", str(samples), *resume]
     )  # fmt: skip
-
-
-def training_seconds(run: Path) -> dict[int, float]:
-    """Of each step, without evaluations."""
-    events = EventAccumulator(str(run / "logs"), size_guidance={"scalars": 0})
-    events.Reload()
-    parts = [{e.step: e.value for e in events.Scalars(f"train/seconds_{what}")} for what in ("rollout", "update")]
-    return {step: parts[0][step] + parts[1][step] for step in parts[0].keys() & parts[1].keys()}
 
 
 def first_step(points: dict[int, dict[str, float]], name: str, share: float) -> float | None:

@@ -25,6 +25,7 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
     )
     parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+    parser.link_arguments("model.updates_per_rollout", "data.repeats")
     for name in ("pretrained", "height", "width"):
         parser.link_arguments(f"model.policy.init_args.{name}", f"data.{name}")
     parser.set_defaults(

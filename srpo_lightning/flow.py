@@ -121,5 +121,11 @@ def log_prob(x: Latents, mean: Latents, std: Tensor) -> Float[Tensor, " B"]:
     return density.flatten(1).mean(1)
 
 
+def normal_kl(mean: Latents, other: Latents, std: Tensor) -> Float[Tensor, " B"]:
+    """The KL divergence of two normal distributions with one `std`, averaged over elements, in float32 at least."""
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    return (((mean.to(dtype) - other.to(dtype)) / std.to(dtype)) ** 2 / 2).flatten(1).mean(1)
+
+
 def _over(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.to(x.dtype).view(-1, *[1] * (x.ndim - 1))

@@ -19,7 +19,7 @@ from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
 from srpo_lightning.metrics import Evaluation
-from srpo_lightning.objectives.base import Objective
+from srpo_lightning.objectives.base import Objective, Rollout
 from srpo_lightning.optimizers import InBackward, check_settings, whole
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
@@ -41,6 +41,8 @@ class SRPOModule(LightningModule):
         max_skipped_steps: consecutive steps with a loss or gradient that is not finite before the run is stopped.
         optimizer_in_backward: step each parameter as soon as its gradient is there, then free the gradient: no memory
             for a whole gradient, and no clipping of it (trainer.gradient_clip_val: 0) nor accumulation.
+        updates_per_rollout: training steps on each rollout, each with noise levels of its own; with as many accumulated
+            batches they make one optimizer step. A run resumed between them rolls out again, with the newer weights.
         clip_norm_per_parameter: with optimizer_in_backward, clip the gradient of each parameter to this norm. Not the
             same as trainer.gradient_clip_val, which scales all gradients by one factor: this turns their direction.
     """
@@ -60,9 +62,11 @@ class SRPOModule(LightningModule):
         max_skipped_steps: NonNegativeInt = 5,
         optimizer_in_backward: bool = False,
         clip_norm_per_parameter: PositiveFloat | None = None,
+        updates_per_rollout: PositiveInt = 1,
     ) -> None:
         super().__init__()
         objective.check_reward(reward)
+        objective.check_policy(policy)
         if clip_norm_per_parameter and not optimizer_in_backward:
             raise ValueError(
                 "model.clip_norm_per_parameter belongs to model.optimizer_in_backward: set that to true, or clip with "
@@ -79,6 +83,8 @@ class SRPOModule(LightningModule):
         self.max_skipped_steps = max_skipped_steps
         self.optimizer_in_backward = optimizer_in_backward
         self.clip_norm_per_parameter = clip_norm_per_parameter
+        self.updates_per_rollout = updates_per_rollout
+        self.kept_rollout: Rollout | None = None
         self.strict_loading = False
         self.micro_step = 0
         self.loaded_steps = 0
@@ -148,11 +154,15 @@ class SRPOModule(LightningModule):
                 part.reshard()
 
     def training_step(self, batch: Conditions, batch_idx: int) -> Tensor:
-        """One micro-batch: rollout, then the objective's loss."""
+        """One micro-batch: rollout, or the one before again, then the objective's loss."""
         draws = Draws(self.seed, self.micro_step, self.global_rank)
-        self.micro_step += 1
         self._moments = [now(self.device)]
-        rollout = self.objective.rollout(self.policy, batch, draws)
+        rollout = self.kept_rollout
+        if rollout is None or self.micro_step % self.updates_per_rollout == 0:
+            with self.policy.rolling_out():
+                rollout = self.objective.rollout(self.policy, batch, draws)
+        self.kept_rollout = rollout if self.updates_per_rollout > 1 else None
+        self.micro_step += 1
         self._moments.append(now(self.device))
         outcome = self.objective.loss(self.policy, self.reward, batch, rollout, draws)
         self.log("train/loss", outcome.loss.detach(), prog_bar=True, batch_size=batch.batch_size)
@@ -261,6 +271,7 @@ class SRPOModule(LightningModule):
                 f"--ckpt_path away.\n  checkpoint: {saved['policy']}\n  config:     {self.policy.fingerprint}"
             )
         self.micro_step = saved["micro_step"]
+        self.kept_rollout = None
         self.loaded_steps = checkpoint["global_step"]
         if "state_dict" not in checkpoint:
             return  # a sharded one: the strategy has read the weights, and checked them

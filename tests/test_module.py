@@ -1,4 +1,5 @@
 import csv
+import itertools
 import time
 from pathlib import Path
 from unittest import mock
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from srpo_lightning import module as own
 from srpo_lightning.callbacks import EMA, RunCheckpoint
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.timing import seconds_between
 from tests import tiny
 from tests.faults import History, NanReward
@@ -187,3 +189,50 @@ def test_a_checkpoint_with_a_missing_parameter_is_refused_naming_it(models, feat
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=rf"differs from the policy in 1 parameters, first {name}: found None"):
         tiny.new_trainer(tmp_path).fit(tiny.new_module(models), tiny.new_data(models, features), ckpt_path=path)
+
+
+class Rollouts(SRPO):
+    """Remembers the prompts and the noise of every rollout, and what every update trains on."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.drawn, self.used = [], []
+
+    def rollout(self, policy, conditions, draws):
+        rollout = super().rollout(policy, conditions, draws)
+        self.drawn.append((draws.step, conditions.prompts))
+        return rollout
+
+    def loss(self, policy, reward, conditions, rollout, draws):
+        self.used.append((draws.step, conditions.prompts, rollout.x0))
+        return super().loss(policy, reward, conditions, rollout, draws)
+
+
+def test_a_rollout_serves_several_updates_each_with_noise_levels_of_its_own(models, features, tmp_path):
+    module = tiny.new_module(models, updates_per_rollout=2)
+    module.objective = Rollouts(ControlWords(["x", "y"], ["z"]), num_rollout_steps=2)
+    tiny.new_trainer(tmp_path, max_steps=5).fit(module, tiny.new_data(models, features, repeats=2))
+    assert [step for step, _ in module.objective.drawn] == [0, 2, 4]
+    used = module.objective.used
+    assert [step for step, _, _ in used] == [0, 1, 2, 3, 4]
+    for first, again in ((0, 1), (2, 3)):
+        assert used[first][1] == used[again][1]
+        assert torch.equal(used[first][2], used[again][2])
+    assert used[0][1] != used[2][1]
+    plain = tiny.new_data(models, features)
+    once = [pick.row for batch in itertools.islice(iter(plain.train_dataloader().batch_sampler), 3) for pick in batch]
+    prompts = [plain.train_prompts[row] for row in once]
+    assert [prompt for _, own in module.objective.drawn for prompt in own] == prompts
+
+
+def test_a_run_that_reuses_rollouts_resumes_exactly_between_them(models, features, tmp_path):
+    def run(steps, path=None, folder="whole"):
+        history = History()
+        trainer = tiny.new_trainer(tmp_path / folder, [history, RunCheckpoint(4)], max_steps=steps)
+        data = tiny.new_data(models, features, repeats=2)
+        trainer.fit(tiny.new_module(models, updates_per_rollout=2), data, ckpt_path=path)
+        return history.weights[-1]
+
+    whole = run(8)
+    run(4, folder="halves")
+    assert equal(run(8, checkpoint_path(tmp_path / "halves", 4), "halves"), whole)

@@ -34,6 +34,7 @@ class PromptData(LightningDataModule):
         images: captions with real pictures; None: those training records that name one.
         offline_ratio: the share of steps that train on these pictures instead of the policy's own.
         batch_size: training prompts per rank and micro-batch.
+        repeats: how often each batch comes in a row (follows model.updates_per_rollout).
         eval_batch_size: evaluation prompts per rank and batch.
         num_eval_prompts: the first so many prompts of `evaluation`; None: all.
         eval_samples_per_prompt: how often each of them is drawn, from other noise each time.
@@ -63,6 +64,7 @@ class PromptData(LightningDataModule):
         images: Sources | None = None,
         offline_ratio: ClosedUnitInterval = 0.0,
         batch_size: PositiveInt = 4,
+        repeats: PositiveInt = 1,
         eval_batch_size: PositiveInt = 8,
         num_eval_prompts: PositiveInt | None = None,
         eval_samples_per_prompt: PositiveInt = 1,
@@ -85,6 +87,7 @@ class PromptData(LightningDataModule):
         for number, (own_width, own_height) in enumerate(sizes or []):
             check_size(own_width, own_height, f"data.sizes[{number}]")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.repeats = repeats
         self.num_workers, self.seed, self.shuffle_window = num_workers, seed, shuffle_window
         self.eval_samples_per_prompt = eval_samples_per_prompt
         self.offline_ratio = offline_ratio
@@ -127,10 +130,10 @@ class PromptData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless stream; a resumed run goes on where the checkpoint was written."""
         rank, world_size = self._ranks()
-        present = Segment(self.num_batches, self.batch_size * world_size)
+        present = Segment(self.num_batches // self.repeats, self.batch_size * world_size)
         if not self.segments or self.segments[-1].samples_per_step != present.samples_per_step:
             self.segments = [*self.segments, present]
-        sampler = StepSampler(self._order(), self.batch_size, rank, self.num_batches)
+        sampler = StepSampler(self._order(), self.batch_size, rank, self.num_batches, self.repeats)
         sets = [source.prompts for source in (*self.selection.train, *self.selection.images)]
         return self._loader(sets, sampler, self.selection.pictures if self.offline_ratio else [])
 

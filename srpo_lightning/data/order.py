@@ -114,22 +114,23 @@ class Order:
 
 
 class StepSampler(Sampler[list[Pick]]):
-    """Endless batches: that of each step from `start` on.
+    """Endless batches: that of each step from `start` on, each several times.
 
     Args:
         order: of the run.
         batch_size: per rank.
         rank: of this process.
-        start: steps already taken.
+        start: batches already handed out.
+        repeats: how often each step's is.
     """
 
-    def __init__(self, order: Order, batch_size: int, rank: int = 0, start: int = 0) -> None:
-        self.order, self.batch_size, self.rank, self.start = order, batch_size, rank, start
+    def __init__(self, order: Order, batch_size: int, rank: int = 0, start: int = 0, repeats: int = 1) -> None:
+        self.order, self.batch_size, self.rank, self.start, self.repeats = order, batch_size, rank, start, repeats
 
     def __iter__(self) -> Iterator[list[Pick]]:
         step = self.start
         while True:
-            yield self.order.batch(step, self.batch_size, self.rank)
+            yield self.order.batch(step // self.repeats, self.batch_size, self.rank)
             step += 1
 
 

@@ -51,6 +51,9 @@ class Objective(ABC):
     def check_reward(self, reward: Reward) -> None:  # noqa: B027  # most objectives take any
         """Refuse, before anything is read, a reward that the objective cannot use."""
 
+    def check_policy(self, policy: Policy) -> None:  # noqa: B027  # most objectives take any
+        """Refuse a policy that lacks what the objective asks of it."""
+
     @abstractmethod
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What the objective rewards in finished images, under `reward` or under a judge that was never trained on."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -60,11 +60,11 @@ class FlowDiffusion(Diffusion):
 class GRPO(Objective):
     """Random rollouts in groups of one prompt; steps of those that beat their group are made more likely.
 
-    No gradient of the reward is needed. One update per rollout: the log-probabilities are those of the weights that
-    drew the steps, so that every ratio is 1 at the update and clipping is idle, and the gradient is the policy
-    gradient. Left out: several updates per rollout, and the penalty by the KL divergence from the base, for which the
-    module would have to give the base's velocity. Accumulating gradients (trainer.accumulate_grad_batches) takes
-    several prompts into one update. The last step, into the picture, is not random and not trained.
+    No gradient of the reward is needed. With one update per rollout the log-probabilities are those of the weights that
+    drew the steps: every ratio is 1, clipping is idle, and the gradient is the policy gradient. With more
+    (model.updates_per_rollout), each on steps of its own, later ones are clipped. Accumulating gradients
+    (trainer.accumulate_grad_batches) takes several prompts into one update. The last step, into the picture, is not
+    random and not trained.
 
     Args:
         form: what is asked of the reward; None: the plain reward.
@@ -74,6 +74,8 @@ class GRPO(Objective):
         timestep_fraction: the share of the random steps that is trained, drawn anew for each update.
         clip_range: the ratio is clipped to 1 -+ this.
         max_advantage: advantages are clipped to -+ this.
+        kl_weight: beta, of the KL divergence of each trained step from that of the base (Flow-GRPO); above 0 it needs a
+            policy that keeps its base, as an adapter does, and another forward pass per step.
         guidance: distilled guidance, of the rollout and of the trained steps alike.
         shift: of the noise levels; None takes the one of the model's scheduler.
         shared_noise: the samples of a group start from the same noise.
@@ -92,6 +94,7 @@ class GRPO(Objective):
         timestep_fraction: ClosedUnitInterval = 0.6,
         clip_range: PositiveFloat = 1e-4,
         max_advantage: PositiveFloat = 5.0,
+        kl_weight: NonNegativeFloat = 0.0,
         guidance: float = 3.5,
         shift: PositiveFloat | None = 3.0,
         shared_noise: bool = True,
@@ -111,6 +114,7 @@ class GRPO(Objective):
         self.group_size = group_size
         self.clip_range = clip_range
         self.max_advantage = max_advantage
+        self.kl_weight = kl_weight
         self.guidance = guidance
         self.shift = shift
         self.shared_noise = shared_noise
@@ -139,23 +143,33 @@ class GRPO(Objective):
         """The clipped policy gradient of the trained steps; each is checkpointed, so that one graph lives at a time."""
         assert rollout.trajectory is not None
         assert rollout.log_probs is not None
+        states = rollout.trajectory
         groups = conditions.repeat(self.group_size)
         rewards = self._rewards(policy, reward, groups, rollout.x0, draws)
         advantage = advantages(rewards.view(self.group_size, -1), self.max_advantage).flatten()
         sigmas = self.sigmas(policy, conditions, rollout.noise)
         diffusion = self.diffusion(sigmas)
 
-        def log_prob(x: Tensor, x_next: Tensor, i: int) -> Tensor:
-            return flow.log_prob(x_next, *self.random_step(policy, x, sigmas, diffusion, i, groups))
+        def step(i: int, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+            mean, std = self.random_step(policy, states[i], sigmas, diffusion, i, groups)
+            kl = mean.new_zeros(len(mean)) if reference is None else flow.normal_kl(mean, reference, std)
+            return flow.log_prob(states[i + 1], mean, std), kl
 
-        losses, ratios = [], []
+        losses, ratios, divergences = [], [], []
         for i in self.trained(draws):
-            now = checkpoint(log_prob, rollout.trajectory[i], rollout.trajectory[i + 1], i, use_reentrant=False)
-            ratio = (now - rollout.log_probs[i]).exp()
+            reference = None
+            if self.kl_weight:
+                with torch.no_grad(), policy.as_reference():
+                    reference, _ = self.random_step(policy, states[i], sigmas, diffusion, i, groups)
+            log_prob, kl = checkpoint(step, i, reference, use_reentrant=False)
+            ratio = (log_prob - rollout.log_probs[i]).exp()
             clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-            losses.append(-torch.minimum(ratio * advantage, clipped * advantage).mean())
+            losses.append(-torch.minimum(ratio * advantage, clipped * advantage).mean() + self.kl_weight * kl.mean())
             ratios.append((ratio.detach() - 1).abs().max())
+            divergences.append(kl.detach().mean())
         scalars = {"reward": rewards.mean(), "ratio_error": torch.stack(ratios).max()}
+        if self.kl_weight:
+            scalars["kl"] = torch.stack(divergences).mean()
         return Outcome(torch.stack(losses).mean(), scalars)
 
     def trained(self, draws: Draws) -> list[int]:
@@ -181,6 +195,14 @@ class GRPO(Objective):
     def check_reward(self, reward: Reward) -> None:
         """Refuse a reward that the form cannot use."""
         self.form.check(reward)
+
+    def check_policy(self, policy: Policy) -> None:
+        """Refuse a penalty by the distance from a base that nothing keeps."""
+        if self.kl_weight and not policy.has_reference:
+            raise ValueError(
+                f"kl_weight is {self.kl_weight}, and this policy keeps no base to be compared with: train an adapter "
+                "(model.policy.init_args.adapter), or set kl_weight to 0"
+            )
 
     @torch.no_grad()
     def _rewards(self, policy: Policy, reward: Reward, groups: Conditions, x0: Tensor, draws: Draws) -> Tensor:

@@ -1,7 +1,8 @@
 """What an objective, the module and the callbacks ask of a policy."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
 
 import torch
@@ -61,6 +62,18 @@ class Policy(nn.Module, ABC):
         Args:
             shift: overrides the shift of the model's own scheduler.
         """
+
+    @contextmanager
+    def rolling_out(self) -> Iterator[None]:
+        """Around a rollout of training: a policy may draw it faster and less exactly than its evaluation samples."""
+        yield
+
+    has_reference: bool = False
+    """Whether `as_reference` works."""
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """The model as it was before training, without a copy of it, for as long as it lasts."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no reference")
 
     @property
     @abstractmethod

@@ -5,13 +5,15 @@ Shapes: B samples, L = (H / 16) (W / 16) packed image tokens, C = 4 x latent cha
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FirstBlockCacheConfig, FluxTransformer2DModel
 from jaxtyping import Float
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from srpo_lightning import flow
@@ -56,6 +58,9 @@ class FluxPolicy(Policy):
         compile: compile each transformer block with torch.compile when it first runs, which takes minutes; not DoRA.
         attention: the attention kernel, by diffusers' name for it, such as _native_cudnn or flash; null is torch's
             choice.
+        rollout_cache: in rollouts, where the first block changes its input by nearly what it did at the step before
+            (relative mean difference below this), take the other blocks' change from there too: diffusers'
+            FirstBlockCache. 0.05 to 0.2 is usual; null computes every step.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class FluxPolicy(Policy):
         quantize: Literal["none", "nf4", "nf4-double"] = "none",
         compile: bool = False,
         attention: str | None = None,
+        rollout_cache: PositiveFloat | None = None,
     ) -> None:
         super().__init__()
         for name, side in (("height", height), ("width", width)):
@@ -114,6 +120,7 @@ class FluxPolicy(Policy):
             )
         self.compiles_blocks = compile
         self.attention = attention
+        self.rollout_cache = rollout_cache
         self.transformer: FluxTransformer2DModel | None = None
 
     def load(self, shard: Shard | None = None) -> None:
@@ -208,6 +215,35 @@ class FluxPolicy(Policy):
             return_dict=False,
         )[0]
         return velocity.to(x.dtype)
+
+    @contextmanager
+    def rolling_out(self) -> Iterator[None]:
+        """With the cache of features, if there is to be one."""
+        if self.rollout_cache is None:
+            yield
+            return
+        assert self.transformer is not None, "load() comes first"
+        self.transformer.enable_cache(FirstBlockCacheConfig(threshold=self.rollout_cache))
+        try:
+            with self.transformer.cache_context("rollout"):
+                yield
+        finally:
+            self.transformer.disable_cache()
+
+    @property
+    def has_reference(self) -> bool:  # type: ignore[override]  # a constant of other policies
+        """With an adapter: the weights beside it never change."""
+        return self.adapter is not None
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Without the adapter."""
+        assert self.transformer is not None, "load() comes first"
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
 
     @property
     def guided(self) -> bool:

@@ -42,8 +42,9 @@ TRAJECTORY = "guidance shift margin shared_noise reward_batch_size"
 CONNECTED = f"form num_steps num_trained_steps late_bias input_gradient {TRAJECTORY}"
 FLAGS = {
     SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
-    "max_skipped_steps optimizer_in_backward clip_norm_per_parameter",
-    PromptData: "train pretrained evaluation validation_fraction images offline_ratio batch_size eval_batch_size "
+    "max_skipped_steps optimizer_in_backward clip_norm_per_parameter updates_per_rollout",
+    PromptData: "train pretrained evaluation validation_fraction images offline_ratio batch_size repeats "
+    "eval_batch_size "
     "num_eval_prompts eval_samples_per_prompt sizes height width cache_dir mirror_dir max_prompts_to_encode "
     "max_sequence_length text_dtype text_quantize text_batch_size text_device shuffle_window num_workers seed",
     Source: "path weight prompt image seed negative_prompt tags width height split",
@@ -52,7 +53,7 @@ FLAGS = {
     "window grid_size ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
     "reward_batch_size",
     ControlWords: "positive negative",
-    Plain: "",
+    Plain: "template",
     Relative: "control_words word_choice template extra_weight",
     DirectAlign: "form inversion num_rollout_steps rollout_guidance guidance shift num_schedule_steps window grid_size "
     "ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
@@ -64,12 +65,12 @@ FLAGS = {
     FlowBPSparse: f"form num_steps num_trained_steps late_bias {TRAJECTORY}",
     FlowBPBridge: CONNECTED,
     FlowBPLagrange: CONNECTED,
-    GRPO: "form diffusion num_steps group_size timestep_fraction clip_range max_advantage guidance shift shared_noise "
-    "reward_batch_size",
+    GRPO: "form diffusion num_steps group_size timestep_fraction clip_range max_advantage kl_weight guidance shift "
+    "shared_noise reward_batch_size",
     DanceDiffusion: "eta",
     FlowDiffusion: "a",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
-    "resolution_shift quantize_timesteps adapter quantize compile attention",
+    "resolution_shift quantize_timesteps adapter quantize compile attention rollout_cache",
     ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",
     PickScore: "pretrained processor logit_scale_divisor dtype cache_size",
     HPSv2: "pretrained filename processor fit logit_scale_divisor dtype cache_size",
@@ -83,7 +84,7 @@ FLAGS = {
     EMA: "decay warmup every_n_steps dtype device evaluate",
     SampleLogger: "num_samples columns max_share",
     OverOptimizationGuard: "weights action patience min_diversity max_drift learning_rate_factor",
-    RewardTracking: "judge labels candidates top_k metrics held_out",
+    RewardTracking: "judge labels candidates top_k metrics held_out form",
     Report: "num_columns scale",
     export: "config output ckpt_path format weights dtype check device",
 }

@@ -1,10 +1,13 @@
-"""configs/flux_srpo.yaml from its first line to its report, on two ranks, with tiny models for the large ones."""
+"""The recipes that train all weights, to their report, on two ranks, with tiny models for the large ones."""
+
+import pytest
 
 from srpo_lightning.checkpoints import checkpoints
 from tests.cli.recipes import run_recipe
 
 
-def test_the_flux_configuration_trains_to_its_report_on_models_in_the_same_layout(models, tmp_path):
+@pytest.mark.parametrize("name", ["flux_srpo", "flux_refl", "flux_draft", "flux_grpo"])
+def test_a_flux_configuration_trains_to_its_report_on_models_in_the_same_layout(models, tmp_path, name):
     """Everything but paths, sizes and lengths is as in the file; accumulation over four micro-batches included."""
     changes = {
         "height: 720": "height: 32",
@@ -13,5 +16,5 @@ def test_the_flux_configuration_trains_to_its_report_on_models_in_the_same_layou
         "devices: 8": "devices: 2",
         "shard_size: 8": "shard_size: 2",
     }
-    run = run_recipe("flux_srpo", models, tmp_path, changes, num_ranks=2)
+    run = run_recipe(name, models, tmp_path, changes, num_ranks=2)
     assert [path.name for path in checkpoints(run)] == ["step-00000002.ckpt"]

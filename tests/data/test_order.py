@@ -154,3 +154,10 @@ def test_the_ranks_together_evaluate_every_prompt_and_each_equally_many(groups, 
     assert sum(map(len, seen)) < sum(groups.values()) + world_size * len(groups)
     assert all(len(list(sampler)) == len(sampler) for sampler in samplers)
     assert all(len({pick.size for pick in batch}) == 1 and len(batch) <= batch_size for batch in samplers[0])
+
+
+def test_batches_that_are_repeated_are_the_same_ones_also_from_the_middle():
+    own = order(20, 4, 0)
+    once, twice = rows(StepSampler(own, 4), 5), rows(StepSampler(own, 4, repeats=2), 10)
+    assert twice == [row for start in range(0, 20, 4) for row in once[start : start + 4] * 2]
+    assert rows(StepSampler(own, 4, start=3, repeats=2), 7) == twice[12:]

@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -165,6 +167,56 @@ def test_a_share_of_the_steps_is_drawn_anew_at_every_update_and_the_same_on_ever
     assert {len(set(steps)) for steps in drawn} == {9}  # 0.6 of 15
     assert {i for steps in drawn for i in steps} == set(range(15))
     assert drawn == [objective.trained(Draws(0, step, rank=2)) for step in range(30)]
+
+
+class Adapted(toy.Field):
+    """Keeps what it was before training."""
+
+    has_reference = True
+
+    @contextmanager
+    def as_reference(self):
+        with torch.no_grad():
+            self.weight -= 0.1
+            try:
+                yield
+            finally:
+                self.weight += 0.1
+
+
+def test_the_divergence_is_the_normal_distributions():
+    mean, other = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    std = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64).view(3, 1, 1)
+    p, q = (torch.distributions.Normal(each, std.expand_as(mean)) for each in (mean, other))
+    expected = torch.distributions.kl_divergence(p, q).mean((1, 2))
+    torch.testing.assert_close(flow.normal_kl(mean, other, std), expected, rtol=1e-12, atol=0)
+
+
+def test_the_penalty_is_the_divergence_from_the_base_over_the_trained_steps():
+    policy, conditions = Adapted(), toy.batch()
+    plain, penalised = GRPO(**SETTINGS), GRPO(kl_weight=0.3, **SETTINGS)
+    drawn = plain.rollout(policy, conditions, Draws(0, 1))
+    rollout, draws, groups = Rollout(*(part.double() for part in drawn)), Draws(0, 1), conditions.repeat(4)
+    losses = [o.loss(policy, toy.Wavy(), conditions, rollout, draws) for o in (plain, penalised)]
+    sigmas, kls = policy.sigmas(6, 3.0), []
+    for i in plain.trained(draws):
+        x, sigma, dt = rollout.trajectory[i], sigmas[i], sigmas[i + 1] - sigmas[i]
+        with policy.as_reference():
+            reference = policy(x, sigma.expand(8), groups, 0.7)
+        gap = policy(x, sigma.expand(8), groups, 0.7) - reference
+        # mean = x + v dt - g^2 score dt / 2 and score = -(x + (1 - sigma) v) / sigma
+        gap = gap * dt * (1 + 0.3**2 * (1 - sigma) / (2 * sigma))
+        kls.append((gap / (0.3 * (-dt).sqrt())).square().mean() / 2)
+    kl = torch.stack(kls).mean()
+    torch.testing.assert_close(losses[1].scalars["kl"], kl.detach(), rtol=1e-9, atol=0)
+    difference = losses[1].loss - losses[0].loss
+    toy.assert_same_gradients(policy, difference, 0.3 * kl, rtol=1e-6, atol=1e-9)
+
+
+def test_a_penalty_is_refused_where_nothing_keeps_the_base():
+    with pytest.raises(ValueError, match="train an adapter"):
+        GRPO(kl_weight=0.1).check_policy(toy.Field())
+    GRPO().check_policy(toy.Field())
 
 
 @pytest.mark.parametrize(

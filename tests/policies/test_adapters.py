@@ -312,3 +312,15 @@ def test_exporting_the_adapter_of_a_policy_without_one_is_refused_before_weights
     with pytest.raises(ValueError, match=r"the policy has none: take it out of trainer.callbacks, or give"):
         tiny.new_trainer(tmp_path, [LoraExport()]).fit(module, tiny.new_data(models, features))
     assert module.policy.transformer is None
+
+
+def test_without_its_adapter_a_policy_is_its_own_reference(models):
+    policy, base = tiny.new_policy(models, adapter=Lora(4)), tiny.new_policy(models)
+    assert policy.has_reference
+    assert not base.has_reference
+    disturb(policy)
+    after = velocity(policy)
+    with policy.as_reference():
+        assert torch.equal(velocity(policy), velocity(base))
+    assert torch.equal(velocity(policy), after)
+    assert not torch.equal(after, velocity(base))

@@ -181,3 +181,25 @@ def test_a_folder_that_does_not_exist_is_refused_with_the_cure(tmp_path):
 def test_a_folder_without_a_transformer_is_refused_naming_the_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"transformer/config.json is missing: .*a whole model folder"):
         FluxPolicy(str(tmp_path), 32, 32)
+
+
+def rolled_out(policy) -> torch.Tensor:
+    objective = SRPO(ControlWords(["x"], ["y"]), num_rollout_steps=4)
+    with policy.rolling_out():
+        return objective.rollout(policy, tiny.new_conditions(2), Draws(0)).x0
+
+
+def test_a_rollout_takes_what_hardly_changes_from_the_step_before_and_nothing_else_does(models, policy):
+    plain = rolled_out(policy)
+    never, always = (tiny.new_policy(models, rollout_cache=threshold) for threshold in (1e-9, 1e9))
+    assert torch.equal(rolled_out(never), plain)
+    calls = []
+    last = always.transformer.single_transformer_blocks[-1].attn
+    handle = last.register_forward_hook(lambda *_: calls.append(1))
+    first, second = rolled_out(always), rolled_out(always)
+    handle.remove()
+    assert len(calls) == 2  # the first step of each rollout
+    assert torch.equal(first, second)
+    assert not torch.equal(first, plain)
+    x, conditions = inputs(policy)
+    assert torch.equal(always(x, SIGMA, conditions, 3.5), policy(x, SIGMA, conditions, 3.5))

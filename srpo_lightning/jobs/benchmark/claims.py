@@ -57,7 +57,8 @@ def claims(results: Results, labels: Sequence[str]) -> list[Claim]:
         labels: that a picture can be steered to, each in a row `SRPO to <label>`, the first in `SRPO`.
     """
     checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
-        ("SRPO beats Direct-Align alone and every baseline on the held-out judge at equal compute", lambda: _best(results)),
+        ("SRPO beats Direct-Align alone and every baseline on the held-out judge at equal compute",
+         lambda: _best(results)),
         ("late windows are exploited (the training reward gains more than the judge, or diversity goes), the full one "
          "is not", lambda: _late(results)),
         ("without the inversion branch saturation drifts more", lambda: _inversion(results)),
@@ -83,12 +84,16 @@ def _late(results: Results) -> tuple[str, str]:
     names = [name for pair in LATE.items() for name in pair]
     if missing := _missing(results, names):
         return _not_measured(missing)
-    gaps = {f"{name} against {full}": difference_of(results[name], results[full], exploited) for name, full in LATE.items()}
-    lost = {f"{name} against {full}": difference(results[full], results[name], "prompt_diversity") for name, full in LATE.items()}
+    gaps = {
+        f"{name} against {full}": difference_of(results[name], results[full], exploited) for name, full in LATE.items()
+    }
+    lost = {
+        f"{name} against {full}": difference(results[full], results[name], "diversity") for name, full in LATE.items()
+    }
     verdicts = [_any([_sign(gaps[key]), _sign(lost[key])]) for key in gaps]
     return _all(verdicts), (
-        f"gain of the reward beyond the judge's, more than in the full window: {_list(gaps)}; diversity lost, more than in "
-        f"the full window: {_list(lost)}"
+        f"gain of the reward beyond the judge's, more than in the full window: {_list(gaps)}; "
+        f"diversity lost, more than in the full window: {_list(lost)}"
     )
 
 
@@ -122,10 +127,17 @@ def _words(results: Results, labels: Sequence[str]) -> tuple[str, str]:
     rows = {label: f"{OURS} to {label}" for label in labels[1:]} | {labels[0]: OURS}
     if missing := _missing(results, rows.values()):
         return _not_measured(missing)
-    shares = {label: [(c.first[f"share/{label}"], c.last[f"share/{label}"]) for c in results[row]] for label, row in rows.items()}
-    means = {label: tuple(sum(each) / len(pairs) for each in zip(*pairs, strict=True)) for label, pairs in shares.items()}
+    shares = {
+        label: [(c.first[f"share/{label}"], c.last[f"share/{label}"]) for c in results[row]]
+        for label, row in rows.items()
+    }
+    means = {
+        label: tuple(sum(each) / len(pairs) for each in zip(*pairs, strict=True)) for label, pairs in shares.items()
+    }
     verdict = all(after - before >= STEERED for before, after in means.values())
-    return "yes" if verdict else "no", ", ".join(f"{k} {before:.0%} to {after:.0%}" for k, (before, after) in means.items())
+    return "yes" if verdict else "no", ", ".join(
+        f"{k} {before:.0%} to {after:.0%}" for k, (before, after) in means.items()
+    )
 
 
 def _real(results: Results) -> tuple[str, str]:
@@ -135,7 +147,9 @@ def _real(results: Results) -> tuple[str, str]:
     less = difference_of(results[real], results[OURS], lambda c: c.last["judge"] - c.first["judge"])
     gains = {name: change_of(results[name], "judge") for name in (OURS, real)}
     share = gains[real].value / gains[OURS].value
-    return ("yes" if share >= CLOSE else "no"), f"gains of the judge: {_list(gains)}, {share:.0%}; difference {_text(less)}"
+    return (
+        "yes" if share >= CLOSE else "no"
+    ), f"gains of the judge: {_list(gains)}, {share:.0%}; difference {_text(less)}"
 
 
 def _combined(results: Results) -> tuple[str, str]:
@@ -146,7 +160,10 @@ def _combined(results: Results) -> tuple[str, str]:
         for name, plain in COMBINED.items()
         for other in (plain, OURS)
     }
-    pairs = [_all([_sign(gaps[f"{name} less {plain}"]), _sign(gaps[f"{name} less {OURS}"])]) for name, plain in COMBINED.items()]
+    pairs = [
+        _all([_sign(gaps[f"{name} less {plain}"]), _sign(gaps[f"{name} less {OURS}"])])
+        for name, plain in COMBINED.items()
+    ]
     return _any(pairs), _list(gaps)
 
 

@@ -1,16 +1,20 @@
-"""The curves of all rows over compute."""
+"""The curves of all rows over compute, and pictures of the same prompts by each row."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
+from PIL import Image
+
+from srpo_lightning.callbacks.pictures import contact_sheet, sample_path
 from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.jobs.benchmark.report import Report
+from srpo_lightning.jobs.benchmark.results import Results
 
 PANELS = {
     "reward": "training reward",
     "judge": "held-out judge",
     "saturation": "saturation",
-    "prompt_diversity": "diversity within a prompt",
+    "diversity": "diversity",
 }
 
 
@@ -18,19 +22,21 @@ def draw(report: Report, path: Path) -> str:
     """Write a picture with the mean over seeds of each row; returns a line that says where it is."""
     if find_spec("matplotlib") is None:
         return "no figure: pip install -e '.[notebooks]' brings matplotlib, then add --report_only true"
-    import matplotlib.pyplot as plt  # noqa: PLC0415  # not every installation has it
+    import matplotlib.pyplot as plt  # not every installation has it
 
     rows = {name: curves for name, curves in report.results.items() if name != "base"}
     figure, axes = plt.subplots(2, 2, figsize=(13, 9), sharex=True, layout="constrained")
     colours = plt.colormaps["tab20"]
     for number, (name, curves) in enumerate(rows.items()):
         is_ours = "SRPO" in name
-        style = {"color": colours(number % 20), "linestyle": "-" if is_ours else "--", "linewidth": 2.2 if name == "SRPO" else 1.3}
+        style = {
+            "color": colours(number % 20),
+            "linestyle": "-" if is_ours else "--",
+            "linewidth": 2.2 if name == "SRPO" else 1.3,
+        }
         shortest = min(len(curve.points) for curve in curves)
         for (column, _), axis in zip(PANELS.items(), axes.flat, strict=True):
-            values = [
-                sum(curve.points[i].numbers[column] for curve in curves) / len(curves) for i in range(shortest)
-            ]
+            values = [sum(curve.points[i].numbers[column] for curve in curves) / len(curves) for i in range(shortest)]
             forwards = [curves[0].points[i].forwards / 1000 for i in range(shortest)]
             axis.plot(forwards, values, marker="o", markersize=3, label=name, **style)
     for title, axis in zip(PANELS.values(), axes.flat, strict=True):
@@ -43,3 +49,18 @@ def draw(report: Report, path: Path) -> str:
         figure.savefig(partial, format="png", dpi=110)
     plt.close(figure)
     return f"curves: {path}"
+
+
+def show(results: Results, path: Path, num_columns: int = 12) -> str:
+    """Write a sheet with the last pictures of each row's first run; returns a line that says where it is."""
+    rows = {}
+    for name, curves in results.items():
+        run = curves[0].run
+        paths = [sample_path(run.folder, run.steps, "policy", index) for index in range(num_columns)]
+        rows[name] = [Image.open(picture).convert("RGB") for picture in paths if picture.is_file()]
+    rows = {name: pictures for name, pictures in rows.items() if pictures}
+    if not rows:
+        return "no pictures: add SampleLogger to fit.trainer.callbacks"
+    with complete_or_absent(path) as partial:
+        contact_sheet(rows).save(partial, format="PNG")
+    return f"pictures: {path}"

@@ -1,6 +1,6 @@
 """The compute of a training step in forward passes of the policy, counted by running the objective without a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,5 +95,5 @@ class _Counter(Policy):
 
 
 class _Reward(Reward):
-    def forward(self, images: Tensor, texts: list[str]) -> Tensor:
+    def forward(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3))

@@ -1,17 +1,17 @@
 """The command: tries learning rates, runs all seeds, reports."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
 from srpo_lightning.jobs.benchmark.claims import claims
-from srpo_lightning.jobs.benchmark.figure import draw
+from srpo_lightning.jobs.benchmark.figure import draw, show
 from srpo_lightning.jobs.benchmark.plan import Plan, Row, Run, Settings
 from srpo_lightning.jobs.benchmark.processes import Runner, is_done
 from srpo_lightning.jobs.benchmark.report import Report, write
-from srpo_lightning.jobs.benchmark.results import Curve, read_curve
+from srpo_lightning.jobs.benchmark.results import Curve, Results, read_curve
 
 QUICK = 4
 
@@ -29,12 +29,13 @@ def benchmark(
     num_workers: PositiveInt = 2,
     quick: bool = False,
     report_only: bool = False,
+    check_claims: bool = True,
 ) -> None:
     """Train by every objective at equal compute, and compare what came of it.
 
-    Each row is trained at several learning rates from the first seed; the one with the best held-out judge at the end is
-    run from all seeds. What is done is never done again: a second call goes on where the first was stopped. Writes
-    `table.md`, `results.json` and `curves.png` into the folder.
+    Each row is trained at several learning rates from the first seed; the one with the best held-out judge at the end
+    is run from all seeds. What is done is never done again: a second call goes on where the first was stopped. Writes
+    `table.md`, `results.json`, `curves.png` and `pictures.png` into the folder.
 
     Args:
         fit: settings of `fit` that all runs share, with RewardTracking among its callbacks.
@@ -49,6 +50,7 @@ def benchmark(
         num_workers: runs at a time.
         quick: a quarter of the compute, two evaluations, one seed, the middle learning rate; in a folder of its own.
         report_only: train nothing, report on what is there.
+        check_claims: say what the paper claims and whether it holds; for the rows of configs/benchmark_emoji.yaml.
 
     Raises:
         ValueError: if a run failed, after all others are done.
@@ -58,31 +60,39 @@ def benchmark(
         plan = plan._replace(seeds=seeds[:1], forwards=forwards // QUICK, evaluations=2, folder=Path(f"{folder}_quick"))
         plan = plan._replace(rows={name: untried(row, learning_rates) for name, row in plan.rows.items()})
     runner = Runner(num_workers)
+    labels = labels_of(plan.fit)
+    results, sweeps = carry_out(plan, runner, labels, trains=not report_only)
+    report = Report(results, sweeps, label, target, claims(results, labels) if check_claims else [])
+    print(write(report, plan.folder))
+    print(draw(report, plan.folder / "curves.png"))
+    print(show(results, plan.folder / "pictures.png"))
+    if runner.failed:
+        raise ValueError(f"{len(runner.failed)} runs failed, the table is without them; the same command tries again")
+
+
+def carry_out(plan: Plan, runner: Runner, labels: Sequence[str], trains: bool) -> tuple[Results, Results]:
+    """Run what is not done, if anything is to be trained; returns the curves of all rows and of the sweeps."""
     bases = {seed: plan.base(seed) for seed in plan.seeds}
     tried = {name: plan.tried(name) for name in plan.rows}
-    if not report_only:
+    if trains:
         runner(bases.values(), {})
         if runner.failed:
             raise ValueError("the weights before training could not be evaluated: see the log above")
         runner((run for runs in tried.values() for run in runs), bases)
-    labels = labels_of(fit.values)
-    sweeps = {name: [read_curve(run, labels) for run in runs if is_done(run)] for name, runs in tried.items()}
-    chosen = choose(plan, sweeps)
-    runs = {name: of_seeds(plan, name, rate) for name, rate in chosen.items()}
-    if not report_only:
+    sweeps = {name: curves for name, runs in tried.items() if (curves := of_done(runs, labels))}
+    runs = {name: of_seeds(plan, name, rate) for name, rate in choose(plan, sweeps).items()}
+    if trains:
         # Seed by seed, so that a benchmark that is stopped has whole tables of fewer seeds.
         runner((own[i] for i in range(len(plan.seeds)) for own in runs.values() if i < len(own)), bases)
-    done = {name: [read_curve(run, labels) for run in own if is_done(run)] for name, own in runs.items()}
-    results = {"base": [read_curve(run, labels) for run in bases.values() if is_done(run)]} | {
-        name: curves for name, curves in done.items() if curves
-    }
+    results = {"base": of_done(bases.values(), labels)}
     if not results["base"]:
         raise ValueError(f"nothing in {plan.folder} to report on: leave --report_only away")
-    report = Report(results, {name: own for name, own in sweeps.items() if own}, label, target, claims(results, labels))
-    print(write(report, plan.folder))
-    print(draw(report, plan.folder / "curves.png"))
-    if runner.failed:
-        raise ValueError(f"{len(runner.failed)} runs failed, the table is without them; the same command tries again")
+    return results | {name: curves for name, own in runs.items() if (curves := of_done(own, labels))}, sweeps
+
+
+def of_done(runs: Iterable[Run], labels: Sequence[str]) -> list[Curve]:
+    """The curves of those runs that have come to their end."""
+    return [read_curve(run, labels) for run in runs if is_done(run)]
 
 
 def present(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -104,10 +114,12 @@ def labels_of(fit: Mapping[str, Any]) -> list[str]:
     for callback in fit["trainer"]["callbacks"]:
         if callback["class_path"].endswith("RewardTracking"):
             return list(callback["init_args"]["labels"])
-    raise ValueError("fit.trainer.callbacks has no RewardTracking, which measures what is compared: add it, with labels")
+    raise ValueError(
+        "fit.trainer.callbacks has no RewardTracking, which measures what is compared: add it, with labels"
+    )
 
 
-def choose(plan: Plan, sweeps: Mapping[str, list[Curve]]) -> dict[str, float]:
+def choose(plan: Plan, sweeps: Results) -> dict[str, float]:
     """The learning rate of each row: that of the best judge at the end."""
     best = {
         name: max(curves, key=lambda curve: curve.last["judge"]).run.learning_rate

@@ -110,7 +110,7 @@ class Plan(NamedTuple):
         folder = self.folder / file_name(row) / f"lr-{learning_rate:g}-seed-{seed}"
         changes = {
             "seed_everything": seed,
-            "model": {"optimizer": {"init_args": {"lr": learning_rate}}},
+            "model": {"optimizer": {"init_args": {"lr": float(learning_rate)}}},  # YAML knows no restricted number
             "checkpoint": {"every_n_steps": every, "keep": 1},
             "trainer": {
                 "default_root_dir": str(folder),

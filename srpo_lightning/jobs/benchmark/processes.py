@@ -7,7 +7,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
@@ -47,8 +48,6 @@ class Runner:
         self.context = get_context("forkserver")
         self.context.set_forkserver_preload([PROGRAM])
         self.failed: list[Run] = []
-        # Runs end with this process however it is ended: they save, and the next call goes on with them.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def __call__(self, runs: Iterable[Run], bases: dict[int, Run]) -> None:
         """Run them, and add those that failed to `failed`.
@@ -59,14 +58,15 @@ class Runner:
         """
         waiting = [run for run in runs if not is_done(run)]
         total, busy = len(waiting), dict[ForkServerProcess, Run]()
-        while waiting or busy:
-            while waiting and len(busy) < self.num_workers:
-                run = waiting.pop(0)
-                print(f"[{total - len(waiting)}/{total}] {run.folder}", flush=True)
-                busy[self.start(run, bases.get(run.seed))] = run
-            time.sleep(0.2)
-            for process in [process for process in busy if not process.is_alive()]:
-                self.finish(busy.pop(process))
+        with children_end_too():
+            while waiting or busy:
+                while waiting and len(busy) < self.num_workers:
+                    run = waiting.pop(0)
+                    print(f"[{total - len(waiting)}/{total}] {run.folder}", flush=True)
+                    busy[self.start(run, bases.get(run.seed))] = run
+                time.sleep(0.2)
+                for process in [process for process in busy if not process.is_alive()]:
+                    self.finish(busy.pop(process))
 
     def start(self, run: Run, base: Run | None) -> ForkServerProcess:
         """Start a run, or go on with it from its last checkpoint."""
@@ -87,6 +87,16 @@ class Runner:
             return
         self.failed.append(run)
         print(f"{run.folder} failed; the end of {run.folder / LOG}:\n{last_lines(run.folder / LOG)}", flush=True)
+
+
+@contextmanager
+def children_end_too() -> Iterator[None]:
+    """However this process is ended, its runs are: they save, and the next call goes on with them."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command(arguments: list[str], folder: Path) -> None:

@@ -40,7 +40,8 @@ def columns(report: Report) -> dict[str, Callable[[Sequence[Curve]], str]]:
         "held-out judge": "judge",
         f"share of {report.label}": f"share/{report.label}",
         "concept top-5": next((name for name in report.results["base"][0].last if name.startswith("top")), "top5"),
-        "diversity": "prompt_diversity",
+        "diversity": "diversity",
+        "within a prompt": "prompt_diversity",
         "drift": "drift",
         "saturation": "saturation",
     }

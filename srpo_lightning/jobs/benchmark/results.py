@@ -90,9 +90,8 @@ def training_seconds(folder: Path) -> dict[int, float]:
 
 
 def seconds_per_step(folder: Path) -> float:
-    """The mean, without the first step, which is slower than all others."""
-    seconds = training_seconds(folder)
-    return statistics.fmean(value for step, value in sorted(seconds.items())[min(1, len(seconds) - 1) :])
+    """The mean over a run."""
+    return statistics.fmean(training_seconds(folder).values())
 
 
 def mean_over_seeds(values: Sequence[float]) -> Interval:
@@ -123,4 +122,3 @@ def difference(ours: Sequence[Curve], theirs: Sequence[Curve], name: str) -> Int
 
 Results = Mapping[str, Sequence[Curve]]
 """The curves of each row at its chosen learning rate, one per seed; of `base` single points."""
-
