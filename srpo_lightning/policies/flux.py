@@ -118,6 +118,11 @@ class FluxPolicy(Policy):
             raise ValueError(
                 "peft's DoRA cannot be compiled: set model.policy.init_args.compile or adapter.dora to false"
             )
+        if compile and rollout_cache is not None:
+            raise ValueError(
+                "a cache of features comes and goes with every rollout, and compiled blocks would be compiled anew for "
+                "each: set model.policy.init_args.compile to false, or rollout_cache to null"
+            )
         self.compiles_blocks = compile
         self.attention = attention
         self.rollout_cache = rollout_cache

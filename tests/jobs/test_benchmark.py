@@ -141,6 +141,7 @@ def write_benchmark(models: tiny.Models, features: Path, folder: Path) -> Path:
     fit = tiny.config(models, folder, features)
     objective = fit["model"].pop("objective")
     tracking = [c for c in fit["trainer"]["callbacks"] if c["class_path"].endswith("RewardTracking")]
+    tracking[0]["init_args"]["form"] = {"class_path": "srpo_lightning.objectives.Plain"}
     fit["trainer"]["callbacks"] = tracking
     config = {
         "folder": str(folder / "benchmark"),
@@ -212,5 +213,15 @@ def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models
 
 def test_a_benchmark_without_tracking_or_results_is_refused_with_the_cure(models, features, tmp_path):
     config = write_benchmark(models, features, tmp_path)
+    arguments = ["benchmark", "--config", str(config), "--report_only", "true"]
     with pytest.raises(SystemExit, match="leave --report_only away"):
-        main(["benchmark", "--config", str(config), "--report_only", "true"])
+        main(arguments)
+    settings = yaml.safe_load(config.read_text())
+    del settings["fit"]["trainer"]["callbacks"][0]["init_args"]["form"]
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match="compares nothing: give it one"):
+        main(arguments)
+    settings["fit"]["trainer"]["callbacks"] = []
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match="add it, with labels"):
+        main(arguments)

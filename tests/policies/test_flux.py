@@ -203,3 +203,8 @@ def test_a_rollout_takes_what_hardly_changes_from_the_step_before_and_nothing_el
     assert not torch.equal(first, plain)
     x, conditions = inputs(policy)
     assert torch.equal(always(x, SIGMA, conditions, 3.5), policy(x, SIGMA, conditions, 3.5))
+
+
+def test_a_feature_cache_beside_compiled_blocks_is_refused(models):
+    with pytest.raises(ValueError, match="rollout_cache to null"):
+        FluxPolicy(str(models.pipeline), 32, 32, compile=True, rollout_cache=0.1)

@@ -110,9 +110,14 @@ def untried(row: Row, learning_rates: list[float]) -> Row:
 
 
 def labels_of(fit: Mapping[str, Any]) -> list[str]:
-    """Those that RewardTracking tells images apart by."""
+    """Those that RewardTracking tells images apart by, if it measures all rows alike."""
     for callback in fit["trainer"]["callbacks"]:
         if callback["class_path"].endswith("RewardTracking"):
+            if "form" not in callback["init_args"]:
+                raise ValueError(
+                    "RewardTracking measures every objective by its own form, which compares nothing: give it one, for "
+                    "instance form: {class_path: srpo_lightning.objectives.Plain}"
+                )
             return list(callback["init_args"]["labels"])
     raise ValueError(
         "fit.trainer.callbacks has no RewardTracking, which measures what is compared: add it, with labels"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from srpo_lightning.callbacks.tracking import base_path, read_records
+from srpo_lightning.callbacks.tracking import FILE, base_path, read_records
 from srpo_lightning.checkpoints import checkpoints, complete_or_absent
 from srpo_lightning.jobs.benchmark.plan import Run, write_config
 
@@ -27,8 +27,9 @@ KIB = 1024
 
 def is_done(run: Run) -> bool:
     """Whether the last evaluation of a run is there, and the weights before training are measured."""
-    measured = base_path(run.folder).is_file()
-    return measured and (not run.steps or any(r["step"] == run.steps for r in read_records(run.folder)))
+    if not base_path(run.folder).is_file() or not (run.folder / FILE).is_file():
+        return False
+    return not run.steps or any(record["step"] == run.steps for record in read_records(run.folder))
 
 
 class Runner:

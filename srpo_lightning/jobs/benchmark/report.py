@@ -96,6 +96,7 @@ def write(report: Report, folder: Path) -> str:
         "software": software(),
         "label": report.label,
         "target": report.target,
+        "means": {name: means(curves) for name, curves in report.results.items()},
         "rows": {name: [as_dict(curve) for curve in curves] for name, curves in report.results.items()},
         "sweeps": {name: [as_dict(curve) for curve in curves] for name, curves in report.sweeps.items()},
         "claims": [claim._asdict() for claim in report.claims],
@@ -104,6 +105,15 @@ def write(report: Report, folder: Path) -> str:
         with complete_or_absent(folder / name) as partial:
             partial.write_text(body, encoding="utf-8")
     return text
+
+
+def means(curves: Sequence[Curve]) -> dict[str, dict[str, float | None]]:
+    """Every number at the end over the seeds, for JSON, which knows no NaN."""
+    intervals = {name: last_of(curves, name) for name in curves[0].last}
+    return {
+        name: {key: None if math.isnan(value) else value for key, value in interval._asdict().items()}
+        for name, interval in intervals.items()
+    }
 
 
 def as_dict(curve: Curve) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def with_half(interval: Interval, digits: int = 3) -> str:
 
 
 def _number(name: str) -> Callable[[Sequence[Curve]], str]:
-    return lambda curves: with_half(last_of(curves, name))
+    return lambda curves: with_half(last_of(curves, name)) if name in curves[0].last else ""
 
 
 def _plain(values: Sequence[float]) -> str:
