@@ -1,5 +1,6 @@
 """Back-propagation through the sampler itself: DRaFT-K, DRaFT-LV (arXiv 2309.17400) and DRTune."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,9 +19,9 @@ from srpo_lightning.policies.base import Policy
 class DRaFT(TrajectoryObjective):
     """DRaFT-K, and with `num_variants` DRaFT-LV, its variant of low variance for one step.
 
-    The last K Euler steps carry gradient; each is checkpointed, so that one step's graph is alive at a time. DRaFT-LV
-    noises the finished latents again to the level of the last step, several times, takes that step from each, and
-    averages all rewards.
+    The last K Euler steps carry gradient; each is checkpointed, so that one step's graph is alive at a time (under
+    FSDP2 with all of the weights gathered, once the backward pass computes it again). DRaFT-LV noises the finished
+    latents again to the level of the last step, several times, takes that step from each, and averages all rewards.
 
     Args:
         form: what is asked of the reward; None: the plain reward.
@@ -32,6 +33,8 @@ class DRaFT(TrajectoryObjective):
         margin: the hinge `relu(margin - r)`; None: the loss is `-r`.
         shared_noise: all samples of a step, on every rank, have the same noise.
         reward_batch_size: images decoded and scored at once; None: the whole batch.
+        step_checkpointing: compute each trained step again in the backward pass. Where blocks are checkpointed anyway
+            (FluxPolicy.gradient_checkpointing) it only saves a few steps' block inputs.
 
     Raises:
         ValueError: if more steps are trained than there are, or variants are asked of more than one trained step.
@@ -48,6 +51,7 @@ class DRaFT(TrajectoryObjective):
         margin: float | None = None,
         shared_noise: bool = False,
         reward_batch_size: PositiveInt | None = None,
+        step_checkpointing: bool = True,
     ) -> None:
         super().__init__(form, num_steps, guidance, shift, margin, shared_noise, reward_batch_size)
         if num_trained_steps > num_steps:
@@ -59,6 +63,7 @@ class DRaFT(TrajectoryObjective):
             )
         self.num_trained_steps = num_trained_steps
         self.num_variants = num_variants
+        self.step_checkpointing = step_checkpointing
 
     def stop(self, draws: Draws) -> int:
         """Where the last K steps begin."""
@@ -67,17 +72,19 @@ class DRaFT(TrajectoryObjective):
     def end(self, policy: Policy, conditions: Conditions, trajectory: Tensor, sigmas: Tensor, draws: Draws) -> Tensor:
         """The last K steps; behind them, for DRaFT-LV, the last step again from other noise."""
 
-        def step(x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        def euler(x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
             return flow.step(x, self.velocity(policy, x, sigma, conditions), sigma, sigma_next)
+
+        step = partial(checkpoint, euler, use_reentrant=False) if self.step_checkpointing else euler
 
         x = trajectory[-1]
         for sigma, sigma_next in pairwise(sigmas[-self.num_trained_steps - 1 :]):
-            x = checkpoint(step, x, sigma, sigma_next, use_reentrant=False)
+            x = step(x, sigma, sigma_next)
         ends = [x]
         for i in range(self.num_variants):
             noise = draws.noise(x.shape, shared=self.shared_noise, purpose=f"variant {i}").to(x)
             again = flow.inject(x.detach(), noise, sigmas[-2])
-            ends.append(checkpoint(step, again, sigmas[-2], sigmas[-1], use_reentrant=False))
+            ends.append(step(again, sigmas[-2], sigmas[-1]))
         return torch.cat(ends)
 
 

@@ -59,7 +59,7 @@ FLAGS = {
     "ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
     "reward_batch_size",
     ReFL: f"form num_steps late_steps {TRAJECTORY}",
-    DRaFT: f"form num_steps num_trained_steps num_variants {TRAJECTORY}",
+    DRaFT: f"form num_steps num_trained_steps num_variants {TRAJECTORY} step_checkpointing",
     DRTune: f"form num_steps num_trained_steps early_stop {TRAJECTORY}",
     LeapAlign: f"form num_steps input_gradient min_distance {TRAJECTORY}",
     FlowBPSparse: f"form num_steps num_trained_steps late_bias {TRAJECTORY}",

@@ -79,9 +79,10 @@ def test_refl_draws_every_late_step_and_the_same_on_every_rank():
     assert stops == [ESTIMATORS["refl"].stop(Draws(0, step, rank=3)) for step in range(40)]
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("k", [1, 3, N])
-def test_draft_is_autograd_through_the_last_k_steps_without_checkpoints(k):
-    f = Formula(DRaFT(num_trained_steps=k, **SETTINGS))
+def test_draft_is_autograd_through_the_last_k_steps_with_checkpoints_and_without(k, checkpointing):
+    f = Formula(DRaFT(num_trained_steps=k, step_checkpointing=checkpointing, **SETTINGS))
     x = f.states[-1]
     for i in range(N - k, N):
         x = x + f.d(i) * f.v(x, i)
