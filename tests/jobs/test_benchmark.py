@@ -3,7 +3,9 @@
 import json
 import math
 import random
+import signal
 import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -209,6 +211,25 @@ def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models
     changed = processes.start(arguments)
     assert changed.returncode != 0
     assert "was run with other settings: delete it" in changed.output
+
+
+def test_a_benchmark_that_is_terminated_takes_its_runs_with_it(models, features, tmp_path):
+    config = write_benchmark(models, features, tmp_path)
+    config.write_text(config.read_text().replace("forwards: 32", "forwards: 32000"))
+    process = processes.launch(["benchmark", "--config", str(config), "--num_workers", "2"], tmp_path / "log.txt")
+    logs = list((tmp_path / "benchmark" / "srpo").glob("*/log.txt"))
+    deadline = time.monotonic() + 120
+    while not any("s per step" in log.read_text() for log in logs) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        logs = list((tmp_path / "benchmark" / "srpo").glob("*/log.txt"))
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    saved = list((tmp_path / "benchmark" / "srpo").glob("*/checkpoints/*.ckpt"))
+    assert saved, [log.read_text() for log in logs]
+    before = [log.read_text() for log in logs]
+    time.sleep(1)
+    assert [log.read_text() for log in logs] == before
 
 
 def test_a_benchmark_without_tracking_or_results_is_refused_with_the_cure(models, features, tmp_path):

@@ -1,7 +1,11 @@
 """The curves of all rows over compute, and pictures of the same prompts by each row."""
 
+from collections import Counter
+from collections.abc import Collection
 from importlib.util import find_spec
+from math import nan
 from pathlib import Path
+from statistics import fmean
 
 from PIL import Image
 
@@ -17,28 +21,28 @@ PANELS = {
     "diversity": "diversity",
 }
 
+LINES = {"relative reward": ":", "SRPO": "-", "": "--"}
+"""How a row is drawn, by the first of these that its name has."""
 
-def draw(report: Report, path: Path) -> str:
-    """Write a picture with the mean over seeds of each row; returns a line that says where it is."""
+
+def draw(report: Report, path: Path, hidden: Collection[str] = ()) -> str:
+    """Write a picture with the mean curves of all rows but the hidden ones; returns a line that says where it is."""
     if find_spec("matplotlib") is None:
         return "no figure: pip install -e '.[notebooks]' brings matplotlib, then add --report_only true"
     import matplotlib.pyplot as plt  # not every installation has it
 
-    rows = {name: curves for name, curves in report.results.items() if name != "base"}
+    rows = {name: curves for name, curves in report.results.items() if name != "base" and name not in hidden}
     figure, axes = plt.subplots(2, 2, figsize=(13, 9), sharex=True, layout="constrained")
-    colours = plt.colormaps["tab20"]
-    for number, (name, curves) in enumerate(rows.items()):
-        is_ours = "SRPO" in name
-        style = {
-            "color": colours(number % 20),
-            "linestyle": "-" if is_ours else "--",
-            "linewidth": 2.2 if name == "SRPO" else 1.3,
-        }
-        shortest = min(len(curve.points) for curve in curves)
-        for (column, _), axis in zip(PANELS.items(), axes.flat, strict=True):
-            values = [sum(curve.points[i].numbers[column] for curve in curves) / len(curves) for i in range(shortest)]
-            forwards = [curves[0].points[i].forwards / 1000 for i in range(shortest)]
-            axis.plot(forwards, values, marker="o", markersize=3, label=name, **style)
+    colours, used = plt.colormaps["tab10"], Counter[str]()
+    for name, curves in rows.items():
+        line = next(line for words, line in LINES.items() if words in name)
+        style = {"color": colours(used[line] % 10), "linestyle": line, "linewidth": 3 if name == "SRPO" else 1.4}
+        used[line] += 1
+        length = min(len(curve.points) for curve in curves)
+        forwards = [curves[0].points[i].forwards / 1000 for i in range(length)]
+        for column, axis in zip(PANELS, axes.flat, strict=True):
+            means = [fmean(curve.points[i].numbers.get(column, nan) for curve in curves) for i in range(length)]
+            axis.plot(forwards, means, marker="o", markersize=3, label=name, **style)
     for title, axis in zip(PANELS.values(), axes.flat, strict=True):
         axis.set_title(title)
         axis.grid(alpha=0.3)

@@ -64,7 +64,7 @@ def benchmark(
     results, sweeps = carry_out(plan, runner, labels, trains=not report_only)
     report = Report(results, sweeps, label, target, claims(results, labels) if check_claims else [])
     print(write(report, plan.folder))
-    print(draw(report, plan.folder / "curves.png"))
+    print(draw(report, plan.folder / "curves.png", [name for name, row in plan.rows.items() if not row.curve]))
     print(show(results, plan.folder / "pictures.png"))
     if runner.failed:
         raise ValueError(f"{len(runner.failed)} runs failed, the table is without them; the same command tries again")

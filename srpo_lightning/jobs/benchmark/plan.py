@@ -44,6 +44,7 @@ class Row:
         num_seeds: how many of the seeds are run; None: all.
         compute: the part of the benchmark's compute that is spent, or a multiple of it.
         needs: a path without which the row is left out.
+        curve: whether the figure shows it.
     """
 
     objective: Settings
@@ -53,6 +54,7 @@ class Row:
     num_seeds: int | None = None
     compute: PositiveFloat = 1.0
     needs: str | None = None
+    curve: bool = True
 
 
 class Run(NamedTuple):

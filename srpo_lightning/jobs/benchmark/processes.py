@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import get_context
@@ -59,7 +59,7 @@ class Runner:
         """
         waiting = [run for run in runs if not is_done(run)]
         total, busy = len(waiting), dict[ForkServerProcess, Run]()
-        with children_end_too():
+        with ended_with_this_process(busy):
             while waiting or busy:
                 while waiting and len(busy) < self.num_workers:
                     run = waiting.pop(0)
@@ -77,7 +77,7 @@ class Runner:
             keep_table(base_path(base.folder), base_path(run.folder))
         if checkpoints(run.folder):
             arguments += ["--ckpt_path", "last"]
-        process = self.context.Process(target=command, args=(arguments, run.folder), daemon=True)
+        process = self.context.Process(target=command, args=(arguments, run.folder))
         process.start()
         return process
 
@@ -91,12 +91,16 @@ class Runner:
 
 
 @contextmanager
-def children_end_too() -> Iterator[None]:
-    """However this process is ended, its runs are: they save, and the next call goes on with them."""
+def ended_with_this_process(processes: Collection[ForkServerProcess]) -> Iterator[None]:
+    """However this one is ended, they are: runs save what they have, and the next call goes on with them."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
         signal.signal(signal.SIGTERM, before)
 
 
