@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class SRPOModule(LightningModule):
         self.weight_variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"policy": nullcontext}
         self.evaluations: dict[str, Evaluation] = {}
         self.is_finished: Callable[[Conditions], bool] | None = None
-        self._moments: list[Moment] = []
+        self._moments: list[list[Moment]] = []
 
     def configure_callbacks(self) -> list[Callback]:
         """Add none: the first that Lightning asks for, so the place to refuse settings before anything is read."""
@@ -156,14 +155,14 @@ class SRPOModule(LightningModule):
     def training_step(self, batch: Conditions, batch_idx: int) -> Tensor:
         """One micro-batch: rollout, or the one before again, then the objective's loss."""
         draws = Draws(self.seed, self.micro_step, self.global_rank)
-        self._moments = [now(self.device)]
+        self._moments.append([now(self.device)])
         rollout = self.kept_rollout
         if rollout is None or self.micro_step % self.updates_per_rollout == 0:
             with self.policy.rolling_out():
                 rollout = self.objective.rollout(self.policy, batch, draws)
         self.kept_rollout = rollout if self.updates_per_rollout > 1 else None
         self.micro_step += 1
-        self._moments.append(now(self.device))
+        self._moments[-1].append(now(self.device))
         outcome = self.objective.loss(self.policy, self.reward, batch, rollout, draws)
         self.log("train/loss", outcome.loss.detach(), prog_bar=True, batch_size=batch.batch_size)
         self.log_dict({f"train/{name}": v for name, v in outcome.scalars.items()}, batch_size=batch.batch_size)
@@ -208,22 +207,29 @@ class SRPOModule(LightningModule):
         # Stochastic rounding draws from torch's global generator.
         torch.manual_seed(keyed_generator(self.seed, "rounding", self.global_step).initial_seed())
         super().optimizer_step(*args, **kwargs)
-        self._moments.append(now(self.device))
+        self._moments[-1].append(now(self.device))
 
     def on_train_batch_end(self, outputs: Any, batch: Conditions, batch_idx: int) -> None:
-        """Log the times of a step that is logged; stop a run whose steps keep being skipped."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
-        if len(self._moments) == 3 and every and self.trainer.global_step % every == 0:
-            # To read them is to wait for the device, as the logger is about to.
-            rollout, update = (seconds_between(*pair) for pair in pairwise(self._moments))
-            seconds = {"train/seconds_rollout": rollout, "train/seconds_update": update}
-            self.log_dict(seconds, batch_size=batch.batch_size)
+        """Log the times of a step that is logged, over its micro-batches; stop a run whose steps keep being skipped."""
+        if len(self._moments[-1]) == 2:  # still accumulating
+            self._moments[-1].append(now(self.device))
+        else:
+            self._log_seconds()
+            self._moments = []
         if self.skipped_steps > self.max_skipped_steps:
             raise FloatingPointError(
                 f"{self.skipped_steps} steps in a row had a loss or gradient that is not finite. The weights are those "
                 "of the last good step and saved; look at the last samples, then lower the learning rate, or train in "
                 "a wider precision (trainer.precision)"
             )
+
+    def _log_seconds(self) -> None:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
+        if every and self.trainer.global_step % every == 0:
+            # To read them is to wait for the device, as the logger is about to.
+            for number, part in enumerate(("rollout", "update")):
+                seconds = sum(seconds_between(*moments[number : number + 2]) for moments in self._moments)
+                self.log(f"train/seconds_{part}", seconds)
 
     def validation_step(self, batch: Conditions, batch_idx: int) -> dict[str, Tensor]:
         """Images of the batch, [B, 3, H, W] in [0, 1], by the policy's weights and by every other variant of them."""
