@@ -133,7 +133,7 @@ def evaluate(
     with tracker, torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
-            images = module.policy.decode(latents)
+            images = module.policy.decode(latents[: conditions.batch_size])  # a group has more
         for judge in judges:
             judge(images.float(), conditions.prompts)
 

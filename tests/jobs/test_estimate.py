@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,6 +19,7 @@ from srpo_lightning.cli import main
 from srpo_lightning.jobs import estimate as job
 from srpo_lightning.jobs.estimate import OPTIONS, POLICY, local_files, parse_bytes
 from srpo_lightning.jobs.prediction import (
+    BACKWARD,
     EVALUATION,
     FROZEN,
     GRADIENTS,
@@ -203,6 +205,25 @@ def test_judges_take_memory_while_they_evaluate_and_none_while_the_policy_trains
     assert parts[JUDGES] == sum(t.nbytes for t in (*judge.parameters(), *judge.buffers()))
     assert parts.get(GRADIENTS, 0) == 0
     assert parts[STATES] == without.peaks[STEP].parts[STATES] > 0
+
+
+@pytest.mark.parametrize(
+    "init_args",
+    [
+        {"class_path": "ReFL", "num_steps": 2, "late_steps": [1, 1]},
+        {"class_path": "DRaFT", "num_steps": 2, "num_variants": 1},
+        {"class_path": "LeapAlign", "num_steps": 2},
+        {"class_path": "GRPO", "num_steps": 3, "group_size": 4, "reward_batch_size": 1},
+    ],
+    ids=lambda init_args: init_args["class_path"],
+)
+def test_every_objective_is_estimated_judges_included(small, init_args):
+    settings = yaml.safe_load(Path(small).read_text())
+    name = init_args.pop("class_path")
+    settings["model"]["objective"] = {"class_path": f"srpo_lightning.objectives.{name}", "init_args": init_args}
+    Path(small).write_text(yaml.safe_dump(settings))
+    prediction = predicted(read_config(str(small)))
+    assert {EVALUATION, BACKWARD} <= prediction.peaks.keys()
 
 
 def test_on_several_devices_auto_is_estimated_as_it_is_run(capsys, small):
