@@ -21,7 +21,7 @@ PANELS = {
     "diversity": "diversity",
 }
 
-LINES = {"relative reward": ":", "SRPO": "-", "": "--"}
+LINES = {"relative reward": ":", "late window": "-.", "SRPO": "-", "": "--"}
 """How a row is drawn, by the first of these that its name has."""
 
 
