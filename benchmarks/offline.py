@@ -8,7 +8,6 @@ training steps, as it logs them; evaluations are left out. The runs take turns i
 so that a machine whose speed changes changes it for all of them.
 """
 
-from itertools import pairwise
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -16,7 +15,7 @@ from jsonargparse import auto_cli
 from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main as command
-from srpo_lightning.jobs.benchmark.results import training_seconds
+from srpo_lightning.jobs.benchmark.results import first_crossing, training_seconds
 
 CONFIG = "configs/emoji_srpo_offline.yaml"
 RATIOS = {"online": 0.0, "mixed": 0.5, "offline": 1.0}
@@ -40,7 +39,7 @@ def main(
         points = {r["step"]: r for r in read_records(run) if r["weights"] == "policy"}
         seconds = training_seconds(run)
         each = sum(seconds.values()) / len(seconds)
-        reached = first_step(points, f"share/{label}", share)
+        reached = first_crossing(((step, r[f"share/{label}"]) for step, r in sorted(points.items())), share)
         found = f"{reached:14.1f} {reached * each:8.1f}" if reached else f"{'never':>14} {'':8}"
         curve = ", ".join(
             f"{step}: {r[f'share/{label}']:.2f}/{r['top5']:.2f}/{r['judge']:.2f}" for step, r in sorted(points.items())
@@ -60,14 +59,6 @@ def advance(run: Path, ratio: float, step: int, every: int, samples: int) -> Non
          "--checkpoint.keep", "1000", "--trainer.enable_model_summary", "false",
          "--data.eval_samples_per_prompt", str(samples), *resume]
     )  # fmt: skip
-
-
-def first_step(points: dict[int, dict[str, float]], name: str, share: float) -> float | None:
-    """Where a curve first reaches `share`, on the straight line between two evaluations."""
-    for (a, before), (b, after) in pairwise(sorted(points.items())):
-        if before[name] < share <= after[name]:
-            return a + (b - a) * (share - before[name]) / (after[name] - before[name])
-    return None
 
 
 if __name__ == "__main__":

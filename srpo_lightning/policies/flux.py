@@ -114,15 +114,8 @@ class FluxPolicy(Policy):
                 )
         if attention is not None:
             check_attention(attention)
-        if compile and adapter is not None and adapter.dora:
-            raise ValueError(
-                "peft's DoRA cannot be compiled: set model.policy.init_args.compile or adapter.dora to false"
-            )
-        if compile and rollout_cache is not None:
-            raise ValueError(
-                "a cache of features comes and goes with every rollout, and compiled blocks would be compiled anew for "
-                "each: set model.policy.init_args.compile to false, or rollout_cache to null"
-            )
+        if compile:
+            _check_compiled(adapter, rollout_cache)
         self.compiles_blocks = compile
         self.attention = attention
         self.rollout_cache = rollout_cache
@@ -286,6 +279,16 @@ class FluxPolicy(Policy):
         if self.adapter is not None:
             architecture["adapter"] = self.adapter.architecture
         return f"{type(self).__name__} {json.dumps(architecture, sort_keys=True)}"
+
+
+def _check_compiled(adapter: Lora | None, rollout_cache: float | None) -> None:
+    if adapter is not None and adapter.dora:
+        raise ValueError("peft's DoRA cannot be compiled: set model.policy.init_args.compile or adapter.dora to false")
+    if rollout_cache is not None:
+        raise ValueError(
+            "a cache of features comes and goes with every rollout, and compiled blocks would be compiled anew for "
+            "each: set model.policy.init_args.compile to false, or rollout_cache to null"
+        )
 
 
 def blocks(transformer: FluxTransformer2DModel) -> list[tuple[str, nn.Module]]:

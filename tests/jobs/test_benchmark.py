@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from srpo_lightning.cli import main
-from srpo_lightning.jobs.benchmark.claims import BASELINES, COMBINED, LATE, claims
+from srpo_lightning.jobs.benchmark.claims import BASELINES, COMBINED, LATE, at_end, claims
 from srpo_lightning.jobs.benchmark.forwards import count_forwards
 from srpo_lightning.jobs.benchmark.plan import Plan, Row, Run, Settings, merged
 from srpo_lightning.jobs.benchmark.results import Curve, Point, difference, mean_over_seeds
@@ -134,7 +134,7 @@ def test_every_claim_can_be_true_and_each_can_be_false():
 def test_a_difference_within_chance_is_undecided():
     scattered = rows()
     scattered["LeapAlign"] = [curve(seed, judge=judge) for seed, judge in ((1, 0.5), (2, 0.61), (3, 0.59))]
-    gap = difference(scattered["SRPO"], scattered["LeapAlign"], "judge")
+    gap = difference(scattered["SRPO"], scattered["LeapAlign"], at_end("judge"))
     assert gap.low < 0 < gap.value
     assert claims(scattered, ["a", "b"])[0].verdict == "undecided"
 

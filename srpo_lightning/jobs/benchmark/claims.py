@@ -11,7 +11,7 @@ from srpo_lightning.jobs.benchmark.results import (
     Results,
     change_of,
     difference,
-    mean_over_seeds,
+    with_half,
 )
 from srpo_lightning.metrics import Interval
 
@@ -76,7 +76,7 @@ def _best(results: Results) -> tuple[str, str]:
     rivals = [name for name in BASELINES if name in results]
     if missing := _missing(results, [OURS, *rivals[:1]]) or (not rivals and "baselines"):
         return _not_measured(missing)
-    gaps = {name: difference(results[OURS], results[name], "judge") for name in rivals}
+    gaps = {name: difference(results[OURS], results[name], at_end("judge")) for name in rivals}
     return _all(map(_sign, gaps.values())), "SRPO's judge less theirs: " + _list(gaps)
 
 
@@ -85,10 +85,11 @@ def _late(results: Results) -> tuple[str, str]:
     if missing := _missing(results, names):
         return _not_measured(missing)
     gaps = {
-        f"{name} against {full}": difference_of(results[name], results[full], exploited) for name, full in LATE.items()
+        f"{name} against {full}": difference(results[name], results[full], exploited) for name, full in LATE.items()
     }
     lost = {
-        f"{name} against {full}": difference(results[full], results[name], "diversity") for name, full in LATE.items()
+        f"{name} against {full}": difference(results[full], results[name], at_end("diversity"))
+        for name, full in LATE.items()
     }
     verdicts = [_any([_sign(gaps[key]), _sign(lost[key])]) for key in gaps]
     return _all(verdicts), (
@@ -101,9 +102,9 @@ def _inversion(results: Results) -> tuple[str, str]:
     without = "SRPO, no inversion"
     if missing := _missing(results, [OURS, without]):
         return _not_measured(missing)
-    more = difference_of(results[without], results[OURS], lambda c: abs(c.last["saturation"] - c.first["saturation"]))
+    more = difference(results[without], results[OURS], lambda c: abs(c.last["saturation"] - c.first["saturation"]))
     moved = {name: change_of(results[name], "saturation") for name in (OURS, without)}
-    return _sign(more), f"saturation moved by {_list(moved)}; farther without it by {_text(more)}"
+    return _sign(more), f"saturation moved by {_list(moved)}; farther without it by {with_half(more, sign='+')}"
 
 
 def _grpo(results: Results) -> tuple[str, str]:
@@ -144,19 +145,19 @@ def _real(results: Results) -> tuple[str, str]:
     real = "SRPO, real pictures"
     if missing := _missing(results, [OURS, real]):
         return _not_measured(missing)
-    less = difference_of(results[real], results[OURS], lambda c: c.last["judge"] - c.first["judge"])
+    less = difference(results[real], results[OURS], lambda c: c.last["judge"] - c.first["judge"])
     gains = {name: change_of(results[name], "judge") for name in (OURS, real)}
     share = gains[real].value / gains[OURS].value
     return (
         "yes" if share >= CLOSE else "no"
-    ), f"gains of the judge: {_list(gains)}, {share:.0%}; difference {_text(less)}"
+    ), f"gains of the judge: {_list(gains)}, {share:.0%}; difference {with_half(less, sign='+')}"
 
 
 def _combined(results: Results) -> tuple[str, str]:
     if missing := _missing(results, [OURS, *COMBINED, *COMBINED.values()]):
         return _not_measured(missing)
     gaps = {
-        f"{name} less {other}": difference(results[name], results[other], "judge")
+        f"{name} less {other}": difference(results[name], results[other], at_end("judge"))
         for name, plain in COMBINED.items()
         for other in (plain, OURS)
     }
@@ -172,10 +173,9 @@ def exploited(curve: Curve) -> float:
     return (curve.last["reward"] - curve.first["reward"]) - (curve.last["judge"] - curve.first["judge"])
 
 
-def difference_of(ours: Sequence[Curve], theirs: Sequence[Curve], what: Callable[[Curve], float]) -> Interval:
-    """Of anything of two rows, seed by seed."""
-    by_seed = {curve.run.seed: what(curve) for curve in theirs}
-    return mean_over_seeds([what(curve) - by_seed[curve.run.seed] for curve in ours if curve.run.seed in by_seed])
+def at_end(name: str) -> Callable[[Curve], float]:
+    """A number at the end of a run."""
+    return lambda curve: curve.last[name]
 
 
 def _missing(results: Results, names: Iterable[str]) -> str:
@@ -203,10 +203,5 @@ def _any(verdicts: Iterable[str]) -> str:
     return next((verdict for verdict in ("yes", "undecided") if verdict in found), "no")
 
 
-def _text(interval: Interval) -> str:
-    half = (interval.high - interval.low) / 2
-    return f"{interval.value:+.3f}" + ("" if half != half else f" +- {half:.3f}")
-
-
 def _list(intervals: dict[str, Interval]) -> str:
-    return ", ".join(f"{name} {_text(interval)}" for name, interval in intervals.items())
+    return ", ".join(f"{name} {with_half(interval, sign='+')}" for name, interval in intervals.items())

@@ -127,9 +127,7 @@ def labels_of(fit: Mapping[str, Any]) -> list[str]:
 def choose(plan: Plan, sweeps: Results) -> dict[str, float]:
     """The learning rate of each row: that of the best judge at the end."""
     best = {
-        name: max(curves, key=lambda curve: curve.last["judge"]).run.learning_rate
-        for name, curves in sweeps.items()
-        if curves
+        name: max(curves, key=lambda curve: curve.last["judge"]).run.learning_rate for name, curves in sweeps.items()
     }
     return best | {
         name: best[row.learning_rate_of]

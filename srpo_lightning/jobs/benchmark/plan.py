@@ -1,8 +1,10 @@
 """What a benchmark runs: rows, each at several learning rates and from several seeds, as configurations of `fit`."""
 
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, register_type
 
 from srpo_lightning.checkpoints import complete_or_absent
-from srpo_lightning.jobs.benchmark.forwards import count_forwards
+from srpo_lightning.jobs.benchmark.forwards import Forwards, count_forwards
 from srpo_lightning.objectives import Objective
 
 COUNTED_STEPS = 100
@@ -146,15 +148,21 @@ class Plan(NamedTuple):
 
 def forwards_per_step(settings: Mapping[str, Any], seed: int) -> float:
     """Of an optimizer step of these settings, over all samples."""
-    objective = instantiate(settings["model"]["objective"])
+    objective = json.dumps(settings["model"]["objective"], sort_keys=True)
     data, model = settings["data"], settings["model"]
     ratio = data.get("offline_ratio", 0.0)
     total = 0.0
     for share, is_real in ((1 - ratio, False), (ratio, True)):
         if share:
-            counted = count_forwards(objective, data["batch_size"], seed, range(COUNTED_STEPS), is_real)
+            counted = counted_once(objective, data["batch_size"], seed, is_real)
             total += share * (counted.rollout / model.get("updates_per_rollout", 1) + counted.update)
     return total * settings["trainer"].get("accumulate_grad_batches", 1)
+
+
+@cache
+def counted_once(objective: str, batch_size: int, seed: int, is_real: bool) -> Forwards:
+    """The same at every learning rate; `objective` is its part of a configuration as JSON."""
+    return count_forwards(instantiate(json.loads(objective)), batch_size, seed, range(COUNTED_STEPS), is_real)
 
 
 def instantiate(objective: Mapping[str, Any]) -> Objective:
@@ -190,7 +198,6 @@ def write_config(run: Run) -> Path:
         raise ValueError(
             f"{run.folder} was run with other settings: delete it, or name another --folder, to run {run.row!r} again"
         )
-    run.folder.mkdir(parents=True, exist_ok=True)
     with complete_or_absent(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path

@@ -125,7 +125,6 @@ def peak_bytes() -> int:
 
 def keep_table(source: Path, target: Path) -> None:
     """Copy, complete or absent."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     with complete_or_absent(target) as partial:
         shutil.copyfile(source, partial)
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.jobs.benchmark.claims import Claim
-from srpo_lightning.jobs.benchmark.results import Curve, Results, last_of, mean_over_seeds
-from srpo_lightning.metrics import Interval
+from srpo_lightning.jobs.benchmark.results import Curve, Results, last_of, mean_over_seeds, with_half
 from srpo_lightning.provenance import software
 
 MIB = 2**20
@@ -128,12 +127,6 @@ def as_dict(curve: Curve) -> dict[str, Any]:
         "peak_bytes": curve.peak_bytes,
         "points": [{"forwards": p.forwards, "seconds": p.seconds, **p.numbers} for p in curve.points],
     }
-
-
-def with_half(interval: Interval, digits: int = 3) -> str:
-    """A mean, and half of its interval where there is one."""
-    half = (interval.high - interval.low) / 2
-    return f"{interval.value:.{digits}f}" + ("" if math.isnan(half) else f" +- {half:.{digits}f}")
 
 
 def _number(name: str) -> Callable[[Sequence[Curve]], str]:

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -59,12 +59,15 @@ class Curve(NamedTuple):
 
     def reaches(self, name: str, value: float, of: str = "seconds") -> float | None:
         """Seconds or forwards until a number first is `value`, on the straight line between evaluations."""
-        for before, after in pairwise(self.points):
-            low, high = before.numbers[name], after.numbers[name]
-            if low < value <= high:
-                start, end = getattr(before, of), getattr(after, of)
-                return float(start + (end - start) * (value - low) / (high - low))
-        return None
+        return first_crossing([(getattr(point, of), point.numbers[name]) for point in self.points], value)
+
+
+def first_crossing(points: Iterable[tuple[float, float]], value: float) -> float | None:
+    """The x where the y of (x, y) first rises to `value`, on the straight line between points; None: nowhere."""
+    for (start, low), (end, high) in pairwise(points):
+        if low < value <= high:
+            return start + (end - start) * (value - low) / (high - low)
+    return None
 
 
 def read_curve(run: Run, labels: Sequence[str]) -> Curve:
@@ -114,10 +117,16 @@ def change_of(curves: Sequence[Curve], name: str) -> Interval:
     return mean_over_seeds([curve.last[name] - curve.first[name] for curve in curves])
 
 
-def difference(ours: Sequence[Curve], theirs: Sequence[Curve], name: str) -> Interval:
-    """Of two rows at the end, seed by seed: both start from the same noise."""
-    by_seed = {curve.run.seed: curve.last[name] for curve in theirs}
-    return mean_over_seeds([c.last[name] - by_seed[c.run.seed] for c in ours if c.run.seed in by_seed])
+def difference(ours: Sequence[Curve], theirs: Sequence[Curve], what: Callable[[Curve], float]) -> Interval:
+    """Of anything of two rows, seed by seed: both start from the same noise."""
+    by_seed = {curve.run.seed: what(curve) for curve in theirs}
+    return mean_over_seeds([what(curve) - by_seed[curve.run.seed] for curve in ours if curve.run.seed in by_seed])
+
+
+def with_half(interval: Interval, digits: int = 3, sign: str = "") -> str:
+    """A mean, and half of its interval where there is one; the sign "+" shows it of positive means too."""
+    half = (interval.high - interval.low) / 2
+    return f"{interval.value:{sign}.{digits}f}" + ("" if math.isnan(half) else f" +- {half:.{digits}f}")
 
 
 Results = Mapping[str, Sequence[Curve]]
