@@ -1,10 +1,12 @@
 """The command line: LightningCLI with one module, one data module and one fixed run folder; jobs without a model."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # it is public and documented
@@ -41,6 +43,9 @@ JOBS: dict[str, Callable[..., None]] = {
 
 CONFIG = "config.yaml"
 
+TRACEBACK = "SRPO_TRACEBACK"
+"""The environment variable that shows where a refusal comes from."""
+
 QUIET = (
     "Found .* in eval mode",  # frozen parts stay in evaluation mode on purpose
     "`isinstance\\(treespec, LeafSpec\\)`",  # Lightning 2.6 on torch 2.13
@@ -52,7 +57,7 @@ QUIET = (
 
 
 def main(args: ArgsType = None) -> None:
-    """Run `python -m srpo_lightning`.
+    """Run `python -m srpo_lightning`; what it refuses ends in one line.
 
     Args:
         args: the command line; None reads it from the process.
@@ -61,9 +66,25 @@ def main(args: ArgsType = None) -> None:
         warnings.filterwarnings("ignore", message)
     disable_progress_bar()  # of reading weights
     words = sys.argv[1:] if args is None else args
-    if isinstance(words, list) and words and words[0] in JOBS:
-        run_job(words[0], words[1:])
-        return
+    try:
+        if isinstance(words, list) and words and words[0] in JOBS:
+            run_job(words[0], words[1:])
+        else:
+            run_trainer(args)
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get(TRACEBACK) or not is_refusal(error):
+            raise
+        raise SystemExit(f"error: {error}") from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether this package raised an error itself, in its own words; what a library raised keeps its traceback."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+def run_trainer(args: ArgsType) -> None:
+    """Run fit, validate, test or predict."""
     SRPOCLI(
         SRPOModule,
         PromptData,
@@ -77,7 +98,7 @@ def main(args: ArgsType = None) -> None:
 
 
 def run_job(name: str, args: list[str]) -> None:
-    """Run one of `JOBS`; what it refuses ends in one line."""
+    """Run one of `JOBS`."""
     job = JOBS[name]
     own = signature(job).parameters
     summary = (job.__doc__ or "").partition("\n")[0]
@@ -86,10 +107,7 @@ def run_job(name: str, args: list[str]) -> None:
         parser.add_argument("--config", action=ActionConfigFile, help="a file with the arguments below")
     parser.add_function_arguments(job, as_positional=False, sub_configs=True)
     values = parser.instantiate_classes(parser.parse_args(args))
-    try:
-        job(**{argument: values[argument] for argument in own})
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    job(**{argument: values[argument] for argument in own})
 
 
 class ShortUsageParser(LightningArgumentParser):

@@ -161,7 +161,7 @@ IN_BACKWARD = {"optimizer_in_backward": True}
 def test_what_does_not_go_together_is_refused_before_anything_is_read(models, tmp_path, model, dtype, trainer, cure):
     config = write(models, tmp_path / "features", tmp_path / "run", model, dtype, **trainer)
     # Lightning's launcher tells processes to come, by their environment, that they were launched.
-    with mock.patch.dict(os.environ), pytest.raises(ValueError, match=cure):
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit, match=cure):
         main(["fit", "--config", config])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
 

@@ -116,7 +116,7 @@ def test_a_killed_job_goes_on_behind_its_finished_chunks(config, tmp_path, small
     assert len(finished) == 2
     assert not list(tmp_path.rglob("manifest.json"))
     change(config, max_prompts_to_encode=9)
-    with pytest.raises(ValueError, match=r"half-written: 2 chunks are finished and will be kept"):
+    with pytest.raises(SystemExit, match=r"half-written: 2 chunks are finished and will be kept"):
         main(["fit", "--config", config])
     main(["cache", "--config", config])
     assert "4 of 10 are there; 6 to encode in 3 chunks" in capsys.readouterr().out

@@ -122,7 +122,7 @@ def test_best_is_the_checkpoint_with_the_highest_score(finished, tmp_path, capsy
     assert lines(folder / "metrics.jsonl")[-1]["step"] == max(scores, key=scores.get)
     for monitor, cure in ((None, "needs checkpoint.monitor"), ("ema/nothing", "was evaluated in checkpoint.monitor")):
         flags = ["--checkpoint.monitor", monitor] if monitor else []
-        with pytest.raises(ValueError, match=cure):
+        with pytest.raises(SystemExit, match=cure):
             main(["validate", "--config", config, "--ckpt_path", "best", *flags,
                   "--trainer.default_root_dir", str(folder)])  # fmt: skip
 

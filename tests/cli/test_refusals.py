@@ -1,28 +1,17 @@
 """Bad input is refused before training starts, with a message that names the cure."""
 
-import re
-
 import pytest
 import torch
 
 from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main
 from tests import tiny
+from tests.refusals import refused
 
 
 @pytest.fixture
 def config(models, features, tmp_path) -> str:
     return str(tiny.write_config(models, tmp_path / "run", features))
-
-
-def refused(arguments: list[str], cure: str, capsys) -> None:
-    """Either a ValueError or the command line's own error: one line with the cure."""
-    with pytest.raises((ValueError, SystemExit)) as error:
-        main(arguments)
-    message = capsys.readouterr().err if isinstance(error.value, SystemExit) else str(error.value)
-    if isinstance(error.value, SystemExit):
-        assert error.value.code == 2
-    assert re.search(cure, message), message
 
 
 POLICY, OBJECTIVE = "--model.policy.init_args", "--model.objective.init_args"

@@ -42,7 +42,7 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(config, tmp_pa
     monkeypatch.setattr(room, "memory_per_rank", lambda devices: 1_000_000)
     monkeypatch.setattr(FluxPolicy, "load", lambda *_: pytest.fail("weights were read"))
     cure = r"predicted peak .* GiB are there.*srpo_lightning estimate --config.*\.dtype bfloat16.*memory_check false"
-    with pytest.raises(ValueError, match=cure):
+    with pytest.raises(SystemExit, match=cure):
         main(["fit", "--config", config])
     assert not (tmp_path / "run").exists()
 
