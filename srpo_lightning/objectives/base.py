@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
+from srpo_lightning.fingerprint import Recorded
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
 
@@ -37,7 +38,7 @@ class Outcome(NamedTuple):
     scalars: dict[str, Tensor]
 
 
-class Objective(ABC):
+class Objective(Recorded, ABC):
     """A training algorithm: a rollout without gradient, then a loss with one."""
 
     @abstractmethod

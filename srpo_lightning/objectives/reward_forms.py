@@ -11,10 +11,11 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
+from srpo_lightning.fingerprint import Recorded
 from srpo_lightning.rewards.base import Reward
 
 
-class RewardForm(ABC):
+class RewardForm(Recorded, ABC):
     """One number per picture, from one reward model."""
 
     @abstractmethod

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from srpo_lightning.policies.flux import pack
-from srpo_lightning.pretrained import part, read_json, unreadable_is_refused
+from srpo_lightning.pretrained import load_whole, part, read_json
 
 Images: TypeAlias = Float[Tensor, "B 3 H W"]
 Packed: TypeAlias = Float[Tensor, "B L C"]
@@ -34,10 +34,7 @@ class FluxImageEncoder:
     def encode(self, images: Images) -> Packed:
         """Images in [0, 1] to clean latents, float32 on the CPU: the mode of the posterior, so no chance in it."""
         if self._vae is None:
-            with unreadable_is_refused(self.pretrained):
-                vae = AutoencoderKL.from_pretrained(
-                    self.pretrained, subfolder="vae", torch_dtype=self.dtype, use_safetensors=True
-                )
+            vae = load_whole(AutoencoderKL, self.pretrained, "vae", torch_dtype=self.dtype)
             self._vae = vae.eval().requires_grad_(False).to(self.device)
         pixels = (images * 2 - 1).to(self.device, self.dtype)
         z: Tensor = self._vae.encode(pixels).latent_dist.mode()
