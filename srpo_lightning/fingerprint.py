@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.file_download import repo_folder_name
 
 SAMPLED_BYTES = 1 << 20
 MADE_OF = "_made_of"
@@ -95,8 +94,8 @@ def _content_or_description(value: Any) -> Any:
     if _is_there(value):
         return {"content": content_of(Path(value).expanduser())}
     if HUB_ID.fullmatch(str(value)):
-        revision = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=str(value), repo_type="model") / "refs" / "main"
-        if revision.is_file():
+        revision = Path(HF_HUB_CACHE) / "--".join(["models", *str(value).split("/")]) / "refs" / "main"
+        if _is_there(revision):
             return {"hub": str(value), "revision": revision.read_text().strip()}
     return str(value)
 
