@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,23 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from srpo_lightning.published_sums import check_sum
 
 Model = TypeVar("Model")
+
+UNPICKLING = (
+    RuntimeError,
+    LookupError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ValueError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+"""How a damaged pickle ends: it is a program, also for an unpickler that takes nothing but tensors from it."""
+
 
 def part(pretrained: str, subfolder: str, filename: str) -> str:
     """The local path of one small file of a model, fetched from the hub if need be.
@@ -70,13 +88,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            is_archive = zipfile.is_zipfile(path)
+            if is_archive:
+                check_archive(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        except UNPICKLING as error:
             raise OSError(str(error).splitlines()[0] if str(error) else "end of file") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict, tensors by name: give the published weight file as it is")
     return state
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a file of torch.save of which a part has another sum than it was written with."""
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed, as torch.save never does")
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} in it has another sum than it was written with")
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -97,7 +127,9 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     model.load_state_dict(state, assign=True)
 
 
-def load_whole(cls: type[Model], pretrained: str, subfolder: str = "", unread: Sequence[str] = (), **settings: Any) -> Model:
+def load_whole(
+    cls: type[Model], pretrained: str, subfolder: str = "", unread: Sequence[str] = (), **settings: Any
+) -> Model:
     """A model of diffusers or transformers with its weights, all of them and no others.
 
     Left to themselves the libraries fill what a folder lacks with random numbers, or leave it without memory.

@@ -42,7 +42,9 @@ def in_local_dir(folder, content, name="vae/model.safetensors"):
 
 
 @pytest.mark.parametrize("download", [in_hub_cache, in_local_dir])
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: bytes([content[0] ^ 1]) + content[1:]])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-1], lambda content: bytes([content[0] ^ 1]) + content[1:]]
+)
 def test_a_file_that_is_not_what_was_published_is_refused_with_the_cure(tmp_path, download, damage):
     path, content = download(tmp_path / "model", b"weights")
     check_sum(path)

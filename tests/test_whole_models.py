@@ -1,5 +1,6 @@
 """A model folder that lacks a tensor, has one too many or one of another shape is refused, whatever reads it."""
 
+import re
 import shutil
 from collections.abc import Callable
 
@@ -76,13 +77,9 @@ def test_a_tensor_is_refused_by_folder_and_name(own, tmp_path, reader, damage):
     DAMAGES[damage](tensors, found)
     save_file(tensors, path, {"format": "pt"})
     named = "odd" if damage == "unexpected" else name
-    with pytest.raises(ValueError) as refused:
+    expected = rf"^{tmp_path / folder}[^\n]* {re.escape(named)}[^\n]*copy or download the folder again$"
+    with pytest.raises(ValueError, match=expected):
         read(own)
-    message = str(refused.value)
-    assert str(tmp_path / folder) in message
-    assert named in message
-    assert "copy or download the folder again" in message
-    assert "\n" not in message
 
 
 def test_a_text_encoder_that_is_part_of_a_whole_clip_is_read(own):

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -53,7 +52,7 @@ class Predictions(Callback):
         def is_finished(batch: Conditions) -> bool:
             rows = range(batch.batch_size)
             records = [self.record(pl_module, name, batch, row) for name in pl_module.weight_variants for row in rows]
-            is_there = all([self.is_kept(record) for record in records])
+            is_there = all(self.is_kept(record) for record in records)
             # Ranks that share their weights draw together or not at all.
             return bool(trainer.strategy.reduce_boolean_decision(is_there, all=True))
 
@@ -107,9 +106,7 @@ def write_metadata(folder: Path) -> list[Record]:
     for left in folder.glob(f"step-*/*/*{PARTIAL}-*"):  # by a call that was killed
         left.unlink()
     found = [(path, record_if_whole(path)) for path in sorted(folder.glob("step-*/*/*.png"))]
-    records = [
-        record | {"file": path.relative_to(folder).as_posix()} for path, record in found if record is not None
-    ]
+    records = [record | {"file": path.relative_to(folder).as_posix()} for path, record in found if record is not None]
     with complete_or_absent(folder / METADATA) as partial:
         partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
     return records

@@ -49,10 +49,10 @@ class Objective(Recorded, ABC):
     def loss(self, policy: Policy, reward: Reward, conditions: Conditions, rollout: Rollout, draws: Draws) -> Outcome:
         """The step itself."""
 
-    def check_reward(self, reward: Reward) -> None:  # noqa: B027  # most objectives take any
+    def check_reward(self, reward: Reward) -> None:  # most objectives take any
         """Refuse, before anything is read, a reward that the objective cannot use."""
 
-    def check_policy(self, policy: Policy) -> None:  # noqa: B027  # most objectives take any
+    def check_policy(self, policy: Policy) -> None:  # most objectives take any
         """Refuse a policy that lacks what the objective asks of it."""
 
     @abstractmethod

@@ -43,7 +43,7 @@ class RewardForm(Recorded, ABC):
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What it rewards in finished pictures, without chance."""
 
-    def check(self, reward: Reward) -> None:  # noqa: B027  # most forms take any
+    def check(self, reward: Reward) -> None:  # most forms take any
         """Refuse a reward that the form cannot use."""
 
 

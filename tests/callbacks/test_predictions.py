@@ -134,9 +134,7 @@ def test_a_damaged_picture_is_drawn_again(models, features, drawn, tmp_path, dam
 
 def test_another_checkpoint_of_the_same_step_is_another_picture(models, features, tmp_path):
     for run, learning_rate in (("a", 1e-3), ("b", 1e-2)):
-        module = tiny.new_module(
-            models, optimizer=lambda params, lr=learning_rate: torch.optim.AdamW(params, lr=lr)
-        )
+        module = tiny.new_module(models, optimizer=lambda params, lr=learning_rate: torch.optim.AdamW(params, lr=lr))
         trainer = tiny.new_trainer(tmp_path / run, [RunCheckpoint()], max_steps=1)
         trainer.fit(module, tiny.new_data(models, features))
     first, second = (checkpoint_path(tmp_path / run, 1) for run in "ab")
