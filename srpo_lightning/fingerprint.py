@@ -34,11 +34,13 @@ def fingerprint(value: Any) -> str:
 
 def described(value: Any) -> Any:
     """A value as JSON: classes with what they were made of, files by their content, hub models by their revision."""
+    made_of: Mapping[str, Any] | None = None
     if isinstance(value, Recorded):
         made_of = arguments(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        made_of = {own.name: getattr(value, own.name) for own in fields(value)}
+    if made_of is not None:
         return [_name(type(value)), {name: _content_or_description(own) for name, own in made_of.items()}]
-    if is_dataclass(value) and not isinstance(value, type):
-        return [_name(type(value)), {own.name: described(getattr(value, own.name)) for own in fields(value)}]
     if isinstance(value, Mapping):
         return {str(key): described(own) for key, own in value.items()}
     if isinstance(value, Set):

@@ -119,6 +119,20 @@ def test_a_description_is_json_and_names_no_place_of_this_machine(models):
     assert "0x" not in text
 
 
+def test_files_that_an_argument_of_an_argument_names_count(models, tmp_path):
+    @dataclass
+    class Start:
+        pretrained: str
+        rank: int = 4
+
+    path = tmp_path / "weights"
+    seen = set()
+    for content in (b"a", b"b"):
+        path.write_bytes(content)
+        seen.add(fingerprint(OfOnesOwn(table={"adapter": Start(str(path))})))
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("name", ["transformer/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
 def test_a_folder_is_known_by_its_content_wherever_it_is(models, tmp_path, name):
     own = models._replace(pipeline=shutil.copytree(models.pipeline, tmp_path / "elsewhere"))

@@ -213,7 +213,7 @@ class RewardTracking(Recorder):
             "prompts": [(prompt.text, prompt.seed, prompt.size) for prompt in prompts],
             "samples": [data.eval_samples_per_prompt, data.sizes, data.cache.description["fingerprint"]],
             "scored by": [module.reward, self.judge, self.scorers],
-            "form": self.form or getattr(module.objective, "form", module.objective),
+            "form": self.form or vars(module.objective).get("form", module.objective),
             "columns": [self.columns, self.labels, self.candidates, self.held_out],
         }
         return fingerprint(what)

@@ -16,6 +16,10 @@ Images: TypeAlias = Float[Tensor, "B 3 H W"]
 Packed: TypeAlias = Float[Tensor, "B L C"]
 
 
+READING = 2
+"""Raised whenever the same file comes to other pixels (data/images.py), so that no latents of before are taken."""
+
+
 class FluxImageEncoder:
     """The VAE's encoder of a FLUX pipeline folder; its weights are read on first use.
 
@@ -44,7 +48,7 @@ class FluxImageEncoder:
         """What latents depend on, for people to read, and a `fingerprint` of all of it, files included."""
         file = Path(part(self.pretrained, "vae", "config.json"))
         is_local = Path(self.pretrained).expanduser().is_dir()
-        digest = hashlib.sha256(f"{self.dtype} latents".encode())
+        digest = hashlib.sha256(f"{self.dtype} latents {READING}".encode())
         for own in sorted(file.parent.glob("*")) if is_local else []:
             digest.update(f"{own.name} {own.stat().st_size}".encode() + own.read_bytes())
         name = Path(self.pretrained).name if is_local else self.pretrained
