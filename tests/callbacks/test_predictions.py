@@ -74,6 +74,25 @@ def test_the_metadata_has_a_line_for_every_picture_whatever_was_in_it(models, fe
     assert (folder / "metadata.jsonl").read_text() == once
 
 
+def test_what_a_killed_call_was_writing_is_removed(models, features, drawn, tmp_path):
+    run = shutil.copytree(drawn, tmp_path / "run")
+    left = pictures(run)[0].with_name("00000.png.partial-123")
+    left.write_bytes(b"half a picture")
+    predict(models, features, run)
+    assert not left.exists()
+    assert len(pictures(run)) == 3
+
+
+def test_the_metadata_is_not_there_while_it_is_not_true(models, features, tmp_path, monkeypatch):
+    """Whoever kills a call finds none, instead of that of the call before."""
+    predict(models, features, tmp_path)
+    path, seen = tmp_path / "predictions" / "metadata.jsonl", []
+    assert path.exists()
+    monkeypatch.setattr("srpo_lightning.callbacks.predictions.write_picture", lambda *_: seen.append(path.exists()))
+    predict(models, features, tmp_path, num_sample_steps=3)
+    assert seen == [False] * 3
+
+
 @pytest.fixture(scope="module")
 def drawn(models, features, tmp_path_factory):
     """A run with its predictions; read-only."""
