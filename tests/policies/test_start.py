@@ -132,7 +132,9 @@ def test_what_is_no_lora_and_no_transformer_is_refused_with_the_cure(models, oth
     with pytest.raises(ValueError, match=r"holds no pytorch_lora_weights.safetensors: give a folder that `export"):
         policy(adapter=Lora(4, pretrained=str(tmp_path)))
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 4)}, tmp_path / FILE)
-    with pytest.raises(ValueError, match=r"is no LoRA of one rank and scale by diffusers' names for FLUX \(lora_unet_x"):
+    with pytest.raises(
+        ValueError, match=r"is no LoRA of one rank and scale by diffusers' names for FLUX \(lora_unet_x"
+    ):
         policy(adapter=Lora(4, pretrained=str(tmp_path)))
     with pytest.raises(ValueError, match=r"holds no config.json: give a transformer's own folder, .* its transformer/"):
         policy(transformer=str(models.pipeline))

@@ -81,7 +81,9 @@ def sweep_table(report: Report) -> str:
 def markdown(report: Report) -> str:
     """All of it."""
     seeds = max(len(curves) for curves in report.results.values())
-    claims = "\n".join(f"{i}. **{c.verdict}**: {escaped(c.text)}. {escaped(c.evidence)}" for i, c in enumerate(report.claims, 1))
+    claims = "\n".join(
+        f"{i}. **{c.verdict}**: {escaped(c.text)}. {escaped(c.evidence)}" for i, c in enumerate(report.claims, 1)
+    )
     return (
         f"{table(report)}\n\nMean over {seeds} seeds +- half the 95 % interval (Student's t). `seconds` are those of "
         f"training steps.\n\n{claims}\n\nLearning rates, tried from one seed:\n\n{sweep_table(report)}\n"
