@@ -29,8 +29,8 @@ PROMPT = "a cat"
 EXACT, ROUNDED = 1e-4, 0.1
 """The mean difference that pictures in 8 bits may have, in float32 and in bfloat16.
 
-Of the built-in model's: computing in bfloat16 makes 0.002, rounding all trained weights to it 0.03, padding prompts to 512
-tokens instead of 16 makes 0.15, other prompts make 0.26.
+Of the built-in model's: computing in bfloat16 makes 0.002, rounding all trained weights to it 0.03, padding prompts to
+512 tokens instead of 16 makes 0.15, other prompts make 0.26.
 """
 
 Read = TypeVar("Read")
@@ -77,14 +77,14 @@ def export(
     assert isinstance(policy, FluxPolicy)
     if format.startswith("lora") and policy.adapter is None:
         raise ValueError(
-            f"the run trained the whole transformer, and there is no adapter that --format {format} could write: choose "
-            "diffusers or single-file"
+            f"the run trained the whole transformer, and there is no adapter that --format {format} could write: "
+            "choose diffusers or single-file"
         )
     policy.transformer = policy.outline()
     trained = read_trained(checkpoint, weights, module)
     written = FORMATS[format](policy, policy.transformer, trained, getattr(torch, dtype), folder.name)
     data = if_there(lambda: new_data(settings))
-    evaluation = data and if_there(lambda: data.eval_prompts)
+    evaluation = if_there(lambda: data.eval_prompts) if data else None
     prompt = evaluation[0] if evaluation else PROMPT
     encoder = FluxTextEncoder(policy.pretrained, settings.data.max_sequence_length)
     length = encoder.max_sequence_length
@@ -97,7 +97,7 @@ def export(
         found = compare(written, settings, incomplete, code, prompt, torch.device(chosen))
         print(f"the picture of the card's code against the checkpoint's: {found}")
     code = usage.python(written, module, folder, prompt, length)
-    trained_on = data and if_there(lambda: data.train_prompts)
+    trained_on = if_there(lambda: data.train_prompts) if data else None
     exported = Export(folder, written, weights, checkpoint, run, trained_on, found, code)
     (incomplete / "README.md").write_text(card(exported, module), encoding="utf-8")
     shutil.copy(Path(config).expanduser(), incomplete / "config.yaml")

@@ -174,7 +174,8 @@ class SingleFile(Whole):
         """After turning the names back here."""
         if self.is_converted:
             return {}
-        tensors, source = load_file(folder / self.file), {}
+        tensors = load_file(folder / self.file)
+        source: dict[str, Tensor] = {}
         for name, parts in bfl.sources(self.whole).items():
             rows = [self.whole[own].shape[0] for own in parts]
             source |= dict(zip(parts, bfl.divided(name, tensors.pop(name), rows), strict=True))
@@ -236,7 +237,7 @@ class LoraFiles(Format):
 class LoraComfy(LoraFiles):
     """For ComfyUI."""
 
-    elsewhere = "For diffusers export with `--format lora`"
+    elsewhere = "diffusers reads another file: export with `--format lora` for it"
 
     @property
     def file(self) -> str:
@@ -244,7 +245,7 @@ class LoraComfy(LoraFiles):
         return f"{self.name}.safetensors"
 
     @property
-    def comfyui(self) -> str:
+    def comfyui(self) -> str:  # type: ignore[override]  # a constant in others
         """Where to."""
         return f"put `{self.file}` into `models/loras/`, and load it with the node *Load LoRA*, at strength 1"
 

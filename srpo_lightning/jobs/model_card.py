@@ -68,8 +68,9 @@ def card(export: Export, module: SRPOModule) -> str:
 # {escaped(export.folder.name)}
 
 {code(policy.start or policy.pretrained)}, aligned with human preference by SRPO
-([arXiv 2509.06942](https://arxiv.org/abs/2509.06942)) in [config.yaml](config.yaml). The licence of the base model applies
-to these weights as well: read it before you use or share them.
+([arXiv 2509.06942](https://arxiv.org/abs/2509.06942)) in [config.yaml](config.yaml).
+
+The licence of the base model applies to these weights as well: read it before you use or share them.
 
 ## Use
 

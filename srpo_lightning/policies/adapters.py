@@ -205,8 +205,9 @@ def merged(weight: Tensor, lora: Lora, own: Mapping[str, Tensor]) -> Tensor:
 
 
 def scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
-    """An adapter's tensor, in float32, as it acts without a scale: programs that read an adapter have rules of their own
-    for alpha, or none.
+    """An adapter's tensor, in float32, as it acts without a scale.
+
+    Programs that read an adapter have rules of their own for alpha, or none.
 
     Args:
         name: of the tensor.

@@ -1,8 +1,9 @@
 """LoRA files for ComfyUI: its names, and the weight that its loader makes of them.
 
-Source: github.com/comfyanonymous/ComfyUI at 9c0cf36, `load_lora`, `model_lora_keys_unet` and `flux_to_diffusers` for the
-names (diffusers' with a prefix, which it maps to rows of its fused layers), `LoRAAdapter` and `weight_decompose` for the
-arithmetic: W + alpha / rank B A, of which `dora_scale` over the length of a row of W, not of the sum, scales each row.
+Source: github.com/comfyanonymous/ComfyUI at 9c0cf36, `load_lora`, `model_lora_keys_unet` and `flux_to_diffusers` for
+the names (diffusers' with a prefix, which it maps to rows of its fused layers), `LoRAAdapter` and `weight_decompose`
+for the arithmetic: W + alpha / rank B A, of which `dora_scale` over the length of a row of W, not of the sum, scales
+each row.
 """
 
 from collections.abc import Mapping
