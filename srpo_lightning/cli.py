@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from srpo_lightning.arguments import add_project_arguments, choose_strategy
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
+from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.checkpoints import check_whole, checkpoints
 from srpo_lightning.data import PromptData
@@ -127,6 +128,8 @@ class SRPOCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_class_arguments(Predictions, as_group=False)
         # No code is read from a checkpoint, and predictions are files, not a list that grows.
         settings = {"weights_only": True, "return_predictions": False}
         parser.set_defaults({k: v for k, v in settings.items() if k in self._subcommand_method_arguments[subcommand]})
@@ -144,7 +147,8 @@ class SRPOCLI(LightningCLI):
         has_choice = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in chosen)
         # A rich progress bar prints nothing into the log of a batch job.
         progress = [] if has_choice or sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
-        return super()._instantiate_trainer(config, [*callbacks, *progress, Progress()])
+        predictions = [Predictions(self.config.predict.output)] if self.config.subcommand == "predict" else []
+        return super()._instantiate_trainer(config, [*callbacks, *progress, *predictions, Progress()])
 
     def before_instantiate_classes(self) -> None:
         """Settle how devices are used and what to resume before anything is read."""

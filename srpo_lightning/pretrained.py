@@ -3,11 +3,12 @@
 import hashlib
 import json
 import pickle
+import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -17,6 +18,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from srpo_lightning.published_sums import check_sum
+
+Model = TypeVar("Model")
+
+UNPICKLING = (
+    RuntimeError,
+    LookupError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ValueError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+"""How a damaged pickle ends: it is a program, also for an unpickler that takes nothing but tensors from it."""
 
 
 def part(pretrained: str, subfolder: str, filename: str) -> str:
@@ -33,21 +54,27 @@ def part(pretrained: str, subfolder: str, filename: str) -> str:
                 f"{path} is missing: give a whole model folder as it was published; a FLUX policy's holds "
                 "model_index.json, transformer/, vae/, scheduler/ and both text encoders"
             )
+        check_sum(path)
         return str(path)
     try:
-        return hf_hub_download(pretrained, filename, subfolder=subfolder or None)
+        fetched: str = hf_hub_download(pretrained, filename, subfolder=subfolder or None)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"pretrained is {pretrained!r}, which is neither a folder here ({folder.resolve()}) nor a hub model that "
             f"could be fetched ({type(error).__name__}): give the path of a downloaded model folder, or a hub id "
             "(for a gated model such as black-forest-labs/FLUX.1-dev log in with `hf auth login` first)"
         ) from error
+    check_sum(Path(fetched))
+    return fetched
 
 
 def weights_file(pretrained: str, filename: str) -> Path:
     """The local path of a published weight file: `pretrained` itself, or `filename` in that folder or hub model."""
     path = Path(pretrained).expanduser()
-    return path if path.is_file() else Path(part(pretrained, "", filename))
+    if not path.is_file():
+        return Path(part(pretrained, "", filename))
+    check_sum(path)
+    return path
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -62,13 +89,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            is_archive = zipfile.is_zipfile(path)
+            if is_archive:
+                check_archive(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        except UNPICKLING as error:
             raise OSError(str(error).splitlines()[0] if str(error) else "end of file") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict, tensors by name: give the published weight file as it is")
     return state
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a file of torch.save of which a part has another sum than it was written with."""
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed, as torch.save never does")
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} in it has another sum than it was written with")
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -79,19 +118,60 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     """
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    reshaped = sorted(name for name in own.keys() & found.keys() if own[name] != found[name])
-    if missing or unexpected or reshaped:
-        differences = [
-            f"{len(names)} {kind}, first {', '.join(names[:3])}"
-            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-            if names
-        ]
+    reshaped = [name for name in own.keys() & found.keys() if own[name] != found[name]]
+    differences = _differences(own.keys() - found.keys(), found.keys() - own.keys(), reshaped)
+    if differences:
         raise ValueError(
-            f"{source} is not the weight file of {type(model).__name__} ({'; '.join(differences)}): "
+            f"{source} is not the weight file of {type(model).__name__} ({differences}): "
             "give the file or the class that belongs to it"
         )
     model.load_state_dict(state, assign=True)
+
+
+def load_whole(
+    cls: type[Model], pretrained: str, subfolder: str = "", unread: Sequence[str] = (), **settings: Any
+) -> Model:
+    """A model of diffusers or transformers with its weights, all of them and no others.
+
+    Left to themselves the libraries fill what a folder lacks with random numbers, or leave it without memory.
+
+    Args:
+        cls: with `from_pretrained`.
+        pretrained: a folder or a hub id.
+        subfolder: of it.
+        unread: beginnings of the names of tensors that the folder may hold beside the model's own.
+        settings: for `from_pretrained`.
+
+    Raises:
+        ValueError: naming the folder and the first differences, or what is damaged.
+    """
+    stem = "diffusion_pytorch_model" if cls.__module__.startswith("diffusers.") else "model"
+    safetensors_files(pretrained, subfolder, stem)  # they are there, and have the sums that they were published with
+    with unreadable_is_refused(pretrained):
+        model, info = cls.from_pretrained(  # type: ignore[attr-defined]  # the libraries have no type for it
+            pretrained,
+            subfolder=subfolder,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be told of them all, below
+            **settings,
+        )
+    unexpected = [name for name in info["unexpected_keys"] if not name.startswith(tuple(unread))]
+    reshaped = [name for name, *_ in info["mismatched_keys"]]
+    differences = _differences(info["missing_keys"], unexpected, reshaped)
+    if differences:
+        raise ValueError(
+            f"{Path(pretrained) / subfolder} holds other weights than its config.json describes ({differences}): "
+            "copy or download the folder again"
+        )
+    whole: Model = model
+    return whole
+
+
+def _differences(missing: Iterable[str], unexpected: Iterable[str], reshaped: Iterable[str]) -> str:
+    """In words; empty if there are none."""
+    kinds = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": sorted(reshaped)}
+    return "; ".join(f"{len(names)} {kind}, first {', '.join(names[:3])}" for kind, names in kinds.items() if names)
 
 
 def safetensors_files(pretrained: str, subfolder: str, stem: str) -> dict[str, Path]:
@@ -116,12 +196,12 @@ def stream_into(parameters: Mapping[str, Tensor], files: Mapping[str, Path]) -> 
     Raises:
         ValueError: naming the first differences, if the files are another model's, or damaged.
     """
-    missing, unexpected = sorted(parameters.keys() - files.keys()), sorted(files.keys() - parameters.keys())
     source = next(iter(files.values())).parent
-    if missing or unexpected:
+    differences = _differences(parameters.keys() - files.keys(), files.keys() - parameters.keys(), ())
+    if differences:
         raise ValueError(
-            f"{source} holds other weights than its config.json describes: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}; copy or download the folder again"
+            f"{source} holds other weights than its config.json describes ({differences}): "
+            "copy or download the folder again"
         )
     for path in dict.fromkeys(files.values()):
         with unreadable_is_refused(str(source)), safe_open(path, "pt") as file:

@@ -1,7 +1,11 @@
 """Reading weights: what is refused, and how much memory it takes."""
 
+import json
+import random
+import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from srpo_lightning.pretrained import load_exactly, read_weights, safetensors_files
+from tests import tiny
+from tests.refusals import refused
 
 MEASURE = """
 import sys
@@ -84,6 +90,61 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, capsys):
     torch.save({"state_dict": {"a": Harmful()}}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="cannot be read"):
         read_weights(tmp_path / "weights.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_pickle_is_refused_in_one_line_wherever_the_damage_is(tmp_path):
+    """As a program that ends in whatever error, also where the archive around it is whole."""
+    path, chance, seen = tmp_path / "weights.pt", random.Random(0), 0
+    torch.save({"a": torch.zeros(2), "b": torch.ones(3, dtype=torch.bfloat16)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    (program,) = (name for name in parts if name.endswith("data.pkl"))
+    for _ in range(300):
+        content = bytearray(parts[program])
+        for _ in range(2):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, part in (parts | {program: bytes(content)}).items():
+                archive.writestr(name, part)
+        try:
+            read_weights(path)
+        except ValueError as error:
+            message = str(error)
+            assert re.match(rf"the model in {path} cannot be read|{path} holds no state dict", message), message
+            assert "\n" not in message
+            seen += 1
+    assert seen > 200
+
+
+def test_a_bit_of_a_pickles_numbers_that_has_flipped_is_refused(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"a": torch.full((1000,), 0.5)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((9,), 0.5).numpy().tobytes()) + 400] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights/data/0 in it has another sum .*copy or download"):
+        read_weights(path)
+
+
+def test_a_compressed_pickle_which_could_grow_without_end_is_refused(tmp_path):
+    path = tmp_path / "weights.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("weights/data/0", bytes(10**7))
+    with pytest.raises(ValueError, match="it is compressed"):
+        read_weights(path)
+
+
+def test_a_rewards_harmful_pickle_ends_a_run_in_one_line(models, features, tmp_path, capsys):
+    path = tmp_path / "HPS_v2.1_compressed.pt"
+    torch.save({"state_dict": {"a": Harmful()}}, path)
+    settings = tiny.config(models, tmp_path / "run", features)
+    reward = {"pretrained": str(path), "processor": str(models.clip)}
+    settings["model"]["reward"] = {"class_path": "HPSv2", "init_args": reward}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(settings))
+    refused(["fit", "--config", str(config)], f"{path} cannot be read .*copy or download", capsys)
     assert "executed" not in capsys.readouterr().out
 
 

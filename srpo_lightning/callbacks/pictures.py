@@ -1,6 +1,7 @@
 """Pictures as files that say what they are of, and as labelled sheets."""
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ def read_record(path: Path) -> dict[str, Any]:
     with Image.open(path) as picture:
         content: dict[str, Any] = json.loads(picture.info["srpo"])
     return content
+
+
+def record_if_whole(path: Path) -> dict[str, Any] | None:
+    """What a picture is of; None if there is none, or one that is damaged or not of this project."""
+    try:
+        with Image.open(path) as picture:
+            picture.verify()  # the sum of every part
+        return read_record(path)
+    except (OSError, SyntaxError, KeyError, ValueError, struct.error, Image.DecompressionBombError):
+        return None
 
 
 def contact_sheet(

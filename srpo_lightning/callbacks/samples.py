@@ -18,7 +18,6 @@ from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
 from srpo_lightning.callbacks.comparison import BASE
 from srpo_lightning.callbacks.pictures import (
-    PREDICTIONS,
     SAMPLES,
     as_picture,
     contact_sheet,
@@ -48,8 +47,7 @@ class SampleLogger(Recorder):
 
     Writes `<run folder>/samples/step-*/<weights>/<index>.png`, with prompt, seed, scores (those of RewardTracking) and
     the version of the code in each file, a line each in `samples/metadata.jsonl`, and one sheet, base, policy and
-    average under each other, to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew. `predict`
-    writes a picture of every prompt to `predictions/` likewise, and passes over those that are there already.
+    average under each other, to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew.
 
     Args:
         num_samples: how many of the evaluation prompts, from the first.
@@ -105,44 +103,6 @@ class SampleLogger(Recorder):
         assert isinstance(pl_module, SRPOModule)
         if trainer.strategy.reduce_boolean_decision(bool(self._samples), all=False):
             self._write(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the module pass over batches whose pictures are there."""
-        assert isinstance(pl_module, SRPOModule)
-
-        def is_finished(batch: Conditions) -> bool:
-            paths = [
-                sample_path(trainer.default_root_dir, pl_module.trained_steps, weights, index, PREDICTIONS)
-                for weights in pl_module.weight_variants
-                for index in batch.indices.tolist()
-            ]
-            # Ranks that share their weights draw together or not at all.
-            return bool(trainer.strategy.reduce_boolean_decision(all(path.is_file() for path in paths), all=True))
-
-        pl_module.is_finished = is_finished
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: dict[str, Tensor],
-        batch: Conditions,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write every picture that is not there yet."""
-        assert isinstance(pl_module, SRPOModule)
-        new = {}
-        for weights, images in outputs.items():
-            for row, index in enumerate(batch.indices.tolist()):
-                path = sample_path(trainer.default_root_dir, pl_module.trained_steps, weights, index, PREDICTIONS)
-                if not path.is_file():
-                    sample = Sample(as_picture(images[row]), record_of(pl_module, weights, batch, row, PREDICTIONS))
-                    write_picture(path, *sample)
-                    new[weights, index] = sample.record
-        for record in gathered(new).values():
-            if trainer.is_global_zero:
-                records.append(records_path(trainer, PREDICTIONS), record)
 
     def _write(self, trainer: Trainer, module: SRPOModule) -> None:
         start_s = time.perf_counter()

@@ -1,7 +1,5 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from srpo_lightning.callbacks import records
 from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_table, save_table, summary
 from srpo_lightning.callbacks.records import Record, Recorder
 from srpo_lightning.data.prompts import read_prompts
+from srpo_lightning.fingerprint import fingerprint
 from srpo_lightning.metrics import (
     Evaluation,
     SampleTable,
@@ -207,19 +206,17 @@ class RewardTracking(Recorder):
     def key(self, trainer: Trainer, module: SRPOModule) -> str:
         """What the numbers of the base depend on, as a hash."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        form = self.form or getattr(module.objective, "form", None)
-        models = {name: [type(m).__name__, getattr(m, "pretrained", "")] for name, m in self.scorers.items()}
-        for name, model in (("reward", module.reward), ("judge", self.judge)):
-            models[name] = [type(model).__name__, getattr(model, "pretrained", "")]
+        prompts = data.selection.evaluation
         what = {
-            "policy": [getattr(module.policy, "pretrained", ""), module.policy.latent_shape()],
-            "form": [type(form or module.objective).__name__, repr(vars(form)) if form else ""],
-            "samples": [module.seed, module.num_sample_steps, module.sample_guidance, data.eval_samples_per_prompt],
-            "prompts": data.eval_prompts,
-            "columns": [*self.columns, *self.labels, *self.candidates, str(self.held_out)],
-            "models": models,
+            "drawn by": [module.policy, module.seed, module.num_sample_steps, module.sample_guidance],
+            "precision": trainer.precision,
+            "prompts": [(prompt.text, prompt.seed, prompt.size) for prompt in prompts],
+            "samples": [data.eval_samples_per_prompt, data.sizes, data.cache.description["fingerprint"]],
+            "scored by": [module.reward, self.judge, self.scorers],
+            "form": self.form or vars(module.objective).get("form", module.objective),
+            "columns": [self.columns, self.labels, self.candidates, self.held_out],
         }
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return fingerprint(what)
 
     def _record(
         self, trainer: Trainer, module: SRPOModule, weights: str, table: Table, numbers: dict[str, float]

@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, T5EncoderModel
+
+from srpo_lightning.pretrained import load_whole
 
 from . import vae
 from .augment import TEST, augment
@@ -28,7 +30,7 @@ class Critic:
     """
 
     def __init__(self, folder: Path, concepts: list[str]) -> None:
-        self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self.clip = load_whole(CLIPModel, str(folder), dtype=torch.float32).eval()
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         with torch.no_grad():
             self.styles = text_features(self.clip, token_ids(tokenizer, list(STYLES)))
@@ -126,7 +128,14 @@ def sample_rows(
 
 def evaluate_assets(assets: Path, world: World, sheets: Path) -> str:
     """The table of quality, in Markdown; sample sheets go to `sheets`."""
-    pipeline = FluxPipeline.from_pretrained(assets / "emoji-flux", dtype=torch.float32)
+    folder = str(assets / "emoji-flux")
+    pipeline = FluxPipeline.from_pretrained(
+        folder,
+        transformer=load_whole(FluxTransformer2DModel, folder, "transformer", torch_dtype=torch.float32),
+        vae=load_whole(AutoencoderKL, folder, "vae", torch_dtype=torch.float32),
+        text_encoder=load_whole(CLIPTextModel, folder, "text_encoder", dtype=torch.float32),
+        text_encoder_2=load_whole(T5EncoderModel, folder, "text_encoder_2", dtype=torch.float32),
+    )
     pipeline.set_progress_bar_config(disable=True)
     judge = Critic(assets / "emoji-judge", world.concepts)
     rows = [("VAE: PSNR", f"{mean_psnr(pipeline.vae, world.images()):.1f} dB", ">= 27 dB")]

@@ -34,6 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from srpo_lightning import pretrained as reading
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.draws import Draws
@@ -218,18 +219,22 @@ def phases(module: SRPOModule, tracker: Phased) -> Iterator[None]:
 @contextmanager
 def without_weights(device: str = "meta") -> Iterator[None]:
     """Every `from_pretrained` of diffusers and transformers builds the model of the configuration, at random."""
+    nothing_missing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
-    def of_diffusers(cls: Any, /, pretrained: str, *, subfolder: str, torch_dtype: torch.dtype, **_: Any) -> Any:
+    def of_diffusers(cls: Any, /, pretrained: str, *, subfolder: str, torch_dtype: torch.dtype, **own: Any) -> Any:
         with torch.device(device):
-            return cls.from_config(cls.load_config(pretrained, subfolder=subfolder)).to(torch_dtype).eval()
+            model = cls.from_config(cls.load_config(pretrained, subfolder=subfolder)).to(torch_dtype).eval()
+        return (model, nothing_missing) if own.get("output_loading_info") else model
 
-    def of_transformers(cls: Any, /, pretrained: str, *, dtype: torch.dtype, **_: Any) -> Any:
+    def of_transformers(cls: Any, /, pretrained: str, *, dtype: torch.dtype, **own: Any) -> Any:
         with torch.device(device):
-            return cls(cls.config_class.from_pretrained(pretrained)).to(dtype).eval()
+            model = cls(cls.config_class.from_pretrained(pretrained)).to(dtype).eval()
+        return (model, nothing_missing) if own.get("output_loading_info") else model
 
     with (
         patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)),
         patch.object(flux, "safetensors_files", lambda *_: {}),
+        patch.object(reading, "safetensors_files", lambda *_: {}),
         patch.object(flux, "keep_in_4_bits", keep_in_4_bits),
         patch.object(flux, "stream_into", lambda *_: None),
         patch.object(adapters, "stream_into", lambda *_: None),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
+from srpo_lightning.fingerprint import Recorded
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
 
@@ -37,7 +38,7 @@ class Outcome(NamedTuple):
     scalars: dict[str, Tensor]
 
 
-class Objective(ABC):
+class Objective(Recorded, ABC):
     """A training algorithm: a rollout without gradient, then a loss with one."""
 
     @abstractmethod
@@ -48,10 +49,10 @@ class Objective(ABC):
     def loss(self, policy: Policy, reward: Reward, conditions: Conditions, rollout: Rollout, draws: Draws) -> Outcome:
         """The step itself."""
 
-    def check_reward(self, reward: Reward) -> None:  # noqa: B027  # most objectives take any
+    def check_reward(self, reward: Reward) -> None:  # most objectives take any
         """Refuse, before anything is read, a reward that the objective cannot use."""
 
-    def check_policy(self, policy: Policy) -> None:  # noqa: B027  # most objectives take any
+    def check_policy(self, policy: Policy) -> None:  # most objectives take any
         """Refuse a policy that lacks what the objective asks of it."""
 
     @abstractmethod

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
+from srpo_lightning.fingerprint import Recorded
 from srpo_lightning.rewards.base import Reward
 
 
-class RewardForm(ABC):
+class RewardForm(Recorded, ABC):
     """One number per picture, from one reward model."""
 
     @abstractmethod
@@ -42,7 +43,7 @@ class RewardForm(ABC):
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What it rewards in finished pictures, without chance."""
 
-    def check(self, reward: Reward) -> None:  # noqa: B027  # most forms take any
+    def check(self, reward: Reward) -> None:  # most forms take any
         """Refuse a reward that the form cannot use."""
 
 

@@ -10,12 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from srpo_lightning.batch import Conditions, Size
+from srpo_lightning.fingerprint import Recorded
 
 Shard: TypeAlias = Callable[[nn.Module, Iterable[nn.Module]], None]
 """Divides a model on the meta device over the ranks, block by block, and gives it memory, not yet filled."""
 
 
-class Policy(nn.Module, ABC):
+class Policy(Recorded, nn.Module, ABC):
     """A flow model that draws images from conditions.
 
     The constructor stores paths and numbers only; `load` reads the weights. Exactly the parameters that are trained

@@ -24,7 +24,7 @@ from srpo_lightning.policies import adapters
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.policies.parallel import check_attention, compile_blocks
-from srpo_lightning.pretrained import read_json, safetensors_files, same_files, stream_into, unreadable_is_refused
+from srpo_lightning.pretrained import load_whole, read_json, safetensors_files, same_files, stream_into
 
 Packed: TypeAlias = Float[Tensor, "B L C"]
 Spatial: TypeAlias = Float[Tensor, "B c h w"]
@@ -136,11 +136,8 @@ class FluxPolicy(Policy):
                 f"quantize is {self.quantize}, and weights in 4 bits cannot be divided over ranks: set "
                 "trainer.strategy to ddp, or trainer.devices to 1"
             )
-        with unreadable_is_refused(self.pretrained):
-            vae = AutoencoderKL.from_pretrained(
-                self.pretrained, subfolder="vae", torch_dtype=self.vae_dtype, use_safetensors=True
-            )
-            transformer = self._read_transformer() if shard is None else self._stream_transformer(shard)
+        vae = load_whole(AutoencoderKL, self.pretrained, "vae", torch_dtype=self.vae_dtype)
+        transformer = self._read_transformer() if shard is None else self._stream_transformer(shard)
         if self.adapter is None:
             transformer.requires_grad_(True)
         else:
@@ -155,11 +152,7 @@ class FluxPolicy(Policy):
             self.vae.enable_tiling()
 
     def _read_transformer(self) -> FluxTransformer2DModel:
-        place, subfolder = self.start_place
-        with unreadable_is_refused(place):
-            transformer = FluxTransformer2DModel.from_pretrained(
-                place, subfolder=subfolder or None, torch_dtype=self.dtype, use_safetensors=True
-            )
+        transformer = load_whole(FluxTransformer2DModel, *self.start_place, torch_dtype=self.dtype)
         if self.quantize != "none":
             for _, block in blocks(transformer):
                 keep_in_4_bits(block, double=self.quantize == "nf4-double")

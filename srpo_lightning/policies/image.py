@@ -10,10 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from srpo_lightning.policies.flux import pack
-from srpo_lightning.pretrained import part, read_json, unreadable_is_refused
+from srpo_lightning.pretrained import load_whole, part, read_json
 
 Images: TypeAlias = Float[Tensor, "B 3 H W"]
 Packed: TypeAlias = Float[Tensor, "B L C"]
+
+
+READING = 2
+"""Raised whenever the same file comes to other pixels (data/images.py), so that no latents of before are taken."""
 
 
 class FluxImageEncoder:
@@ -34,10 +38,7 @@ class FluxImageEncoder:
     def encode(self, images: Images) -> Packed:
         """Images in [0, 1] to clean latents, float32 on the CPU: the mode of the posterior, so no chance in it."""
         if self._vae is None:
-            with unreadable_is_refused(self.pretrained):
-                vae = AutoencoderKL.from_pretrained(
-                    self.pretrained, subfolder="vae", torch_dtype=self.dtype, use_safetensors=True
-                )
+            vae = load_whole(AutoencoderKL, self.pretrained, "vae", torch_dtype=self.dtype)
             self._vae = vae.eval().requires_grad_(False).to(self.device)
         pixels = (images * 2 - 1).to(self.device, self.dtype)
         z: Tensor = self._vae.encode(pixels).latent_dist.mode()
@@ -47,7 +48,7 @@ class FluxImageEncoder:
         """What latents depend on, for people to read, and a `fingerprint` of all of it, files included."""
         file = Path(part(self.pretrained, "vae", "config.json"))
         is_local = Path(self.pretrained).expanduser().is_dir()
-        digest = hashlib.sha256(f"{self.dtype} latents".encode())
+        digest = hashlib.sha256(f"{self.dtype} latents {READING}".encode())
         for own in sorted(file.parent.glob("*")) if is_local else []:
             digest.update(f"{own.name} {own.stat().st_size}".encode() + own.read_bytes())
         name = Path(self.pretrained).name if is_local else self.pretrained

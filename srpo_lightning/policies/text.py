@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from srpo_lightning.fingerprint import ends
 from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits, keep_in_8_bits
-from srpo_lightning.pretrained import part, read_json, unreadable_is_refused
+from srpo_lightning.pretrained import load_whole, part, read_json, unreadable_is_refused
 
 Quantize: TypeAlias = Literal["none", "int8", "nf4"]
 
-SAMPLED_BYTES = 1 << 20
+CLIP_IMAGES = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+"""What a folder may hold of a whole CLIP, which FLUX does not read."""
 
 
 class TextFeatures(NamedTuple):
@@ -120,10 +122,8 @@ class FluxTextEncoder:
 
     def _load(self) -> tuple[CLIPTextModel, T5EncoderModel]:
         if self._encoders is None:
-            kwargs = {"dtype": self.dtype, "use_safetensors": True}
-            with unreadable_is_refused(self.pretrained):
-                clip = CLIPTextModel.from_pretrained(self.pretrained, subfolder="text_encoder", **kwargs)
-                t5 = T5EncoderModel.from_pretrained(self.pretrained, subfolder="text_encoder_2", **kwargs)
+            clip = load_whole(CLIPTextModel, self.pretrained, "text_encoder", CLIP_IMAGES, dtype=self.dtype)
+            t5 = load_whole(T5EncoderModel, self.pretrained, "text_encoder_2", dtype=self.dtype)
             if self.quantize == "int8":
                 keep_in_8_bits(t5)
             elif self.quantize == "nf4":
@@ -142,12 +142,5 @@ def _hash_of(root: Path, folders: tuple[str, ...]) -> str:
     for name in folders:
         for file in sorted((root / name).iterdir()):
             digest.update(json.dumps([name, file.name, file.stat().st_size]).encode())
-            digest.update(_ends(file))
+            digest.update(ends(file))
     return digest.hexdigest()
-
-
-def _ends(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        first = stream.read(SAMPLED_BYTES)
-        stream.seek(max(file.stat().st_size - SAMPLED_BYTES, 0))
-        return first + stream.read(SAMPLED_BYTES)

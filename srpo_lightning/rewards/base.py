@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from srpo_lightning.fingerprint import Recorded
 from srpo_lightning.rewards.words import WordList
 
 Images: TypeAlias = Float[Tensor, "B 3 H W"]
 Scores: TypeAlias = Float[Tensor, " B"]
 
 
-class Reward(nn.Module, ABC):
+class Reward(Recorded, nn.Module, ABC):
     """Scores images under texts; higher is better; differentiable with respect to the images.
 
     A reward of your own needs `forward` alone. `load` is where large weights are read (the constructor stays cheap);

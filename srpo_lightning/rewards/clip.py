@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
-from srpo_lightning.pretrained import read_json, unreadable_is_refused
+from srpo_lightning.pretrained import load_whole, read_json, unreadable_is_refused
 from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED
@@ -56,8 +56,7 @@ class ClipReward(Reward):
             return
         with unreadable_is_refused(self.processor):
             self.tokenizer = self.read_tokenizer()
-        with unreadable_is_refused(self.pretrained):
-            clip = self.read_model()
+        clip = self.read_model()
         self.preprocess = self.preprocessing(clip.config.vision_config.image_size)
         self.clip = clip.to(self.dtype).eval().requires_grad_(False)
 
@@ -75,7 +74,7 @@ class ClipReward(Reward):
 
     def read_model(self) -> CLIPModel:
         """The weights."""
-        return CLIPModel.from_pretrained(self.pretrained, dtype=self.dtype, use_safetensors=True)
+        return load_whole(CLIPModel, self.pretrained, dtype=self.dtype)
 
     def clean(self, text: str) -> str:
         """What is done to a text before it is split into tokens: nothing but what the tokenizer does."""

@@ -52,36 +52,6 @@ def test_writing_passes_over_validations_when_it_takes_too_long_but_not_the_firs
     assert steps == ["step-00000000", "step-00000003"]
 
 
-def predict(models, features, run) -> list[int]:
-    """The samples that were drawn for it."""
-    drawn, module = [], tiny.new_module(models)
-    sample = module.sample
-
-    def record(batch):
-        drawn.extend(batch.indices.tolist())
-        return sample(batch)
-
-    module.sample = record
-    trainer = tiny.new_trainer(run, [SampleLogger()])
-    trainer.predict(module, tiny.new_data(models, features, eval_batch_size=1), return_predictions=False)
-    return drawn
-
-
-def test_predictions_that_are_there_are_not_drawn_again(models, features, tmp_path):
-    assert predict(models, features, tmp_path) == [0, 1, 2]
-    folder = tmp_path / "predictions"
-    pictures = sorted(folder.rglob("*.png"))
-    assert [path.name for path in pictures] == ["00000.png", "00001.png", "00002.png"]
-    before = pictures[1].read_bytes()
-    pictures[1].unlink()
-    assert predict(models, features, tmp_path) == [1]
-    assert pictures[1].read_bytes() == before
-    assert predict(models, features, tmp_path) == []
-    records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert sorted(record["index"] for record in records) == [0, 1, 1, 2]
-    assert all(read_record(folder / record["file"])["prompt"] == record["prompt"] for record in records)
-
-
 def test_the_sheet_shows_base_policy_and_average_under_each_other(models, features, tmp_path):
     shown = []
 

@@ -1,5 +1,7 @@
 """RewardTracking against the same scores computed picture by picture."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,9 +9,10 @@ from srpo_lightning.callbacks import RewardTracking, RunCheckpoint
 from srpo_lightning.callbacks.tracking import append_record, read_records
 from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.metrics import saturation
+from srpo_lightning.objectives import Plain
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import Lora
-from srpo_lightning.rewards import ClipReward, Reward
+from srpo_lightning.rewards import ClipReward, Reward, Term, WeightedReward
 from tests import tiny
 
 
@@ -150,12 +153,69 @@ def test_the_base_is_measured_where_nobody_has_measured_it_and_then_kept(models,
     assert torch.equal(again.evaluations["base"].table.columns["reward"], base.columns["reward"])
 
 
-def test_the_base_of_other_noise_is_not_taken_for_this_ones(models, features, tmp_path):
-    tracking = RewardTracking(ClipReward(str(models.judge)))
-    trainer = tiny.new_trainer(tmp_path, [tracking])
-    trainer.validate(tiny.new_module(models), tiny.new_data(models, features), verbose=False)
-    keys = [tracking.key(trainer, tiny.new_module(models, seed=seed)) for seed in (3, 3, 4)]
-    assert keys[0] == keys[1] != keys[2]
+@pytest.fixture(scope="module")
+def key(models, features, tmp_path_factory):
+    """The key of a tracking; what is given takes the place of what is usual."""
+    trainers = {}
+
+    def find(tracking=None, module=None, data=None, trainer=None, evaluation=None) -> str:
+        own = models._replace(evaluation=evaluation or models.evaluation)
+        if str(trainer) not in trainers:
+            trainers[str(trainer)] = tiny.new_trainer(tmp_path_factory.mktemp("keys"), **(trainer or {}))
+        used = trainers[str(trainer)]
+        used.datamodule = tiny.new_data(own, features, **(data or {}))
+        settings = {"judge": ClipReward(str(models.judge))} | (tracking or {})
+        return RewardTracking(**settings).key(used, tiny.new_module(models, **(module or {})))
+
+    return find
+
+
+def test_the_base_has_one_key_as_long_as_nothing_changes(key, models):
+    judge = ClipReward(str(models.judge), processor=None, dtype="float32")
+    assert key() == key() == key({"judge": judge, "metrics": {}, "top_k": 5})
+
+
+MEASURED_OTHERWISE = {
+    "noise": {"module": {"seed": 4}},
+    "steps": {"module": {"num_sample_steps": 3}},
+    "guidance": {"module": {"sample_guidance": 1.0}},
+    "precision": {"trainer": {"precision": "bf16-mixed"}},
+    "samples": {"data": {"eval_samples_per_prompt": 2}},
+    "sizes": {"data": {"sizes": [(16, 32)]}},
+    "length of the text": {"data": {"max_sequence_length": 5}},
+    "labels": {"tracking": {"labels": ["x"]}},
+    "candidates": {"tracking": {"top_k": 2}},
+    "metrics": {"tracking": {"metrics": {"light": Brightness()}}},
+    "held_out": {"tracking": {"held_out": {"judge": 1.0}}},
+    "form": {"tracking": {"form": Plain("x. {prompt}")}},
+}
+
+
+@pytest.mark.parametrize("change", MEASURED_OTHERWISE.values(), ids=MEASURED_OTHERWISE)
+def test_the_base_of_another_measurement_is_not_taken_for_this_ones(key, change):
+    assert key(**change) != key()
+
+
+def test_the_base_under_other_reward_models_is_not_taken_for_this_ones(key, models):
+    """Their settings count, not only their class and their folder."""
+    weights = [(1.0, 0.0, 1.0), (2.0, 0.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.0, 2.0)]
+    rewards = [
+        *(ClipReward(str(models.clip), logit_scale_divisor=divisor) for divisor in (None, 20.0)),
+        ClipReward(str(models.clip), processor=str(models.judge)),
+        *(WeightedReward([Term(ClipReward(str(models.clip)), *numbers)]) for numbers in weights),
+    ]
+    judged = {key({"judge": reward}) for reward in rewards}
+    trained_for = {key(module={"reward": reward}) for reward in rewards}
+    logged = {key({"metrics": {"more": reward}}) for reward in rewards}
+    assert len(judged) == len(trained_for) == len(logged) == len(rewards)
+
+
+def test_the_base_of_prompts_with_other_seeds_or_sizes_is_not_taken_for_this_ones(key, tmp_path):
+    path, keys = tmp_path / "prompts.jsonl", set()
+    for own in ({}, {"seed": 3}, {"width": 16, "height": 32}):
+        path.write_text(json.dumps({"prompt": "c0"} | own))
+        keys.add(key(evaluation=path))
+    assert len(keys) == 3
 
 
 def test_a_held_out_score_of_what_is_not_measured_is_refused(models):

@@ -137,6 +137,17 @@ def test_predict_writes_a_picture_of_every_prompt_by_both_weights(finished, tmp_
     assert (picture(tmp_path / "eval" / "predictions" / name) == picture(run / "samples" / name)).all()
 
 
+def test_predict_writes_to_a_folder_of_its_own_and_needs_no_callback(finished, tmp_path):
+    settings = json.loads(Path(finished[0]).read_text())
+    settings["trainer"]["callbacks"] = []
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    main(["predict", "--config", str(tmp_path / "config.json"), "--output", str(tmp_path / "out"),
+          "--trainer.default_root_dir", str(tmp_path / "eval")])  # fmt: skip
+    assert [path.name for path in sorted((tmp_path / "out").rglob("*.png"))] == [f"0000{i}.png" for i in range(3)]
+    assert len(lines(tmp_path / "out" / "metadata.jsonl")) == 3
+    assert not list((tmp_path / "eval").rglob("*.png"))
+
+
 def test_the_default_optimizer_is_the_papers_and_is_written_down(models, features, tmp_path):
     """Step 5; a run without `model.optimizer` starts again from its config.yaml."""
     run = tmp_path / "run"

@@ -3,6 +3,7 @@
 import inspect
 
 from srpo_lightning.callbacks import EMA, OverOptimizationGuard, Report, RewardTracking, RunCheckpoint, SampleLogger
+from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.data import PromptData
 from srpo_lightning.data.prompts import Source
 from srpo_lightning.jobs.export import export
@@ -83,6 +84,7 @@ FLAGS = {
     Term: "reward weight mean std plain",
     ShardedStrategy: "shard_size replicate_size cpu_offload reshard_after_forward",
     EMA: "decay warmup every_n_steps dtype device evaluate",
+    Predictions: "output",
     SampleLogger: "num_samples columns max_share",
     OverOptimizationGuard: "weights action patience min_diversity max_drift learning_rate_factor",
     RewardTracking: "judge labels candidates top_k metrics held_out form",

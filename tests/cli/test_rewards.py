@@ -36,6 +36,6 @@ def test_a_weighted_sum_and_further_metrics_train_from_a_configuration(config, t
 def test_a_reward_that_reads_no_text_is_refused_before_anything_is_read(config, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["srpo_lightning"])
     config["model"]["reward"] = BRIGHTNESS
-    with pytest.raises(ValueError, match="Brightness reads no text, so that no control words can steer by it"):
+    with pytest.raises(SystemExit, match="Brightness reads no text, so that no control words can steer by it"):
         fit(config, tmp_path)
     assert not (tmp_path / "run").exists()
