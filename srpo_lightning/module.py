@@ -246,10 +246,11 @@ class SRPOModule(LightningModule):
         return {} if self.is_finished and self.is_finished(batch) else self.validation_step(batch, batch_idx)
 
     @torch.no_grad()
-    def sample(self, conditions: Conditions) -> Tensor:
-        """One image per prompt; each depends on the seed and its own index alone."""
-        shape = self.policy.latent_shape(conditions.size)
-        noise = sample_noise(self.seed, conditions.indices.tolist(), shape, conditions.seeds)
+    def sample(self, conditions: Conditions, noise: Tensor | None = None) -> Tensor:
+        """One image per prompt; each depends on the seed and its own index alone, or on the noise that is given."""
+        if noise is None:
+            shape = self.policy.latent_shape(conditions.size)
+            noise = sample_noise(self.seed, conditions.indices.tolist(), shape, conditions.seeds)
         latents = flow.integrate(
             lambda x, sigma: self.policy(x, sigma, conditions, self.sample_guidance),
             noise.to(conditions.prompt_embeds.device),

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from srpo_lightning.checkpoints import complete_or_absent
+from srpo_lightning.markdown import escaped, markdown_table
 from srpo_lightning.metrics import QUANTILES, Interval, Table, bootstrap_mean, cmmd, diversity, prompt_diversity, wins
 
 BASE = "base"
@@ -140,16 +141,16 @@ def markdown(tag: str, by_weights: Mapping[str, Mapping[str, Measure]]) -> str:
     has_base = BASE in by_weights
     if not has_base:
         heads = list(by_weights)
-    lines = [f"### {tag}", "", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    rows = []
     for name in next(iter(by_weights.values())):
-        cells = []
+        cells = [name]
         for weights, of in by_weights.items():
             mean, win = of[name].mean, of[name].win
             cells.append(f"{mean.value:.4g} +- {(mean.high - mean.low) / 2:.2g}")
             if has_base and weights != BASE:
                 cells.append(f"{win.value:.0%} ({win.low:.0%} to {win.high:.0%})" if win else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return f"### {escaped(tag)}\n\n{markdown_table(['', *heads], rows)}\n"
 
 
 def save_table(path: Path, table: Table, key: str) -> None:

@@ -28,7 +28,8 @@ def lora_path(run_folder: str | Path, step: int) -> Path:
 class LoraExport(Checkpoint):  # Lightning calls these last: the average has followed by then
     """Writes the adapter into `<run folder>/lora/step-*/`, and its average into `ema/` therein, when training ends.
 
-    Either folder goes to `FluxPipeline.load_lora_weights`. They are there complete or not at all.
+    Either folder goes to `FluxPipeline.load_lora_weights`, and without DoRA the file in it to ComfyUI too; of DoRA that
+    takes what `export --format lora-comfy` writes. They are there complete or not at all.
 
     Args:
         every_n_steps: also after each so many optimizer steps; null: at the end only.

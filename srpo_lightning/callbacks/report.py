@@ -15,6 +15,7 @@ from srpo_lightning.callbacks.comparison import BASE, compare, write_comparison
 from srpo_lightning.callbacks.pictures import contact_sheet, sample_path
 from srpo_lightning.callbacks.records import Record
 from srpo_lightning.callbacks.tracking import FILE, read_records
+from srpo_lightning.markdown import markdown_table
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.provenance import software
 
@@ -105,9 +106,7 @@ def before_and_after(records: list[Record]) -> dict[str, Record]:
 def markdown(columns: dict[str, Record]) -> str:
     """A table with a row per measure."""
     names = dict.fromkeys(name for record in columns.values() for name in record if name not in ("step", "weights"))
-    lines = ["| | " + " | ".join(f"{head} (step {r['step']})" for head, r in columns.items()) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for name in names:
-        cells = (f"{float(r[name]):.3f}" if name in r else "not measured" for r in columns.values())
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = (
+        [name, *(f"{float(r[name]):.3f}" if name in r else "not measured" for r in columns.values())] for name in names
+    )
+    return markdown_table(["", *(f"{head} (step {r['step']})" for head, r in columns.items())], rows) + "\n"

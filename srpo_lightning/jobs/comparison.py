@@ -1,24 +1,25 @@
-"""Pictures of a checkpoint by this project's sampler, and of its export by plain diffusers, from the same noise."""
+"""A picture of a checkpoint by this project's sampler, and the one that the code of the model card draws."""
 
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from torch import Tensor
+from PIL.Image import Image
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks.pictures import as_picture, contact_sheet
-from srpo_lightning.draws import sample_noise
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies.flux import pack
+from srpo_lightning.policies.text import FluxTextEncoder
 
 
 class Difference(NamedTuple):
-    """Of two kinds of pictures of the same prompts.
+    """Of two pictures.
 
     Args:
-        mean: of the pixels' absolute difference; they are in [0, 1].
+        mean: of the pixels' absolute difference; they are in [0, 1], in 8 bits.
         largest: of it.
         allowed: of the mean.
     """
@@ -32,52 +33,40 @@ class Difference(NamedTuple):
         return f"mean {self.mean:.2g}, largest {self.largest:.2g}, of a range of 1; allowed mean {self.allowed:.2g}"
 
 
-def own_pictures(module: SRPOModule, conditions: Conditions, *, mixed: bool) -> Tensor:
-    """By the module's sampler, [B, 3, H, W] on the CPU.
+def own_picture(module: SRPOModule, encoder: FluxTextEncoder, prompt: str, device: torch.device) -> Image:
+    """By the module's sampler, from the noise that a generator with the module's seed gives diffusers.
+
+    Text encoders and transformer are on the device one after the other. In bfloat16 it computes under autocast.
 
     Args:
         module: with its models, and with the checkpoint's weights.
-        conditions: what of, on the module's device.
-        mixed: compute in bfloat16 under autocast.
+        encoder: of the dtype that the models have.
+        prompt: of the picture.
+        device: where to compute.
     """
-    with torch.autocast(module.device.type, torch.bfloat16, enabled=mixed):
-        return module.sample(conditions).float().cpu()
-
-
-def plain_pictures(pipeline: FluxPipeline, module: SRPOModule, conditions: Conditions, *, mixed: bool) -> Tensor:
-    """The same by diffusers' pipeline; the module's models play no part."""
-    policy, device = module.policy, conditions.prompt_embeds.device
+    policy = module.policy
     assert isinstance(policy, FluxPolicy)
-    if policy.resolution_shift is not None:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            pipeline.scheduler.config, use_dynamic_shifting=policy.resolution_shift
-        )
-    height, width = conditions.size or policy.size
-    shape = policy.latent_shape((height, width))
-    noise = sample_noise(module.seed, conditions.indices.tolist(), shape, conditions.seeds)
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        images: Tensor = pipeline.to(device)(
-            prompt_embeds=conditions.prompt_embeds.float(),
-            pooled_prompt_embeds=conditions.pooled_prompt_embeds.float(),
-            latents=noise.to(device),
-            height=height,
-            width=width,
-            num_inference_steps=module.num_sample_steps,
-            guidance_scale=module.sample_guidance,
-            output_type="pt",
-        ).images
-    return images.float().cpu()
+    (features,) = encoder.encode([prompt])
+    encoder.unload()
+    embeds, pooled = (feature[None].float().to(device) for feature in features)
+    height, width = (side // 8 for side in policy.size)
+    channels = policy.latent_shape()[1] // 4
+    generator = torch.Generator().manual_seed(module.seed)
+    noise = pack(torch.randn(1, channels, height, width, generator=generator, dtype=encoder.dtype)).float()
+    module.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=encoder.dtype == torch.bfloat16):
+        images = module.sample(Conditions([prompt], embeds, pooled, torch.zeros(1, dtype=torch.int64)), noise)
+    return as_picture(images[0])
 
 
-def difference(ours: Tensor, theirs: Tensor, allowed: float) -> Difference:
+def difference(ours: Image, theirs: Image, allowed: float) -> Difference:
     """Measured over all pixels."""
-    distance = (ours - theirs).abs()
+    a, b = (np.asarray(picture, dtype=np.float64) / 255 for picture in (ours, theirs))
+    distance = np.abs(a - b)
     return Difference(float(distance.mean()), float(distance.max()), allowed)
 
 
-def write_pictures(folder: Path, **kinds: Tensor) -> None:
-    """One row of pictures per kind, under each other in one file."""
+def write_pictures(folder: Path, **kinds: Image) -> None:
+    """Under each other in one file."""
     folder.mkdir()
-    contact_sheet({name: [as_picture(image) for image in images] for name, images in kinds.items()}).save(
-        folder / "pictures.png"
-    )
+    contact_sheet({name: [picture] for name, picture in kinds.items()}).save(folder / "pictures.png")

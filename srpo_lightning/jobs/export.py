@@ -1,40 +1,46 @@
 """`export`: a checkpoint as what diffusers and ComfyUI load, compared with what it is of, with a model card."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jsonargparse import Namespace
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.cli import LightningArgumentParser
 
 from srpo_lightning.arguments import read_config
-from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.lora import PREFIX
 from srpo_lightning.checkpoints import FOLDER, begin_folder, checkpoints, finish_folder
 from srpo_lightning.data import PromptData
-from srpo_lightning.jobs.comparison import Difference, difference, own_pictures, plain_pictures, write_pictures
+from srpo_lightning.jobs import usage
+from srpo_lightning.jobs.comparison import Difference, difference, own_picture, write_pictures
 from srpo_lightning.jobs.formats import FORMATS, Format
 from srpo_lightning.jobs.model_card import Export, card
 from srpo_lightning.jobs.weights import Kind, read_trained
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies.text import FluxTextEncoder
 
-NUM_PICTURES = 4
+PROMPT = "a cat"
+"""Of the card's picture, where no evaluation prompt can be read."""
+
 EXACT, ROUNDED = 1e-4, 0.1
-"""The mean difference that pictures may have: computed in float32 from float32 files, or with bfloat16 anywhere.
+"""The mean difference that pictures in 8 bits may have, in float32 and in bfloat16.
 
-Rounding all weights of the built-in model to bfloat16 makes 0.03, other prompts make 0.26.
+Of the built-in model's: computing in bfloat16 makes 0.002, rounding all trained weights to it 0.03, padding prompts to
+512 tokens instead of 16 makes 0.15, other prompts make 0.26.
 """
+
+Read = TypeVar("Read")
 
 
 def export(
     config: str,
     output: str,
     ckpt_path: str = "last",
-    format: Literal["diffusers", "single-file", "lora"] = "diffusers",
+    format: Literal["diffusers", "single-file", "lora", "lora-comfy"] = "diffusers",
     weights: Kind = "ema",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     check: bool = True,
@@ -47,13 +53,13 @@ def export(
         output: the folder to write.
         ckpt_path: last, best (in checkpoint.monitor), or a checkpoint, sharded or not.
         format: a folder for `FluxTransformer2DModel.from_pretrained`; a safetensors file with the names of Black Forest
-            Labs, for ComfyUI; or an adapter's own weights, for `FluxPipeline.load_lora_weights`. The first two of a run
-            that trained an adapter have it in the weights.
+            Labs, for ComfyUI; or an adapter's own weights, for `FluxPipeline.load_lora_weights` (lora) or ComfyUI
+            (lora-comfy). The first two of a run that trained an adapter have it in the weights.
         weights: the average, or the weights that were trained.
         dtype: of the weights written.
-        check: load the result in plain diffusers, compare its pictures of the first evaluation prompts with the
-            checkpoint's, and write both to `check/`. Takes the memory of sampling.
-        device: where to compare; auto takes a GPU if there is one.
+        check: run the code of the model card, compare its picture of the first evaluation prompt with that of the
+            checkpoint by this project's sampler, and write both to `check/`. Takes the memory of sampling.
+        device: where both are drawn; auto takes a GPU if there is one.
 
     Raises:
         ValueError: naming the cure, if configuration, checkpoint and format do not fit together, or the check fails.
@@ -69,23 +75,30 @@ def export(
     module = new_module(settings)
     policy = module.policy
     assert isinstance(policy, FluxPolicy)
-    if format == "lora" and policy.adapter is None:
+    if format.startswith("lora") and policy.adapter is None:
         raise ValueError(
-            "the run trained the whole transformer, and there is no adapter that --format lora could write: choose "
-            "diffusers or single-file"
+            f"the run trained the whole transformer, and there is no adapter that --format {format} could write: "
+            "choose diffusers or single-file"
         )
     policy.transformer = policy.outline()
     trained = read_trained(checkpoint, weights, module)
     written = FORMATS[format](policy, policy.transformer, trained, getattr(torch, dtype), folder.name)
-    data = new_data(settings)
+    data = if_there(lambda: new_data(settings))
+    evaluation = if_there(lambda: data.eval_prompts) if data else None
+    prompt = evaluation[0] if evaluation else PROMPT
+    encoder = FluxTextEncoder(policy.pretrained, settings.data.max_sequence_length)
+    length = encoder.max_sequence_length
     incomplete = begin_folder(folder)
     written.write(incomplete)
     found = None
     if check:
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        found = compare(written, settings, incomplete, data, torch.device(chosen))
-        print(f"pictures by diffusers against the checkpoint's: {found}")
-    exported = Export(folder, written, weights, checkpoint, run, data.train_prompts, found)
+        code = usage.python(written, module, incomplete, prompt, length)
+        found = compare(written, settings, incomplete, code, prompt, torch.device(chosen))
+        print(f"the picture of the card's code against the checkpoint's: {found}")
+    code = usage.python(written, module, folder, prompt, length)
+    trained_on = if_there(lambda: data.train_prompts) if data else None
+    exported = Export(folder, written, weights, checkpoint, run, trained_on, found, code)
     (incomplete / "README.md").write_text(card(exported, module), encoding="utf-8")
     shutil.copy(Path(config).expanduser(), incomplete / "config.yaml")
     finish_folder(incomplete, folder)
@@ -93,31 +106,36 @@ def export(
 
 
 @torch.no_grad()
-def compare(written: Format, settings: Namespace, folder: Path, data: PromptData, device: torch.device) -> Difference:
-    """Draw the first evaluation prompts with the checkpoint and with what was written, into `check/`.
+def compare(
+    written: Format, settings: Namespace, folder: Path, code: str, prompt: str, device: torch.device
+) -> Difference:
+    """Draw a prompt with the checkpoint, and by the code of the model card from what was written, into `check/`.
 
     Raises:
-        ValueError: if the pictures differ by more than rounding explains.
+        ValueError: if the code fails, or the pictures differ by more than rounding explains.
     """
-    mixed = settings.trainer.precision == "bf16-mixed"
     module = new_module(settings)
     policy = module.policy
     assert isinstance(policy, FluxPolicy)
-    policy.vae_dtype = torch.float32  # decoding is not what is compared
+    policy.dtype = policy.vae_dtype = written.dtype
     policy.quantize_timesteps = False  # diffusers does not
-    conditions = move_data_to_device(first_prompts(data), device)
+    policy.compiles_blocks, policy.attention = False, None
     policy.load()
     for name, parameter in module.trainable_parameters():
         parameter.copy_(written.trained[name.removeprefix(PREFIX)].read())
-    ours = own_pictures(module.to(device), conditions, mixed=mixed)
-    policy.transformer = None  # frees it
-    theirs = plain_pictures(written.load(folder, mixed=mixed), module, conditions, mixed=mixed)
-    write_pictures(folder / "check", ours=ours, diffusers=theirs)
-    is_exact = written.dtype == torch.float32 and not mixed
-    found = difference(ours, theirs, EXACT if is_exact else ROUNDED)
+    length = settings.data.max_sequence_length
+    encoder = FluxTextEncoder(policy.pretrained, length, written.dtype, device)
+    ours = own_picture(module, encoder, prompt, device)
+    module.policy = None  # type: ignore[assignment]  # frees it
+    del policy
+    names = usage.run(code, device, written.given(folder))
+    written.compare(names["pipe"])
+    theirs = names["picture"]
+    write_pictures(folder / "check", ours=ours, card=theirs)
+    found = difference(ours, theirs, EXACT if written.dtype == torch.float32 else ROUNDED)
     if not found.mean <= found.allowed:
         raise ValueError(
-            f"the pictures that diffusers draws with {folder} are not the checkpoint's ({found}): look at "
+            f"the picture that the card's code draws with {folder} is not the checkpoint's ({found}): look at "
             f"{folder / 'check'}; if they are alike, export with --dtype float32, or --check false"
         )
     return found
@@ -147,18 +165,16 @@ def new_module(settings: Namespace) -> SRPOModule:
 
 
 def new_data(settings: Namespace) -> PromptData:
-    """The run's prompts, of the evaluation the first few only."""
-    own = settings.data.clone()
-    own.num_eval_prompts = min(own.num_eval_prompts or NUM_PICTURES, NUM_PICTURES)
-    own.eval_batch_size, own.eval_samples_per_prompt, own.num_workers = NUM_PICTURES, 1, 0
+    """The run's prompts."""
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(PromptData, "data")
-    data: PromptData = parser.instantiate_classes(Namespace(data=own)).data
+    data: PromptData = parser.instantiate_classes(Namespace(data=settings.data)).data
     return data
 
 
-def first_prompts(data: PromptData) -> Conditions:
-    """The first batch of the evaluation."""
-    data.preparation._replace(selection=data.selection.to_evaluate).run()
-    batch: Conditions = next(iter(data.val_dataloader()))
-    return batch
+def if_there(read: Callable[[], Read]) -> Read | None:
+    """What a run was trained on need not be there any more."""
+    try:
+        return read()
+    except (ValueError, OSError):
+        return None

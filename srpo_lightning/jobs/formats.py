@@ -1,22 +1,23 @@
 """What `export` can write: each format, how plain diffusers loads it, and how a person does."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from srpo_lightning.jobs.streaming import as_stored, write_file, write_shards
-from srpo_lightning.jobs.weights import Stored, whole_transformer
-from srpo_lightning.policies import FluxPolicy, bfl
-from srpo_lightning.policies.adapters import NAME, save_lora
+from srpo_lightning.jobs.weights import Stored, base_transformer, whole_transformer
+from srpo_lightning.policies import FluxPolicy, bfl, comfy
+from srpo_lightning.policies.adapters import NAME, save_lora, scaled
+from srpo_lightning.policies.flux import STEM
 from srpo_lightning.pretrained import part
 
 CONVERTED_WIDTH = 3072
@@ -40,6 +41,9 @@ class Format(ABC):
     comfyui = ""
     """What to do with it there."""
 
+    elsewhere = ""
+    """Why diffusers cannot load it, and what to do."""
+
     def __init__(
         self,
         policy: FluxPolicy,
@@ -55,29 +59,38 @@ class Format(ABC):
         """Write the files."""
 
     @abstractmethod
-    def load(self, folder: Path, *, mixed: bool) -> FluxPipeline:
-        """Diffusers' pipeline with the files, for prompts that are encoded already.
-
-        Args:
-            folder: where they are.
-            mixed: whether autocast will compute in bfloat16; if not, all weights are made float32.
-
-        Raises:
-            ValueError: if diffusers reads other weights than were to be written.
-        """
-
-    @abstractmethod
     def python(self, folder: Path) -> list[str]:
         """The lines that make a pipeline `pipe`; imports come before."""
 
-    def compare(self, found: FluxTransformer2DModel, expected: Mapping[str, Stored]) -> None:
-        """Refuse a transformer that has not all of these weights as they were to be written, bit for bit."""
-        parameters = dict(found.named_parameters())
-        for name, stored in tqdm(expected.items(), desc="comparing weights", unit="tensor"):
-            if not torch.equal(parameters[name].float(), as_stored(stored, self.dtype).float()):
+    def given(self, folder: Path) -> dict[str, Any]:
+        """What those lines need and diffusers cannot make of the files: `transformer`, as another program makes it."""
+        return {}
+
+    @property
+    def expected(self) -> dict[str, Stored]:
+        """What of the pipeline's transformer is compared bit for bit, before it is written in `dtype`."""
+        return {}
+
+    def compare(self, pipeline: FluxPipeline) -> None:
+        """Refuse a pipeline whose transformer has not all of these weights as they were to be written.
+
+        Raises:
+            ValueError: naming the first that differs.
+        """
+        adapters = list(getattr(pipeline.transformer, "peft_config", {}))
+        parameters = {name: p.cpu() for name, p in pipeline.transformer.named_parameters()}
+        for name, stored in tqdm(self.expected.items(), desc="comparing weights", unit="tensor"):
+            found = parameters[name.replace(f".{NAME}.", f".{adapters[0]}.") if adapters else name]
+            if not torch.equal(found.float(), as_stored(stored, self.dtype).float()):
                 raise ValueError(
                     f"diffusers has read other weights than were written, first {name}: export again, to another disk"
                 )
+
+    def around(self, transformer: str | None) -> list[str]:
+        """The lines that make the pipeline around a transformer that Python makes thus, or around the base's own."""
+        own = "" if transformer is None else "transformer=transformer, "
+        pipe = f"pipe = FluxPipeline.from_pretrained({self.policy.pretrained!a}, {own}torch_dtype={self.dtype})"
+        return [f"transformer = {transformer}", pipe] if transformer else [pipe]
 
 
 class Whole(Format):
@@ -88,27 +101,18 @@ class Whole(Format):
         """By diffusers' names."""
         return whole_transformer(self.policy, self.outline, self.trained)
 
-    @abstractmethod
-    def read(self, folder: Path) -> FluxTransformer2DModel:
-        """The transformer as diffusers reads it."""
-
-    def load(self, folder: Path, *, mixed: bool) -> FluxPipeline:
-        """Around the transformer."""
-        transformer = self.read(folder)
-        self.compare(transformer, self.whole)
-        return plain_pipeline(self.policy, transformer if mixed else transformer.float())
+    @property
+    def expected(self) -> dict[str, Stored]:
+        """All of it."""
+        return self.whole
 
     def python(self, folder: Path) -> list[str]:
         """Around the transformer."""
-        return [
-            f"transformer = {self.python_transformer(folder)}",
-            f"pipe = FluxPipeline.from_pretrained({json.dumps(self.policy.pretrained)}, transformer=transformer, "
-            "torch_dtype=torch.bfloat16)",
-        ]
+        return self.around(self.python_transformer(folder))
 
     @abstractmethod
     def python_transformer(self, folder: Path) -> str:
-        """What makes it."""
+        """What makes it; nothing: it is given."""
 
 
 class DiffusersFolder(Whole):
@@ -117,15 +121,11 @@ class DiffusersFolder(Whole):
     def write(self, folder: Path) -> None:
         """One file, or several with an index."""
         self.outline.save_config(folder)
-        write_shards(folder, "diffusion_pytorch_model", self.whole, self.dtype)
-
-    def read(self, folder: Path) -> FluxTransformer2DModel:
-        """As anybody would."""
-        return FluxTransformer2DModel.from_pretrained(folder, dtype=self.dtype, use_safetensors=True)
+        write_shards(folder, STEM, self.whole, self.dtype)
 
     def python_transformer(self, folder: Path) -> str:
         """A line."""
-        return f"FluxTransformer2DModel.from_pretrained({json.dumps(str(folder))}, torch_dtype=torch.bfloat16)"
+        return f"FluxTransformer2DModel.from_pretrained({str(folder)!a}, torch_dtype={self.dtype})"
 
 
 class SingleFile(Whole):
@@ -160,72 +160,143 @@ class SingleFile(Whole):
         with tqdm(total=len(tensors), desc="weights", unit="tensor") as progress:
             write_file(folder / self.file, tensors, self.dtype, progress)
 
-    def read(self, folder: Path) -> FluxTransformer2DModel:
-        """As anybody would; with other widths than FLUX.1's, after turning the names back here."""
-        config = str(Path(part(self.policy.pretrained, "transformer", "config.json")).parent)
-        source: str | dict[str, Tensor] = str(folder / self.file)
-        if not self.is_converted:
-            tensors, source = load_file(folder / self.file), {}
-            for name, parts in bfl.sources(self.whole).items():
-                rows = [self.whole[own].shape[0] for own in parts]
-                source |= dict(zip(parts, bfl.divided(name, tensors.pop(name), rows), strict=True))
-        return FluxTransformer2DModel.from_single_file(source, config=config, dtype=self.dtype)
-
-    def python(self, folder: Path) -> list[str]:
-        """What does not work there is said."""
-        lines = super().python(folder)
+    @property
+    def elsewhere(self) -> str:  # type: ignore[override]  # a constant in others
+        """Of other widths."""
         if self.is_converted:
-            return lines
-        return [
-            f"# diffusers {diffusers.__version__} converts files of FLUX.1's width, {CONVERTED_WIDTH}, alone",
-            *lines,
-        ]
+            return ""
+        return (
+            f"diffusers {diffusers.__version__} converts single files of FLUX.1's width, {CONVERTED_WIDTH}, alone: for "
+            "it export with `--format diffusers`"
+        )
+
+    def given(self, folder: Path) -> dict[str, Any]:
+        """After turning the names back here."""
+        if self.is_converted:
+            return {}
+        tensors = load_file(folder / self.file)
+        source: dict[str, Tensor] = {}
+        for name, parts in bfl.sources(self.whole).items():
+            rows = [self.whole[own].shape[0] for own in parts]
+            source |= dict(zip(parts, bfl.divided(name, tensors.pop(name), rows), strict=True))
+        place, subfolder = self.policy.start_place
+        config = str(Path(part(place, subfolder, "config.json")).parent)
+        return {"transformer": FluxTransformer2DModel.from_single_file(source, config=config, dtype=self.dtype)}
 
     def python_transformer(self, folder: Path) -> str:
         """A line."""
-        path, base = json.dumps(str(folder / self.file)), json.dumps(self.policy.pretrained)
-        options = f'config={base}, subfolder="transformer", torch_dtype=torch.bfloat16'
-        return f"FluxTransformer2DModel.from_single_file({path}, {options})"
+        if not self.is_converted:
+            return ""
+        place, subfolder = self.policy.start_place
+        inner = f"subfolder={subfolder!a}, " if subfolder else ""
+        options = f"config={place!a}, {inner}torch_dtype={self.dtype}"
+        return f"FluxTransformer2DModel.from_single_file({str(folder / self.file)!a}, {options})"
 
 
 class LoraFiles(Format):
-    """For `FluxPipeline.load_lora_weights`."""
+    """For `FluxPipeline.load_lora_weights`; without DoRA for ComfyUI too."""
 
     relation = "adapter"
-    comfyui = "put `pytorch_lora_weights.safetensors`, under a name of its own, into `models/loras/`"
+
+    @property
+    def comfyui(self) -> str:  # type: ignore[override]  # a constant in others
+        """DoRA's lengths of rows have another name there."""
+        assert self.policy.adapter is not None
+        if self.policy.adapter.dora:
+            return "this file is wrong: export with `--format lora-comfy` for it"
+        return "put `pytorch_lora_weights.safetensors`, under a name of its own, into `models/loras/`"
 
     def write(self, folder: Path) -> None:
         """One file."""
         items = tqdm(self.trained.items(), desc="weights", unit="tensor")
-        save_lora(self.outline, {name: as_stored(stored, self.dtype) for name, stored in items}, folder)
+        save_lora(self.outline, {name: stored.read() for name, stored in items}, folder, self.dtype)
 
-    def load(self, folder: Path, *, mixed: bool) -> FluxPipeline:
-        """Beside the base."""
-        base = FluxTransformer2DModel.from_pretrained(
-            self.policy.pretrained,
-            subfolder="transformer",
-            dtype=self.policy.dtype if mixed else torch.float32,
-            use_safetensors=True,
-        )
-        pipeline = plain_pipeline(self.policy, base)
-        pipeline.load_lora_weights(folder, adapter_name=NAME)
-        self.compare(pipeline.transformer, self.trained)
-        return pipeline
+    @cached_property
+    def scaled(self) -> dict[str, Stored]:
+        """With the scale in B."""
+        assert self.policy.adapter is not None
+        scale = self.policy.adapter.scale
+
+        def read(name: str) -> Tensor:
+            return scaled(name, self.trained[name].read(), scale)
+
+        return {name: Stored(stored.shape, partial(read, name)) for name, stored in self.trained.items()}
+
+    @property
+    def expected(self) -> dict[str, Stored]:
+        """All of it."""
+        return self.scaled
 
     def python(self, folder: Path) -> list[str]:
-        """Beside the base."""
-        return [
-            f"pipe = FluxPipeline.from_pretrained({json.dumps(self.policy.pretrained)}, torch_dtype=torch.bfloat16)",
-            f"pipe.load_lora_weights({json.dumps(str(folder))})",
-        ]
+        """Beside the weights before training."""
+        start = self.policy.start
+        made = start and f"FluxTransformer2DModel.from_pretrained({start!a}, torch_dtype={self.dtype})"
+        return [*self.around(made), f"pipe.load_lora_weights({str(folder)!a})"]
 
 
-FORMATS: dict[str, type[Format]] = {"diffusers": DiffusersFolder, "single-file": SingleFile, "lora": LoraFiles}
+class LoraComfy(LoraFiles):
+    """For ComfyUI."""
+
+    elsewhere = "diffusers reads another file: export with `--format lora` for it"
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return f"{self.name}.safetensors"
+
+    @property
+    def comfyui(self) -> str:  # type: ignore[override]  # a constant in others
+        """Where to."""
+        return f"put `{self.file}` into `models/loras/`, and load it with the node *Load LoRA*, at strength 1"
+
+    @cached_property
+    def base(self) -> dict[str, Stored]:
+        """The weights beside which the adapter was trained."""
+        return base_transformer(self.policy, self.outline)
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The names of those with an adapter."""
+        return list(dict.fromkeys(name.split(".lora_")[0] for name in self.trained))
+
+    def write(self, folder: Path) -> None:
+        """One file."""
+        tensors: dict[str, Tensor] = {}
+        for layer in tqdm(self.layers, desc="weights", unit="layer"):
+            prefix = f"{layer}.lora_"
+            parts = {
+                name.removeprefix(prefix).split(".")[0]: stored.read()
+                for name, stored in self.scaled.items()
+                if name.startswith(prefix)
+            }
+            tensors |= comfy.layer_file(layer, self.base[f"{layer}.weight"].read(), parts, self.dtype)
+        save_file(tensors, folder / self.file, {"format": "pt"})
+
+    @property
+    def expected(self) -> dict[str, Stored]:
+        """Nothing: the weights are computed as ComfyUI would; the picture tells."""
+        return {}
+
+    def given(self, folder: Path) -> dict[str, Any]:
+        """With ComfyUI's arithmetic."""
+        place, subfolder = self.policy.start_place
+        transformer = FluxTransformer2DModel.from_pretrained(
+            place, subfolder=subfolder or None, dtype=self.dtype, use_safetensors=True
+        )
+        file = load_file(folder / self.file)
+        for layer in self.layers:
+            weight = transformer.get_submodule(layer).weight
+            weight.data = comfy.patched(layer, self.base[f"{layer}.weight"].read(), file).to(weight.dtype)
+        return {"transformer": transformer}
+
+    def python(self, folder: Path) -> list[str]:
+        """Around what is given."""
+        return self.around("")
 
 
-def plain_pipeline(policy: FluxPolicy, transformer: FluxTransformer2DModel) -> FluxPipeline:
-    """Diffusers' pipeline around a transformer, without text encoders."""
-    absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    return FluxPipeline.from_pretrained(
-        policy.pretrained, transformer=transformer, dtype=torch.float32, use_safetensors=True, **absent
-    )
+FORMATS: dict[str, type[Format]] = {
+    "diffusers": DiffusersFolder,
+    "single-file": SingleFile,
+    "lora": LoraFiles,
+    "lora-comfy": LoraComfy,
+}

@@ -16,6 +16,7 @@ from srpo_lightning.callbacks.tracking import FILE, read_records
 from srpo_lightning.jobs.comparison import Difference
 from srpo_lightning.jobs.formats import Format
 from srpo_lightning.jobs.weights import Kind
+from srpo_lightning.markdown import Markdown, code, escaped, markdown_table
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.provenance import revision
@@ -30,8 +31,9 @@ class Export(NamedTuple):
         kind: which of the checkpoint's weights.
         checkpoint: which.
         run: its run's folder.
-        prompts: what was trained on.
+        prompts: what was trained on; None: it cannot be read any more.
         difference: what the check found; None: it was left out.
+        code: that loads the files and draws a picture.
     """
 
     folder: Path
@@ -39,42 +41,44 @@ class Export(NamedTuple):
     kind: Kind
     checkpoint: Path
     run: Path
-    prompts: Sequence[str]
+    prompts: Sequence[str] | None
     difference: Difference | None
+    code: str
 
 
 def card(export: Export, module: SRPOModule) -> str:
     """Markdown, with the hub's front matter."""
     policy = export.format.policy
     kind = "average (EMA)" if export.kind == "ema" else "weights"
-    check = f"pixels differ by: {export.difference}" if export.difference else "left out (`--check false`)"
+    check = f"pixels differ by: {export.difference}" if export.difference else Markdown("left out (`--check false`)")
+    prompts = Markdown("not known: their files cannot be read any more")
+    if export.prompts is not None:
+        digest = prompts_hash(export.prompts)
+        prompts = Markdown(f"{len(export.prompts)}, SHA-256 of the texts, a line feed after each: `{digest}`")
     rows = {
-        "checkpoint": f"`{export.checkpoint.name}` of step {module.loaded_steps}, its {kind}",
+        "checkpoint": Markdown(f"{code(export.checkpoint.name)} of step {module.loaded_steps}, its {kind}"),
         "written in": str(export.format.dtype)[6:],
-        "training prompts": f"{len(export.prompts)}, SHA-256 of the texts, a line feed after each: "
-        f"`{prompts_hash(export.prompts)}`",
-        "check against the checkpoint's own pictures (`check/`)": check,
+        "training prompts": prompts,
+        "check: the picture of the code above against the checkpoint's own (`check/`)": check,
         "versions": f"srpo_lightning {srpo_lightning.__version__}, torch {torch.__version__}, "
         f"diffusers {diffusers.__version__}",
         "revision of srpo_lightning": revision() or "not known",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""{front_matter(export, policy)}
-# {export.folder.name}
+# {escaped(export.folder.name)}
 
-`{policy.pretrained}`, aligned with human preference by SRPO ([arXiv 2509.06942](https://arxiv.org/abs/2509.06942)) in
-[config.yaml](config.yaml). The licence of the base model applies to these weights as well: read it before you use or
-share them.
+{code(policy.start or policy.pretrained)}, aligned with human preference by SRPO
+([arXiv 2509.06942](https://arxiv.org/abs/2509.06942)) in [config.yaml](config.yaml).
+
+The licence of the base model applies to these weights as well: read it before you use or share them.
 
 ## Use
 
-{usage(export, module)}
+{usage(export)}
 
 ## Origin
 
-| | |
-|---|---|
-{table}
+{markdown_table(["", ""], [[Markdown(name), value] for name, value in rows.items()])}
 
 ## Metrics
 
@@ -86,23 +90,20 @@ def front_matter(export: Export, policy: FluxPolicy) -> str:
     tags = ["srpo", "text-to-image", "flux", *(["lora"] if policy.adapter else [])]
     values: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     values |= {"license": "other", "license_name": "license-of-the-base-model"}
-    if not Path(policy.pretrained).expanduser().exists():
-        values |= {"base_model": policy.pretrained, "base_model_relation": export.format.relation}
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in values.items()), "---", ""])
+    base = policy.start or policy.pretrained
+    if not Path(base).expanduser().exists():
+        values |= {"base_model": base, "base_model_relation": export.format.relation}
+    return "\n".join(
+        ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()), "---", ""]
+    )
 
 
-def usage(export: Export, module: SRPOModule) -> str:
+def usage(export: Export) -> str:
     """How to load the files."""
-    height, width = export.format.policy.size
-    sampling = f"num_inference_steps={module.num_sample_steps}, guidance_scale={module.sample_guidance}"
-    lines = [
-        "import torch",
-        "from diffusers import FluxPipeline, FluxTransformer2DModel",
-        *export.format.python(export.folder),
-        f'picture = pipe("a cat", height={height}, width={width}, {sampling}).images[0]',
-    ]
-    code = "\n".join(["```python", *lines, "```"])
-    return f"{code}\n\nIn ComfyUI {export.format.comfyui}." if export.format.comfyui else code
+    own = export.format
+    alone = "\n".join(["```python", export.code, "```"])
+    parts = [f"{own.elsewhere}." if own.elsewhere else alone, f"In ComfyUI {own.comfyui}." if own.comfyui else ""]
+    return "\n\n".join(part for part in parts if part)
 
 
 def metrics(export: Export, module: SRPOModule) -> str:

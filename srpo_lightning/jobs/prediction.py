@@ -41,7 +41,7 @@ from srpo_lightning.draws import Draws
 from srpo_lightning.jobs.stand_ins import EightBitStates, keep_in_4_bits
 from srpo_lightning.memory import MemoryTracker, cuda_operations
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import flux
+from srpo_lightning.policies import adapters, flux
 from srpo_lightning.policies.base import Shard
 from srpo_lightning.pretrained import read_json
 from srpo_lightning.rewards.base import Reward
@@ -237,6 +237,7 @@ def without_weights(device: str = "meta") -> Iterator[None]:
         patch.object(reading, "safetensors_files", lambda *_: {}),
         patch.object(flux, "keep_in_4_bits", keep_in_4_bits),
         patch.object(flux, "stream_into", lambda *_: None),
+        patch.object(adapters, "stream_into", lambda *_: None),
         patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)),
     ):
         yield

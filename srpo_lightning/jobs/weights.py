@@ -18,6 +18,7 @@ from srpo_lightning.callbacks.lora import PREFIX
 from srpo_lightning.checkpoints import METADATA
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy, adapters
+from srpo_lightning.policies.flux import STEM
 from srpo_lightning.pretrained import safetensors_files, stream_into
 
 Kind = Literal["ema", "policy"]
@@ -69,17 +70,28 @@ def whole_transformer(
     shapes = {name: tuple(parameter.shape) for name, parameter in adapters.base_parameters(outline).items()}
     if policy.adapter is None:
         return {name: trained[name] for name in shapes}
-    files = safetensors_files(policy.pretrained, "transformer", "diffusion_pytorch_model")
+    base, lora = base_transformer(policy, outline), policy.adapter
 
     def read(name: str) -> Tensor:
-        weight = torch.empty(shapes[name], dtype=policy.dtype)
-        stream_into({name: weight}, {name: files[name]})
-        assert policy.adapter is not None
+        weight = base[name].read()
         prefix = f"{name.removesuffix('.weight')}.lora_"
         own = {other: stored.read() for other, stored in trained.items() if other.startswith(prefix)}
-        return adapters.merged(weight, policy.adapter, own) if own else weight
+        return adapters.merged(weight, lora, own) if own else weight
 
     return {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
+
+
+def base_transformer(policy: FluxPolicy, outline: FluxTransformer2DModel) -> dict[str, Stored]:
+    """The weights before training, beside which an adapter was trained, by diffusers' names."""
+    files = safetensors_files(*policy.start_place, STEM)
+
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        weight = torch.empty(shape, dtype=policy.dtype)
+        stream_into({name: weight}, {name: files[name]})
+        return weight
+
+    named = adapters.base_parameters(outline)
+    return {name: Stored(tuple(p.shape), partial(read, name, tuple(p.shape))) for name, p in named.items()}
 
 
 def _file(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Stored]]:
@@ -87,6 +99,10 @@ def _file(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Stored]]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: give another one, or copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, no checkpoint: give one out of a run's checkpoints/"
+        )
     tensors: dict[str, Tensor] = content.get(key, {})
     found = {name: Stored(tuple(tensor.shape), partial(_same, tensor)) for name, tensor in tensors.items()}
     return {name: value for name, value in content.items() if name != "state_dict"}, found

@@ -201,7 +201,7 @@ class GRPO(Objective):
         if self.kl_weight and not policy.has_reference:
             raise ValueError(
                 f"kl_weight is {self.kl_weight}, and this policy keeps no base to be compared with: train an adapter "
-                "(model.policy.init_args.adapter), or set kl_weight to 0"
+                "(model.policy.init_args.adapter, without pretrained), or set kl_weight to 0"
             )
 
     @torch.no_grad()

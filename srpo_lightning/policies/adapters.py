@@ -14,7 +14,8 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from srpo_lightning.draws import keyed_generator
-from srpo_lightning.pretrained import own_part
+from srpo_lightning.policies.lora_file import PREFIX, LoraFile
+from srpo_lightning.pretrained import own_part, stream_into
 
 NAME = "default"  # of the adapter, in peft
 
@@ -31,8 +32,8 @@ class Lora:
 
     Args:
         rank: columns of B and rows of A.
-        alpha: the scale is alpha / rank, with rslora alpha / sqrt(rank). Null is the rank: a scale of 1 without rslora,
-            which programs that ignore an adapter's alpha assume.
+        alpha: the scale is alpha / rank, with rslora alpha / sqrt(rank). Null is the rank: a scale of 1 without rslora.
+            Exported files have the scale in B, for programs that ignore alpha.
         target_modules: ends of the names of the blocks' linear layers that get an adapter, such as to_q or
             transformer_blocks.3.ff.net.2; null is every projection of attention and MLP.
         dropout: of the adapters' inputs, in the trained step only. Drawn from torch's global generator: with it a
@@ -40,6 +41,8 @@ class Lora:
         dora: train the length of each row of the weights apart from its direction; slower.
         rslora: see alpha.
         seed: of A.
+        pretrained: a LoRA to start from, of this kind and these layers: a folder or hub id with
+            pytorch_lora_weights.safetensors, such as `export --format lora` wrote. Null starts from no change.
     """
 
     rank: PositiveInt = 32
@@ -49,6 +52,12 @@ class Lora:
     dora: bool = False
     rslora: bool = False
     seed: int = 0
+    pretrained: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """Of B A."""
+        return float(self.alpha or self.rank) / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -65,11 +74,31 @@ class Lora:
         """Refuse what could not be added to a model with these named blocks; they may be on the meta device.
 
         Raises:
-            ValueError: with the command that installs peft, or with the names that there are.
+            ValueError: with the command that installs peft, with the names that there are, or with the settings that
+                `pretrained` was made with.
         """
         if find_spec("peft") is None:
             raise ValueError("an adapter needs peft: pip install 'srpo-lightning[lora]'")
-        self.targets(blocks)
+        blocks = list(blocks)
+        targets = self.targets(blocks)
+        if self.pretrained is not None:
+            layers = {f"{prefix}.{name}": layer for prefix, block in blocks for name, layer in block.named_modules()}
+            self._check_pretrained({name: layers[name] for name in targets})
+
+    def _check_pretrained(self, layers: Mapping[str, Any]) -> None:
+        file = LoraFile.read(self.pretrained or "")
+        expected: dict[str, list[int]] = {}
+        for name, layer in layers.items():
+            rows, columns = layer.weight.shape
+            expected |= {f"{name}.lora_A.weight": [self.rank, columns], f"{name}.lora_B.weight": [rows, self.rank]}
+            expected |= {f"{name}.lora_magnitude_vector": [rows]} if self.dora else {}
+        odd = [name for name in {**file.shapes, **expected} if file.shapes.get(name) != expected.get(name)]
+        if odd:
+            raise ValueError(
+                f"adapter.pretrained is {self.pretrained}, whose LoRA differs in {len(odd)} tensors from the one that "
+                f"model.policy.init_args.adapter describes, first {odd[0]}: found {file.shapes.get(odd[0])}, expected "
+                f"{expected.get(odd[0])}; set rank, dora and target_modules as they were when it was trained"
+            )
 
     def targets(self, blocks: Iterable[tuple[str, nn.Module]]) -> list[str]:
         """The names of the linear layers that get an adapter.
@@ -119,7 +148,13 @@ def add(transformer: FluxTransformer2DModel, lora: Lora, blocks: Iterable[tuple[
 
 @torch.no_grad()
 def start(transformer: FluxTransformer2DModel, lora: Lora) -> None:
-    """Let the adapters change nothing yet: A is a function of the seed and the layer's name, on any number of ranks."""
+    """Let the adapters be those of `lora.pretrained`, or change nothing yet.
+
+    Then A is a function of the seed and the layer's name, on any number of ranks.
+    """
+    if lora.pretrained is not None:
+        _read(transformer, lora, LoraFile.read(lora.pretrained))
+        return
     for name, layer in _adapted(transformer):
         a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
         drawn, generator = torch.empty(a.shape, dtype=a.dtype), keyed_generator(lora.seed, "lora", name)
@@ -131,6 +166,20 @@ def start(transformer: FluxTransformer2DModel, lora: Lora) -> None:
             integrations: Any = importlib.import_module("peft.utils.integrations")
             weight = integrations.dequantize_module_weight(layer.get_base_layer())
             layer.lora_magnitude_vector[NAME].weight.copy_(torch.linalg.vector_norm(weight.float(), dim=1))
+
+
+def _read(transformer: nn.Module, lora: Lora, file: LoraFile) -> None:
+    parameters = {_in_file(name): p for name, p in transformer.named_parameters() if ".lora_" in name}
+    stream_into(
+        {f"{PREFIX}{name}": parameter for name, parameter in parameters.items()},
+        {f"{PREFIX}{name}": file.path for name in file.shapes},
+    )
+    for name, scale in file.scales.items():
+        parameters[name].mul_(scale / lora.scale)
+
+
+def _in_file(name: str) -> str:
+    return name.replace(f".{NAME}.weight", "" if ".lora_magnitude_vector." in name else ".weight")
 
 
 def base_parameters(transformer: nn.Module) -> dict[str, Tensor]:
@@ -149,25 +198,46 @@ def merged(weight: Tensor, lora: Lora, own: Mapping[str, Tensor]) -> Tensor:
         own: the layer's adapter, by peft's names.
     """
     parts = {name.split(".lora_")[1].split(".")[0]: tensor.float() for name, tensor in own.items()}
-    scale = lora.architecture["alpha"] / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
-    total = weight.float() + scale * parts["B"] @ parts["A"]
+    total = weight.float() + lora.scale * parts["B"] @ parts["A"]
     if lora.dora:
         total *= (parts["magnitude_vector"] / torch.linalg.vector_norm(total, dim=1))[:, None]
     return total
 
 
-def save_lora(transformer: FluxTransformer2DModel, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `pytorch_lora_weights.safetensors` for `FluxPipeline.load_lora_weights`.
+def scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
+    """An adapter's tensor, in float32, as it acts without a scale.
+
+    Programs that read an adapter have rules of their own for alpha, or none.
+
+    Args:
+        name: of the tensor.
+        tensor: of it.
+        scale: of B A.
+    """
+    return tensor.float() * scale if ".lora_B." in name else tensor.float()
+
+
+def save_lora(
+    transformer: FluxTransformer2DModel,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write `pytorch_lora_weights.safetensors` for `FluxPipeline.load_lora_weights`; the scale is in B.
 
     Args:
         weights: the adapters', whole, by their names in `transformer`, whose adapters' own values play no part.
         folder: made if need be.
+        dtype: of the file.
     """
     peft: Any = importlib.import_module("peft")
+    config = transformer.peft_config[NAME]
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    own = {name: scaled(name, tensor, scale).to(dtype) for name, tensor in weights.items()}
     FluxPipeline.save_lora_weights(
         folder,
-        transformer_lora_layers=peft.get_peft_model_state_dict(transformer, dict(weights), adapter_name=NAME),
-        transformer_lora_adapter_metadata=transformer.peft_config[NAME].to_dict(),
+        transformer_lora_layers=peft.get_peft_model_state_dict(transformer, own, adapter_name=NAME),
+        transformer_lora_adapter_metadata={**config.to_dict(), "lora_alpha": config.r, "use_rslora": False},
     )
 
 

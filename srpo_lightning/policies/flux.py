@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -23,12 +24,13 @@ from srpo_lightning.policies import adapters
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.policies.parallel import check_attention, compile_blocks
-from srpo_lightning.pretrained import load_whole, read_json, safetensors_files, stream_into
+from srpo_lightning.pretrained import load_whole, read_json, safetensors_files, same_files, stream_into
 
 Packed: TypeAlias = Float[Tensor, "B L C"]
 Spatial: TypeAlias = Float[Tensor, "B c h w"]
 Images: TypeAlias = Float[Tensor, "B 3 H W"]
 
+STEM = "diffusion_pytorch_model"  # of the weight files' names
 IMAGE_PX_PER_TOKEN = 16  # the VAE halves three times, packing once more
 
 
@@ -61,6 +63,8 @@ class FluxPolicy(Policy):
         rollout_cache: in rollouts, where the first block changes its input by nearly what it did at the step before
             (relative mean difference below this), take the other blocks' change from there too: diffusers'
             FirstBlockCache. 0.05 to 0.2 is usual; null computes every step.
+        transformer: a transformer to start from in the place of the one in `pretrained`: a folder that `export` wrote
+            (--format diffusers), or any folder or hub id in diffusers' layout; null takes that of `pretrained`.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class FluxPolicy(Policy):
         compile: bool = False,
         attention: str | None = None,
         rollout_cache: PositiveFloat | None = None,
+        transformer: str | None = None,
     ) -> None:
         super().__init__()
         for name, side in (("height", height), ("width", width)):
@@ -90,6 +95,7 @@ class FluxPolicy(Policy):
                     f"set it to {below or IMAGE_PX_PER_TOKEN} or {below + IMAGE_PX_PER_TOKEN}"
                 )
         self.pretrained = pretrained
+        self.start = transformer
         self.size: Size = (height, width)
         self.dtype, self.vae_dtype = getattr(torch, dtype), getattr(torch, vae_dtype)
         self.gradient_checkpointing = gradient_checkpointing
@@ -98,7 +104,7 @@ class FluxPolicy(Policy):
         self.resolution_shift = resolution_shift
         self.quantize_timesteps = quantize_timesteps
         self.configs = {
-            "transformer": read_json(pretrained, "transformer", "config.json"),
+            "transformer": _transformer_config(pretrained, transformer),
             "scheduler": read_json(pretrained, "scheduler", "scheduler_config.json"),
         }
         self.adapter = adapter
@@ -146,7 +152,7 @@ class FluxPolicy(Policy):
             self.vae.enable_tiling()
 
     def _read_transformer(self) -> FluxTransformer2DModel:
-        transformer = load_whole(FluxTransformer2DModel, self.pretrained, "transformer", torch_dtype=self.dtype)
+        transformer = load_whole(FluxTransformer2DModel, *self.start_place, torch_dtype=self.dtype)
         if self.quantize != "none":
             for _, block in blocks(transformer):
                 keep_in_4_bits(block, double=self.quantize == "nf4-double")
@@ -171,7 +177,7 @@ class FluxPolicy(Policy):
         return transformer
 
     def restart(self) -> None:
-        """The published weights, or adapters that change nothing yet."""
+        """The published weights or those of `transformer`; adapters that change nothing yet, or those to start from."""
         assert self.transformer is not None, "load() comes first"
         if self.adapter is None:
             self._fill(self.transformer)
@@ -179,7 +185,7 @@ class FluxPolicy(Policy):
             adapters.start(self.transformer, self.adapter)
 
     def _fill(self, transformer: FluxTransformer2DModel) -> None:
-        files = safetensors_files(self.pretrained, "transformer", "diffusion_pytorch_model")
+        files = safetensors_files(*self.start_place, STEM)
         stream_into(adapters.base_parameters(transformer), files)
 
     def _prepare_blocks(self, transformer: FluxTransformer2DModel) -> None:
@@ -225,8 +231,8 @@ class FluxPolicy(Policy):
 
     @property
     def has_reference(self) -> bool:  # type: ignore[override]  # a constant of other policies
-        """With an adapter: the weights beside it never change."""
-        return self.adapter is not None
+        """With an adapter that started from no change: the weights beside it never change."""
+        return self.adapter is not None and self.adapter.pretrained is None
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -237,6 +243,11 @@ class FluxPolicy(Policy):
             yield
         finally:
             self.transformer.enable_adapters()
+
+    @property
+    def start_place(self) -> tuple[str, str]:
+        """The folder or hub id of the transformer before training, and the subfolder therein."""
+        return (self.pretrained, "transformer") if self.start is None else (self.start, "")
 
     @property
     def guided(self) -> bool:
@@ -273,7 +284,29 @@ class FluxPolicy(Policy):
         architecture = {k: v for k, v in self.configs["transformer"].items() if not k.startswith("_")}
         if self.adapter is not None:
             architecture["adapter"] = self.adapter.architecture
+            if self.start is not None:
+                architecture["beside"] = same_files(safetensors_files(*self.start_place, STEM).values())
         return f"{type(self).__name__} {json.dumps(architecture, sort_keys=True)}"
+
+
+def _transformer_config(pretrained: str, start: str | None) -> dict[str, Any]:
+    base = read_json(pretrained, "transformer", "config.json")
+    if start is None:
+        return base
+    folder = Path(start).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model.policy.init_args.transformer is {start}, which holds no config.json: give a transformer's own "
+            "folder, as `export` writes it with --format diffusers; a pipeline's is its transformer/"
+        )
+    config = read_json(start, "", "config.json")
+    for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
+        if config.get(name) != base.get(name):
+            raise ValueError(
+                f"model.policy.init_args.transformer is {start}, whose {name} is {config.get(name)} where that of "
+                f"pretrained is {base.get(name)}: give a transformer that was made from the model in pretrained"
+            )
+    return config
 
 
 def _check_compiled(adapter: Lora | None, rollout_cache: float | None) -> None:

@@ -25,7 +25,7 @@ from srpo_lightning.objectives import (
     ReFL,
     Relative,
 )
-from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies import FluxPolicy, Lora
 from srpo_lightning.rewards import (
     AestheticV25,
     ClipReward,
@@ -71,7 +71,8 @@ FLAGS = {
     DanceDiffusion: "eta",
     FlowDiffusion: "a",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
-    "resolution_shift quantize_timesteps adapter quantize compile attention rollout_cache",
+    "resolution_shift quantize_timesteps adapter quantize compile attention rollout_cache transformer",
+    Lora: "rank alpha target_modules dropout dora rslora seed pretrained",
     ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",
     PickScore: "pretrained processor logit_scale_divisor dtype cache_size",
     HPSv2: "pretrained filename processor fit logit_scale_divisor dtype cache_size",

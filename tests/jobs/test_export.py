@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main
 from srpo_lightning.jobs import export as job
-from srpo_lightning.jobs import streaming
+from srpo_lightning.jobs import streaming, usage
 from srpo_lightning.jobs.formats import DiffusersFolder
 from srpo_lightning.jobs.weights import Stored
 from srpo_lightning.policies import Lora
@@ -29,9 +30,9 @@ pytest.importorskip("bitsandbytes")
 
 KINDS = {
     "full": {},
-    "lora": {"adapter": {"rank": 4}},
+    "lora": {"adapter": {"rank": 4, "alpha": 2.0}},
     "rslora": {"adapter": {"rank": 4, "alpha": 6.0, "rslora": True}},
-    "dora": {"adapter": {"rank": 4, "dora": True}},
+    "dora": {"adapter": {"rank": 4, "alpha": 2.0, "dora": True}},
     "qlora": {"adapter": {"rank": 4}, "quantize": "nf4"},
     "bfloat16": {"adapter": {"rank": 4}, "dtype": "bfloat16", "vae_dtype": "bfloat16"},
 }
@@ -106,17 +107,17 @@ def test_the_transformer_is_the_checkpoints_bit_for_bit(trained, tmp_path, kind,
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bfloat16"])
-@pytest.mark.parametrize("form", ["diffusers", "single-file", "lora"])
-def test_every_format_draws_the_checkpoints_pictures_in_plain_diffusers(trained, tmp_path, capsys, kind, form):
+@pytest.mark.parametrize("form", ["diffusers", "single-file", "lora", "lora-comfy"])
+def test_the_cards_code_draws_the_checkpoints_picture_from_every_format(trained, tmp_path, capsys, kind, form):
     run, output = trained(kind), tmp_path / "out"
     options = ["--format", form, "--dtype", "float32", "--weights", "policy" if kind == WITHOUT_AVERAGE else "ema"]
-    if kind == "full" and form == "lora":
-        assert "no adapter that --format lora could write: choose diffusers" in refused(run, output, *options)
+    if kind == "full" and form.startswith("lora"):
+        assert f"no adapter that --format {form} could write: choose diffusers" in refused(run, output, *options)
         return
     export(run, output, *options)
     assert "allowed mean 0.0001" in capsys.readouterr().out
     with Image.open(output / "check" / "pictures.png") as picture:
-        assert picture.size == (3 * 32, 2 * (32 + LABEL_PX))
+        assert picture.size == (32, 2 * (32 + LABEL_PX))
 
 
 @pytest.mark.parametrize("form", ["diffusers", "lora"])
@@ -196,10 +197,13 @@ def test_the_card_says_where_the_weights_are_from_and_how_to_load_them(models, t
     assert f"| training prompts | 7, SHA-256 of the texts, a line feed after each: `{digest}` |" in body
     assert "step 2" in body
     assert (folder / "config.yaml").read_bytes() == (run / "config.yaml").read_bytes()
-    code = body.split("```python\n")[1].split("```")[0]
     if form == "single-file":
-        assert "FLUX.1's width, 3072, alone" in code
+        assert "FLUX.1's width, 3072, alone: for it export with `--format diffusers`" in body
+        assert "```python" not in body  # code that does not run is not printed
         return
+    code = body.split("```python\n")[1].split("```")[0]
+    assert "max_sequence_length=12," in code
+    assert "torch_dtype=torch.bfloat16" in code
     namespace: dict = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.42 would rather hear dtype, older ones torch_dtype
@@ -233,6 +237,71 @@ def test_a_base_model_with_a_name_on_the_hub_is_named(models, trained, tmp_path,
         assert f'{front}"{relation}"' in (folder / "README.md").read_text()
 
 
+def test_code_that_leaves_something_out_or_fails_is_refused(trained, tmp_path, monkeypatch):
+    """As the card's did: prompts of another length than the model was trained with, modules of two dtypes."""
+    original = usage.python
+    for number, (line, other, message) in enumerate(
+        [
+            ("max_sequence_length=12,", "", "card's code draws with .* is not the checkpoint's"),
+            ("num_inference_steps=2", "num_inference_steps=3", "is not the checkpoint's"),
+            (
+                "torch_dtype=torch.float32)\npipe",
+                "torch_dtype=torch.bfloat16)\npipe",
+                "fails with RuntimeError .*dtype",
+            ),
+        ]
+    ):
+
+        def changed(*arguments, line=line, other=other):
+            assert line in original(*arguments)
+            return original(*arguments).replace(line, other)
+
+        monkeypatch.setattr(usage, "python", changed)
+        output = tmp_path / str(number)
+        assert re.search(message, refused(trained("full"), output, "--dtype", "float32"))
+        assert not output.exists()
+
+
+def test_foreign_text_in_the_code_is_a_literal(trained, tmp_path):
+    run = shutil.copytree(trained("full"), tmp_path / "run")
+    prompt = 'cat"); raise SystemExit("""x\\ \'\'\' ```\u2028'
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["evaluation"] = str(tmp_path / "eval.jsonl")
+    (run / "config.yaml").write_text(json.dumps(config))
+    folder = export(run, tmp_path / "a <b> | 'c' \"d\"", "--dtype", "float32")
+    assert "# a &lt;b&gt; \\| 'c' \"d\"\n" in (folder / "README.md").read_text()
+
+
+def test_what_it_was_trained_on_need_not_be_there_any_more(trained, tmp_path):
+    run = shutil.copytree(trained("full"), tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= {"train": str(tmp_path / "gone.txt"), "evaluation": str(tmp_path / "gone too.txt")}
+    (run / "config.yaml").write_text(json.dumps(config))
+    text = (export(run, tmp_path / "out", "--dtype", "float32") / "README.md").read_text()
+    assert "| training prompts | not known: their files cannot be read any more |" in text
+    assert "'a cat'," in text
+
+
+def test_a_run_that_started_from_an_export_is_exported_beside_the_same_base(models, trained, features, tmp_path):
+    """Of a run that trained all weights, of one that trained a LoRA beside them, and of one that went on with that."""
+    first = export(trained("full"), tmp_path / "first", "--dtype", "float32", "--check", "false")
+    adapter, settings = {"rank": 4, "alpha": 2.0}, {"transformer": str(first)}
+    for number, more in enumerate([settings, settings | {"adapter": adapter}]):
+        if number:
+            lora = export(trained("lora"), tmp_path / "lora", "--format", "lora", "--check", "false")
+            more["adapter"] = adapter | {"pretrained": str(lora)}
+        config = tiny.config(models, tmp_path / f"run{number}", features)
+        config["model"]["policy"]["init_args"] |= more
+        config["trainer"] |= {"max_steps": 1, "logger": False, "limit_val_batches": 0, "callbacks": []}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        main(["fit", "--config", str(tmp_path / "config.json")])
+        for form in ("diffusers", *(("lora", "lora-comfy") if number else ())):
+            options = ["--format", form, "--dtype", "float32", "--weights", "policy"]
+            folder = export(tmp_path / f"run{number}", tmp_path / f"{form}{number}", *options)
+            assert str(first) in (folder / "README.md").read_text()
+
+
 def test_a_moved_run_is_found_beside_its_configuration(trained, tmp_path):
     shutil.copytree(trained("full"), tmp_path / "moved")
     last = checkpoint_path(tmp_path / "moved", 2)
@@ -244,16 +313,16 @@ def test_a_moved_run_is_found_beside_its_configuration(trained, tmp_path):
 def test_other_pictures_than_the_checkpoints_fail_and_stay_to_be_looked_at(trained, tmp_path, monkeypatch):
     """As if the wrong weights had been written, which diffusers reads as they are."""
     run, output = trained("full"), tmp_path / "out"
-    right = job.own_pictures
+    right = job.own_picture
 
-    def wrong(module, conditions, *, mixed):
+    def wrong(module, *others):
         for name, tensor in saved(run, "policy").items():
             module.policy.transformer.get_parameter(name).copy_(tensor)
-        return right(module, conditions, mixed=mixed)
+        return right(module, *others)
 
-    monkeypatch.setattr(job, "own_pictures", wrong)
+    monkeypatch.setattr(job, "own_picture", wrong)
     message = refused(run, output, "--dtype", "float32")
-    assert "are not the checkpoint's (mean" in message
+    assert "is not the checkpoint's (mean" in message
     assert not output.exists()
     assert {path.name for path in (tmp_path / "out.partial" / "check").iterdir()} == {"pictures.png"}
 

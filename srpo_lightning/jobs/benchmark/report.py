@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.jobs.benchmark.claims import Claim
 from srpo_lightning.jobs.benchmark.results import Curve, Results, last_of, mean_over_seeds, with_half
+from srpo_lightning.markdown import Markdown, escaped, markdown_table
 from srpo_lightning.provenance import software
 
 MIB = 2**20
@@ -55,33 +56,34 @@ def columns(report: Report) -> dict[str, Callable[[Sequence[Curve]], str]]:
 def table(report: Report) -> str:
     """Means over seeds, with the half width of their 95 % interval."""
     heads = columns(report)
-    lines = ["| | learning rate | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
+    rows = []
     for name, curves in report.results.items():
         rate = f"{curves[0].run.learning_rate:g}" if curves[0].run.steps else ""
-        lines.append(f"| {name} | {rate} | " + " | ".join(cell(curves) for cell in heads.values()) + " |")
-    return "\n".join(lines)
+        rows.append([name, rate, *(cell(curves) for cell in heads.values())])
+    return markdown_table(["", "learning rate", *heads], rows)
 
 
 def sweep_table(report: Report) -> str:
     """The judge at the end of each run of the sweep, the best of each row marked."""
     rates = sorted({curve.run.learning_rate for curves in report.sweeps.values() for curve in curves})
-    lines = ["| judge at the end | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
-    lines.append("|---" * (len(rates) + 1) + "|")
+    rows = []
     for name, curves in report.sweeps.items():
         judged = {curve.run.learning_rate: curve.last["judge"] for curve in curves}
         best = max(judged, key=judged.__getitem__)
         cells = [
-            "" if rate not in judged else f"**{judged[rate]:.3f}**" if rate == best else f"{judged[rate]:.3f}"
+            "" if rate not in judged else Markdown(f"**{judged[rate]:.3f}**") if rate == best else f"{judged[rate]:.3f}"
             for rate in rates
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown_table(["judge at the end", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def markdown(report: Report) -> str:
     """All of it."""
     seeds = max(len(curves) for curves in report.results.values())
-    claims = "\n".join(f"{i}. **{c.verdict}**: {c.text}. {c.evidence}" for i, c in enumerate(report.claims, 1))
+    claims = "\n".join(
+        f"{i}. **{c.verdict}**: {escaped(c.text)}. {escaped(c.evidence)}" for i, c in enumerate(report.claims, 1)
+    )
     return (
         f"{table(report)}\n\nMean over {seeds} seeds +- half the 95 % interval (Student's t). `seconds` are those of "
         f"training steps.\n\n{claims}\n\nLearning rates, tried from one seed:\n\n{sweep_table(report)}\n"
