@@ -18,7 +18,7 @@ from srpo_lightning.jobs.weights import Stored, base_transformer, whole_transfor
 from srpo_lightning.policies import FluxPolicy, bfl, comfy
 from srpo_lightning.policies.adapters import NAME, save_lora, scaled
 from srpo_lightning.policies.flux import STEM
-from srpo_lightning.pretrained import part
+from srpo_lightning.pretrained import load_whole, part
 
 CONVERTED_WIDTH = 3072
 """FLUX.1's, and the only one that diffusers' converter of single files knows."""
@@ -279,10 +279,7 @@ class LoraComfy(LoraFiles):
 
     def given(self, folder: Path) -> dict[str, Any]:
         """With ComfyUI's arithmetic."""
-        place, subfolder = self.policy.start_place
-        transformer = FluxTransformer2DModel.from_pretrained(
-            place, subfolder=subfolder or None, dtype=self.dtype, use_safetensors=True
-        )
+        transformer = load_whole(FluxTransformer2DModel, *self.policy.start_place, torch_dtype=self.dtype)
         file = load_file(folder / self.file)
         for layer in self.layers:
             weight = transformer.get_submodule(layer).weight
