@@ -132,6 +132,6 @@ def lost_rank(error: BaseException) -> str | None:
         return None
     first = " ".join(str(error).partition("\n")[0].split())
     return (
-        "another rank has ended, or has not answered within trainer.strategy's timeout_minutes: its own output says why. "
-        f"Start all ranks again, with --ckpt_path last where the run has a checkpoint ({first[:200]})"
+        "another rank has ended, or has not answered within trainer.strategy's timeout_minutes: its own output says "
+        f"why. Start all ranks again, with --ckpt_path last where the run has a checkpoint ({first[:200]})"
     )

@@ -56,6 +56,7 @@ QUIET = (
     "Mismatch dtype between input and weight",  # diffusers' RMSNorm under autocast
     "The '.*_dataloader' does not have many workers",  # features are small files: workers gain nothing
     "Precision bf16-mixed is not supported by the model summary",
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the data module goes on where it stood
     "You are using a custom batch sampler",  # it returns every prompt
 )
 

@@ -58,13 +58,14 @@ def _check_training(trainer: Any, evaluation: str) -> None:
     if isinstance(limit, int) and limit % accumulate:
         raise ValueError(
             f"trainer.limit_train_batches is {limit}, which trainer.accumulate_grad_batches, {accumulate}, does not "
-            f"divide: the last step of an epoch would be of fewer batches; set it to {-(-limit // accumulate) * accumulate}"
+            "divide: the last step of an epoch would be of fewer batches; set it to "
+            f"{-(-limit // accumulate) * accumulate}"
         )
     for name in ("max_epochs", "min_epochs"):
         value = getattr(trainer, name)
         if value not in (None, -1) and not isinstance(limit, int):
             raise ValueError(
                 f"trainer.{name} is {value}, but the stream of training prompts has no end and so no epochs: set "
-                "trainer.max_steps (prompts / (ranks x data.batch_size x accumulate_grad_batches) is one pass), or give "
-                "epochs a length with trainer.limit_train_batches"
+                "trainer.max_steps (prompts / (ranks x data.batch_size x accumulate_grad_batches) is one pass), or "
+                "give epochs a length with trainer.limit_train_batches"
             )

@@ -65,9 +65,7 @@ class Agreement(Callback):
             path = Path(self.ckpt_path)
             identity = path.name + identity_of_checkpoint(path)
             found = f"{path.name} with a sum of {digest([identity])[:8]}"
-        cure = (
-            "every rank must see the same run folder and the same files in it: look where trainer.default_root_dir is"
-        )
+        cure = "every rank must see the same run folder with the same files: look where trainer.default_root_dir is"
         facts = {"checkpoint to go on from": Fact(identity, found, cure)}
         if isinstance(data, PromptData):
             for name, (value, told) in data.described.items():

@@ -188,7 +188,7 @@ class PromptData(LightningDataModule):
 
     @cached_property
     def described(self) -> dict[str, tuple[str, str]]:
-        """By name the prompts and pictures of this process: something that is equal where they are, and their number."""
+        """The prompts and pictures of this process, by name: what is equal where they are equal, and their number."""
         held_out = self.selection.evaluation
         return {
             "training prompts": (str(self.records), f"{sum(map(len, self.selection.sets))} of them"),
