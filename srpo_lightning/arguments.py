@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from srpo_lightning.callbacks import RunCheckpoint
 from srpo_lightning.data import PromptData
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.strategies import ShardedStrategy
+from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
 
 
 def add_project_arguments(parser: LightningArgumentParser) -> None:
@@ -33,6 +33,7 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
             "trainer.default_root_dir": "runs/default",
             "trainer.gradient_clip_val": 0.1,
             "trainer.use_distributed_sampler": False,
+            "trainer.num_sanity_val_steps": -1,  # a part of the base's evaluation compares with nothing
             # The module's own default is a function without a name, which config.yaml could not hold.
             "model.optimizer": {
                 "class_path": "torch.optim.AdamW",
@@ -65,14 +66,17 @@ def read_config(path: str) -> Namespace:
 
 def sharded(shard_size: int, replicate_size: int = 1) -> Namespace:
     """`trainer.strategy` of a configuration: ShardedStrategy with these sizes and its defaults."""
-    settings: dict[str, Any] = {name: p.default for name, p in signature(ShardedStrategy).parameters.items()}
-    settings |= {"shard_size": shard_size, "replicate_size": replicate_size}
-    class_path = f"{ShardedStrategy.__module__}.{ShardedStrategy.__qualname__}"
-    return Namespace(class_path=class_path, init_args=Namespace(**settings))
+    return _with_defaults(ShardedStrategy, shard_size=shard_size, replicate_size=replicate_size)
+
+
+def _with_defaults(cls: type, **settings: Any) -> Namespace:
+    defaults = {name: parameter.default for name, parameter in signature(cls).parameters.items()}
+    class_path = f"{cls.__module__}.{cls.__qualname__}"
+    return Namespace(class_path=class_path, init_args=Namespace(**defaults | settings))
 
 
 def choose_strategy(config: Namespace, devices_per_node: int) -> str | None:
-    """Put in the place of `trainer.strategy: auto` what it means on several devices.
+    """Put in the place of `trainer.strategy: auto` what it means on several devices, and of `ddp` what it means here.
 
     Weights are divided over the devices of a node and repeated on every node: they are gathered within it. Where a node
     has one device they are divided over the nodes. Weights in 4 bits cannot be divided, and get DDP.
@@ -81,10 +85,13 @@ def choose_strategy(config: Namespace, devices_per_node: int) -> str | None:
         One line that says what was chosen; None where there was nothing to choose.
     """
     num_nodes = config.trainer.num_nodes
+    if config.trainer.strategy == "ddp":
+        config.trainer.strategy = _with_defaults(ReplicatedStrategy)
+        return None
     if config.trainer.strategy != "auto" or devices_per_node * num_nodes == 1:
         return None
     if config.get("model.policy.init_args.quantize", "none") != "none":
-        config.trainer.strategy = "ddp"
+        config.trainer.strategy = _with_defaults(ReplicatedStrategy)
         return "trainer.strategy auto: ddp, since weights in 4 bits cannot be divided over devices"
     sizes = (devices_per_node, num_nodes) if devices_per_node > 1 else (num_nodes, 1)
     config.trainer.strategy = sharded(*sizes)

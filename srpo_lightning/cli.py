@@ -18,10 +18,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
+from srpo_lightning.agreement import lost_rank
 from srpo_lightning.arguments import add_project_arguments, choose_strategy
+from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
+from srpo_lightning.callbacks.settings import RunSettings, settings_of
 from srpo_lightning.checkpoints import check_whole, checkpoints
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs.benchmark import benchmark
@@ -31,6 +34,7 @@ from srpo_lightning.jobs.convert import convert
 from srpo_lightning.jobs.estimate import estimate
 from srpo_lightning.jobs.export import export
 from srpo_lightning.jobs.room import check_room
+from srpo_lightning.loops import FOLDER_OF_TRIAL, check_loops
 from srpo_lightning.module import SRPOModule
 
 JOBS: dict[str, Callable[..., None]] = {
@@ -53,6 +57,7 @@ QUIET = (
     "Mismatch dtype between input and weight",  # diffusers' RMSNorm under autocast
     "The '.*_dataloader' does not have many workers",  # features are small files: workers gain nothing
     "Precision bf16-mixed is not supported by the model summary",
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the data module goes on where it stood
     "You are using a custom batch sampler",  # it returns every prompt
 )
 
@@ -76,6 +81,11 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get(TRACEBACK) or not is_refusal(error):
             raise
         raise SystemExit(f"error: {error}") from error
+    except RuntimeError as error:
+        line = lost_rank(error)
+        if os.environ.get(TRACEBACK) or line is None:
+            raise
+        raise SystemExit(f"error: {line}") from error
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -148,21 +158,39 @@ class SRPOCLI(LightningCLI):
         # A rich progress bar prints nothing into the log of a batch job.
         progress = [] if has_choice or sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
         predictions = [Predictions(self.config.predict.output)] if self.config.subcommand == "predict" else []
-        return super()._instantiate_trainer(config, [*callbacks, *progress, *predictions, Progress()])
+        settings = settings_of(self.config[self.config.subcommand].as_dict())
+        agreement = Agreement(settings, self.config[self.config.subcommand].ckpt_path, self.refusal)
+        config = config | {"callbacks": [agreement, *filter(None, chosen)]}  # before any that reads weights
+        last = [RunSettings(settings), *predictions, Progress()]
+        return super()._instantiate_trainer(config, [*callbacks, *progress, *last])
+
+    refusal: str | None = None
+    """Why this rank found no checkpoint, until the other ranks know."""
 
     def before_instantiate_classes(self) -> None:
         """Settle how devices are used and what to resume before anything is read."""
         config = self.config[self.config.subcommand]
-        folder = config.trainer.default_root_dir
+        check_loops(config.trainer, self.config.subcommand)
         chosen = choose_strategy(config, devices_here(config.trainer))
         if chosen:
             rank_zero_info(chosen)
+        try:
+            self._find_checkpoint(config)
+        except ValueError as error:
+            if not others_have_started():
+                raise
+            self.refusal, config.ckpt_path = str(error), None
+        if config.trainer.fast_dev_run:
+            config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir) / FOLDER_OF_TRIAL)
+
+    def _find_checkpoint(self, config: Namespace) -> None:
+        folder = config.trainer.default_root_dir
         if config.ckpt_path:
             found = find_checkpoint(config.ckpt_path, folder, config.checkpoint.monitor, config.checkpoint.mode)
             rank_zero_info(f"--ckpt_path {config.ckpt_path}: {found}")
             check_whole(found)
             config.ckpt_path = str(found)
-        elif self.config.subcommand == "fit" and checkpoints(folder):
+        elif self.config.subcommand == "fit" and checkpoints(folder) and not config.trainer.fast_dev_run:
             raise ValueError(
                 f"{config.trainer.default_root_dir} holds a run already: resume it with --ckpt_path last, name another "
                 "folder with --trainer.default_root_dir, or delete it"
@@ -189,6 +217,11 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
         path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+
+
+def others_have_started() -> bool:
+    """Whether other ranks of the run wait for this one, by what launchers tell a process."""
+    return any(int(os.environ.get(name, 1)) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
 def devices_here(trainer: Namespace) -> int:

@@ -9,12 +9,15 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from srpo_lightning import flow
+from srpo_lightning.agreement import check_agreement, weights_of
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
 from srpo_lightning.metrics import Evaluation
@@ -97,6 +100,12 @@ class SRPOModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Add none: the first that Lightning asks for, so the place to refuse settings before anything is read."""
         trial = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        if self.lr_scheduler is not None and isinstance(self.lr_scheduler(trial), ReduceLROnPlateau):
+            raise ValueError(
+                "model.lr_scheduler is ReduceLROnPlateau, which waits for a metric, but schedulers step once per "
+                "optimizer step: take one that counts steps, for instance torch.optim.lr_scheduler.CosineAnnealingLR, "
+                "or OverOptimizationGuard with action lower_learning_rate"
+            )
         check_settings(self.trainer, self.policy.dtype, trial, in_backward=self.optimizer_in_backward)
         return []
 
@@ -105,6 +114,20 @@ class SRPOModule(LightningModule):
         strategy = self.trainer.strategy if self._trainer else None
         self.policy.load(getattr(strategy, "shard", None))
         self.reward.load()
+        self.compare_weights()
+
+    def compare_weights(self) -> None:
+        """Refuse ranks with other weights; DDP would give all of them the first rank's, without a word."""
+        trained = [p for _, p in self.trainable_parameters()]
+        frozen = [t for t in (*self.policy.parameters(), *self.policy.buffers()) if not t.requires_grad]
+        kinds = {
+            "trained weights": trained,
+            "frozen weights of the policy": frozen,
+            "weights of the reward": [*self.reward.parameters(), *self.reward.buffers()],
+        }
+        if distributed.is_available() and distributed.is_initialized():
+            mesh = getattr(self.trainer.strategy, "mesh", None)
+            check_agreement(weights_of(kinds, mesh["shard"].get_local_rank() if mesh else 0))
 
     def configure_optimizers(self) -> Any:
         """Trainable parameters only; the scheduler counts optimizer steps."""
@@ -265,7 +288,11 @@ class SRPOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside the weights: where the random numbers stand, and whose weights they are."""
-        checkpoint["srpo"] = {"micro_step": self.micro_step, "policy": self.policy.fingerprint}
+        checkpoint["srpo"] = {
+            "micro_step": self.micro_step,
+            "policy": self.policy.fingerprint,
+            "optimizer": self._name_of_optimizer(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another policy, naming the difference."""
@@ -277,6 +304,7 @@ class SRPOModule(LightningModule):
                 "this checkpoint is of another policy: set model.policy to the one that it was trained with, or leave "
                 f"--ckpt_path away.\n  checkpoint: {saved['policy']}\n  config:     {self.policy.fingerprint}"
             )
+        self._check_optimizer(saved.get("optimizer"))
         self.micro_step = saved["micro_step"]
         self.kept_rollout = None
         self.loaded_steps = checkpoint["global_step"]
@@ -290,3 +318,15 @@ class SRPOModule(LightningModule):
                 f"this checkpoint differs from the policy in {len(odd)} parameters, first {odd[0]}: "
                 f"found {found.get(odd[0])}, expected {shapes.get(odd[0])}; set model.policy to the trained one"
             )
+
+    def _check_optimizer(self, written: str | None) -> None:
+        is_training = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if is_training and written and written != (present := self._name_of_optimizer()):
+            raise ValueError(
+                f"model.optimizer is {present}, which cannot go on from the states of {written} in the checkpoint: set "
+                f"model.optimizer.class_path to {written}, or export the weights and start anew from them"
+            )
+
+    def _name_of_optimizer(self) -> str:
+        cls = type(self.optimizer([torch.nn.Parameter(torch.zeros(1))]))
+        return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,17 +1,19 @@
-"""FSDP2 as a Lightning strategy: parameters sharded block by block, checkpoints complete or absent."""
+"""FSDP2 as a Lightning strategy: parameters sharded block by block, checkpoints complete or absent. And DDP."""
 
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
-from lightning.pytorch.strategies import ModelParallelStrategy
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -19,6 +21,9 @@ from srpo_lightning.checkpoints import METADATA, PARTIAL, begin_folder, finish_f
 
 PARAMETER_LIKE = ("ema",)
 """Keys of a checkpoint that hold tensors by parameter name, sharded as the parameters are."""
+
+TIMEOUT_MINUTES = 10.0
+"""How long ranks wait for one that is late before they take it for dead."""
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -35,6 +40,8 @@ class ShardedStrategy(ModelParallelStrategy):
         cpu_offload: keep parameters, gradients and optimizer states in host memory; slower.
         reshard_after_forward: free each block's gathered parameters after its forward pass; False keeps them from the
             first step of a rollout to the backward pass: each is gathered once per micro-batch, and all stay whole.
+        timeout_minutes: how long ranks wait for one that is late, at the start as well; then they end. A rank may need
+            as much longer than the others to read its weights, or to write its part of a checkpoint.
     """
 
     def __init__(
@@ -43,8 +50,10 @@ class ShardedStrategy(ModelParallelStrategy):
         replicate_size: PositiveInt = 1,
         cpu_offload: bool = False,
         reshard_after_forward: bool = True,
+        timeout_minutes: PositiveFloat = TIMEOUT_MINUTES,
     ) -> None:
-        super().__init__(data_parallel_size=shard_size * replicate_size, tensor_parallel_size=1)
+        self.timeout = timedelta(minutes=timeout_minutes)
+        super().__init__(data_parallel_size=shard_size * replicate_size, tensor_parallel_size=1, timeout=self.timeout)
         self.shard_size = shard_size
         self.replicate_size = replicate_size
         self.cpu_offload = cpu_offload
@@ -61,6 +70,9 @@ class ShardedStrategy(ModelParallelStrategy):
             )
         super().setup_environment()
         self.make_mesh(self.root_device.type)
+        assert self.mesh is not None
+        for group in self.mesh.get_all_groups():  # a mesh's groups have torch's own patience
+            _set_pg_timeout(self.timeout, group)
 
     def make_mesh(self, device_type: str) -> None:
         """Arrange the ranks, which are connected: copies in rows."""
@@ -129,6 +141,18 @@ class ShardedStrategy(ModelParallelStrategy):
         if own:
             load({key: own}, checkpoint_id=path)
         return own
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """DDP: all weights on every rank, gradients averaged between them. `trainer.strategy: ddp` means this.
+
+    Args:
+        timeout_minutes: how long ranks wait for one that is late, at the start as well; then they end. The first rank
+            writes checkpoints, and may take as long for one.
+    """
+
+    def __init__(self, timeout_minutes: PositiveFloat = TIMEOUT_MINUTES) -> None:
+        super().__init__(timeout=timedelta(minutes=timeout_minutes))
 
 
 def _distributed_like(parameter: Tensor, whole: Tensor) -> Tensor:

@@ -55,14 +55,14 @@ class History(Callback):
 
 
 class Terminate(Callback):
-    """Sends SIGTERM to one rank's process after so many micro-batches."""
+    """Sends SIGTERM, or another signal, to one rank's process after so many micro-batches."""
 
-    def __init__(self, after: int, rank: int = 0) -> None:
-        self.after, self.rank = after, rank
+    def __init__(self, after: int, rank: int = 0, number: int = signal.SIGTERM) -> None:
+        self.after, self.rank, self.number = after, rank, number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if pl_module.micro_step == self.after and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 class Stop(Callback):

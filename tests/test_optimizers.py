@@ -151,7 +151,7 @@ IN_BACKWARD = {"optimizer_in_backward": True}
          {"strategy": SHARDED, "precision": "bf16-mixed"}, "of torchao cannot step bfloat16 .* srpo_lightning.low_bit"),
         (IN_BACKWARD, "float32", {}, "set trainer.gradient_clip_val to 0; model.clip_norm_per_parameter clips each"),
         (IN_BACKWARD, "float32", {"gradient_clip_val": 0, "accumulate_grad_batches": 2}, "grad_batches to 1 and raise"),
-        (IN_BACKWARD, "float32", {"gradient_clip_val": 0, "strategy": "ddp"}, "DDPStrategy .* on one device, or set"),
+        (IN_BACKWARD, "float32", {"gradient_clip_val": 0, "strategy": "ddp"}, "ReplicatedStrategy .* on one device"),
         ({"clip_norm_per_parameter": 1.0}, "float32", {}, "belongs to model.optimizer_in_backward: set that to true"),
         ({}, "float32", {"precision": "bf16-true"}, "set trainer.precision to bf16-mixed or 32-true"),
         ({}, "bfloat16", {"precision": "32-true"}, "to bf16-mixed, or model.policy.init_args.dtype to float32"),

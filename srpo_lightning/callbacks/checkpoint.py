@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from srpo_lightning.agreement import lost_rank
 from srpo_lightning.callbacks.tracking import FILE, read_records
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
 from srpo_lightning.module import SRPOModule
@@ -103,7 +104,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between steps: after skipped steps, which left the last good weights."""
-        if trainer.training and self._between_steps and self._position:
+        if trainer.training and self._between_steps and self._position and not lost_rank(exception):
             assert isinstance(pl_module, SRPOModule)
             # What was accumulated since the last step is lost: let the run go on from before it.
             pl_module.micro_step, data, loops = self._position
@@ -146,7 +147,7 @@ class RunCheckpoint(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(is_late, all=False)  # the ranks' clocks differ
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.global_step == self._saved_step:
+        if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
         path = checkpoint_path(trainer.default_root_dir, trainer.global_step)

@@ -1,6 +1,7 @@
 """Prompts and pictures in, batches of conditions out, in an order that is a function of (seed, step, rank)."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from srpo_lightning.agreement import digest
 from srpo_lightning.batch import Conditions, Size
 from srpo_lightning.data.chunks import key_of
 from srpo_lightning.data.features import FeatureCache
@@ -18,6 +21,7 @@ from srpo_lightning.data.images import LatentCache, Picture, latent_key
 from srpo_lightning.data.order import Order, Pick, Rows, Segment, SliceSampler, StepSampler, streams_of
 from srpo_lightning.data.preparation import Preparation
 from srpo_lightning.data.prompts import Prompt, PromptSet, Sources, check_size
+from srpo_lightning.data.records import Records
 from srpo_lightning.data.selection import select
 from srpo_lightning.policies.image import FluxImageEncoder
 from srpo_lightning.policies.text import FluxTextEncoder, TextFeatures
@@ -94,6 +98,8 @@ class PromptData(LightningDataModule):
         self.sizes: list[Size] = [(own_height, own_width) for own_width, own_height in sizes or []]
         self.num_batches = 0
         self.segments: list[Segment] = []
+        self.sampler: StepSampler | None = None
+        self.records_before: Records | None = None
         picture_sizes = self.sizes or [(height, width)]
         self.selection = select(train, evaluation, validation_fraction, images, offline_ratio, picture_sizes)
         self.selection = self.selection._replace(evaluation=self.selection.evaluation[:num_eval_prompts])
@@ -131,11 +137,15 @@ class PromptData(LightningDataModule):
         """An endless stream; a resumed run goes on where the checkpoint was written."""
         rank, world_size = self._ranks()
         present = Segment(self.num_batches // self.repeats, self.batch_size * world_size)
-        if not self.segments or self.segments[-1].samples_per_step != present.samples_per_step:
+        if self.records_before and (change := self.records.since(self.records_before)):
+            rank_zero_info(f"{change}: a new pass over all of them begins")
+            self.segments = [present]
+        elif not self.segments or self.segments[-1].samples_per_step != present.samples_per_step:
             self.segments = [*self.segments, present]
-        sampler = StepSampler(self._order(), self.batch_size, rank, self.num_batches, self.repeats)
+        self.records_before = None
+        self.sampler = StepSampler(self._order(), self.batch_size, rank, self.num_batches, self.repeats)
         sets = [source.prompts for source in (*self.selection.train, *self.selection.images)]
-        return self._loader(sets, sampler, self.selection.pictures if self.offline_ratio else [])
+        return self._loader(sets, self.sampler, self.selection.pictures if self.offline_ratio else [])
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Each rank takes every world-size-th evaluation prompt of each size."""
@@ -154,17 +164,37 @@ class PromptData(LightningDataModule):
     def on_before_batch_transfer(self, batch: Conditions, dataloader_idx: int) -> Conditions:
         """Count the training batches handed out, in the main process, however many are prefetched."""
         if self.trainer is not None and self.trainer.training:
+            assert self.sampler is not None
             self.num_batches += 1
+            self.sampler.start = self.num_batches
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands."""
-        return {"num_batches": self.num_batches, "segments": [list(segment) for segment in self.segments]}
+        """Where the stream stands, and of what."""
+        segments = [list(segment) for segment in self.segments]
+        return {"num_batches": self.num_batches, "segments": segments, "records": self.records._asdict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.num_batches = state_dict["num_batches"]
         self.segments = [Segment(*segment) for segment in state_dict["segments"]]
+        if "records" in state_dict:
+            self.records_before = Records(**state_dict["records"])
+
+    @cached_property
+    def records(self) -> "Records":
+        """What is trained on, to tell it from other prompts."""
+        return Records.of([text for own in self.selection.sets for text in own.prompts], self._order())
+
+    @cached_property
+    def described(self) -> dict[str, tuple[str, str]]:
+        """The prompts and pictures of this process, by name: what is equal where they are equal, and their number."""
+        held_out = self.selection.evaluation
+        return {
+            "training prompts": (str(self.records), f"{sum(map(len, self.selection.sets))} of them"),
+            "evaluation prompts": (digest(map(repr, held_out)), f"{len(held_out)} of them"),
+            "pictures": (digest(map(repr, self.selection.pictures)), f"{len(self.selection.pictures)} of them"),
+        }
 
     def _order(self) -> Order:
         first = 0

@@ -1,5 +1,6 @@
 """Which prompts the batch of a step holds: a function of (seed, step, rank)."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -85,6 +86,14 @@ class Order:
         ]
         self._pass = lru_cache(maxsize=2 * sum(len(stream.parts) for stream in streams))(self._new_pass)
 
+    def description(self) -> Iterator[str]:
+        """What the order is a function of, beside the segments and what the records hold."""
+        yield f"{self.seed} {self.window}"
+        for stream in self.streams:
+            yield f"{stream.share} {stream.sizes} {stream.is_real}"
+            for rows, weight in stream.parts:
+                yield f"{weight} {hashlib.sha256(rows.tobytes()).hexdigest()}"
+
     def batch(self, step: int, batch_size: int, rank: int) -> list[Pick]:
         """The samples of a rank."""
         number, turn = self._steps.at(step)
@@ -120,7 +129,7 @@ class StepSampler(Sampler[list[Pick]]):
         order: of the run.
         batch_size: per rank.
         rank: of this process.
-        start: batches already handed out.
+        start: batches already handed out; whoever hands them out keeps it up to date, for the epochs that follow.
         repeats: how often each step's is.
     """
 

@@ -37,7 +37,7 @@ from srpo_lightning.rewards import (
     Term,
     WeightedReward,
 )
-from srpo_lightning.strategies import ShardedStrategy
+from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
 
 TRAJECTORY = "guidance shift margin shared_noise reward_batch_size"
 CONNECTED = f"form num_steps num_trained_steps late_bias input_gradient {TRAJECTORY}"
@@ -82,7 +82,8 @@ FLAGS = {
     HPSv3: "pretrained weights dtype gradient_checkpointing quantize",
     WeightedReward: "terms",
     Term: "reward weight mean std plain",
-    ShardedStrategy: "shard_size replicate_size cpu_offload reshard_after_forward",
+    ShardedStrategy: "shard_size replicate_size cpu_offload reshard_after_forward timeout_minutes",
+    ReplicatedStrategy: "timeout_minutes",
     EMA: "decay warmup every_n_steps dtype device evaluate",
     Predictions: "output",
     SampleLogger: "num_samples columns max_share",

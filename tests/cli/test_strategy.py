@@ -1,16 +1,23 @@
 """What `trainer.strategy: auto` becomes, for `fit` and for `estimate`."""
 
 import json
+from datetime import timedelta
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
 from srpo_lightning.arguments import choose_strategy, read_config
 from srpo_lightning.cli import devices_here
 from srpo_lightning.jobs.prediction import is_sharded, num_devices
+from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
 from tests import tiny
 from tests.ranks.test_sharded import config as config_of_ranks
 from tests.ranks.test_sharded import fit
+
+REPLICATED = Namespace(
+    class_path="srpo_lightning.strategies.ReplicatedStrategy", init_args=Namespace(timeout_minutes=10.0)
+)
 
 
 @pytest.fixture
@@ -39,14 +46,20 @@ def test_one_device_is_left_alone(config):
 def test_weights_in_4_bits_get_ddp(config):
     config["model.policy.init_args.quantize"] = "nf4"
     assert "4 bits cannot be divided" in choose_strategy(config, 2)
-    assert config.trainer.strategy == "ddp"
+    assert config.trainer.strategy == REPLICATED
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
-def test_what_was_asked_for_stays(config, strategy):
-    config.trainer.strategy = strategy
+def test_what_was_asked_for_stays(config):
+    config.trainer.strategy = "ddp_spawn"
     assert choose_strategy(config, 8) is None
-    assert config.trainer.strategy == strategy
+    assert config.trainer.strategy == "ddp_spawn"
+
+
+def test_ddp_waits_for_other_ranks_as_long_as_the_sharded_strategy_does(config):
+    config.trainer.strategy = "ddp"
+    assert choose_strategy(config, 8) is None
+    assert config.trainer.strategy == REPLICATED
+    assert ReplicatedStrategy(2)._timeout == ShardedStrategy(2, timeout_minutes=2)._timeout == timedelta(minutes=2)
 
 
 @pytest.mark.parametrize(

@@ -267,3 +267,43 @@ def test_a_flipped_bit_stops_the_run_at_the_chunk(models, tmp_path, num_workers)
     chunk.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{chunk.name} has other bytes than were written"):
         steps(data, 1)
+
+
+def resumed_with(models, features, tmp_path, before: list[str], now: list[str], caplog, **settings) -> tuple:
+    """A data module that goes on after two batches of another list of prompts, and what was said."""
+    for name, prompts in (("before", before), ("now", now)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
+    first = prepared(new_data(models, features, str(tmp_path / "before.txt")))
+    assert len(steps(first, 2)) == 2
+    second = prepared(new_data(models, features, str(tmp_path / "now.txt"), **settings))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict() | {"num_batches": 2})))
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        batches = steps(second, len(now) // 2)
+    return second, batches, caplog.text
+
+
+def test_resumed_with_other_prompts_a_new_pass_begins_and_what_changed_is_said(models, features, tmp_path, caplog):
+    before, now = [f"a{i}" for i in range(7)], [f"a{i}" for i in range(1, 7)] + ["b0", "b1"]
+    data, batches, said = resumed_with(models, features, tmp_path, before, now, caplog)
+    assert "training prompts: 2 added and 1 removed since the checkpoint was written: a new pass" in said
+    assert sorted(flat(batches, "prompts")) == sorted(now)
+    assert [segment.step for segment in data.segments] == [2]
+
+
+@pytest.mark.parametrize("settings", [{"seed": 5}, {}], ids=["another seed", "another order"])
+def test_resumed_with_the_same_prompts_in_another_order_a_new_pass_begins(models, features, tmp_path, caplog, settings):
+    before = [f"a{i}" for i in range(8)]
+    now = before if settings else before[::-1]
+    _, batches, said = resumed_with(models, features, tmp_path, before, now, caplog, **settings)
+    assert "training prompts: in another order, or drawn otherwise" in said
+    assert sorted(flat(batches, "prompts")) == sorted(now)
+
+
+def test_resumed_with_the_same_prompts_nothing_is_said(models, features, tmp_path, caplog):
+    before = [f"a{i}" for i in range(8)]
+    data, batches, said = resumed_with(models, features, tmp_path, before, before, caplog)
+    assert "a new pass" not in said
+    assert [segment.step for segment in data.segments] == [0]
+    whole = steps(prepared(new_data(models, features, str(tmp_path / "now.txt"))), 6)
+    assert flat(batches, "prompts") == flat(whole[2:], "prompts")

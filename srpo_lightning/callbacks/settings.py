@@ -1,0 +1,146 @@
+"""A resumed run whose configuration is another than the checkpoint's: what differs is said, and the new one counts."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from srpo_lightning.callbacks.guard import OverOptimizationGuard
+from srpo_lightning.module import SRPOModule
+
+Settings: TypeAlias = dict[str, Any]
+
+KEY = "settings"
+
+TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "callbacks")
+"""Of the trainer's settings those that change what is trained or recorded."""
+
+WITHOUT_EFFECT = frozenset(
+    f"data.{name}"
+    for name in (
+        "cache_dir", "mirror_dir", "max_prompts_to_encode", "text_batch_size", "text_device", "num_workers",
+        "eval_batch_size",
+    )
+)  # fmt: skip
+"""Settings of data that change where and how fast, but no result."""
+
+CONSEQUENCE = "steps and records before and after do not compare"
+
+SCHEDULE = ("model.optimizer", "model.lr_scheduler")
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """What of a configuration changes what is trained or recorded, as plain values by dotted name.
+
+    Args:
+        config: of a command, as nested mappings.
+    """
+    chosen = {name: config.get(name) for name in ("seed_everything", "model", "data")}
+    trainer = dict(config.get("trainer") or {})
+    chosen["trainer"] = {name: trainer.get(name) for name in TRAINER}
+    # Numbers of a configuration have a type of their own, which torch does not read back.
+    plain = json.loads(json.dumps(chosen, default=str))
+    callbacks = plain["trainer"].pop("callbacks") or []
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    plain["callbacks"] = {
+        own["class_path"].rpartition(".")[2]: own.get("init_args") or True for own in listed if isinstance(own, dict)
+    }
+    return {name: value for name, value in _flat("", plain) if name not in WITHOUT_EFFECT}
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, own in value.items():
+            yield from _flat(f"{prefix}.{name}" if prefix else name, own)
+    else:
+        yield prefix, value
+
+
+def differences(before: Settings, now: Settings) -> list[str]:
+    """A line for each setting of which the value is another; for a new or missing class that alone."""
+    lines = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        then, present = before.get(name), now.get(name)
+        if then != present:
+            lines.append(f"{name} was {then!r} when the checkpoint was written, and is {present!r}")
+    return lines
+
+
+class RunSettings(Callback):
+    """Keeps the run's settings in its checkpoints, and says in which of them a resumed run differs.
+
+    Optimizer and scheduler are made from the present configuration: the learning rate goes on as if it had been this
+    one from the start, at the step of the checkpoint. What OverOptimizationGuard lowered stays lowered, as a factor.
+    Where the configuration is the same, nothing is touched.
+
+    Args:
+        settings: from `settings_of`; plain values.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._has_another_schedule = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Beside everything else."""
+        checkpoint[KEY] = dict(self.settings)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say what differs; what a scheduler of another configuration has counted is not read."""
+        before = checkpoint.get(KEY)
+        if trainer.state.fn != TrainerFn.FITTING or before is None:
+            return
+        for line in differences(before, self.settings):
+            is_schedule = line.startswith(SCHEDULE)
+            self._has_another_schedule |= is_schedule
+            rank_zero_warn(f"{line}: {'the configuration counts from here on' if is_schedule else CONSEQUENCE}")
+        if self._has_another_schedule:
+            checkpoint["lr_schedulers"] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Optimizer and scheduler have their states back."""
+        assert isinstance(pl_module, SRPOModule)
+        if self._has_another_schedule:
+            self._has_another_schedule = False
+            go_on_as_configured(trainer, pl_module)
+
+
+def go_on_as_configured(trainer: Trainer, module: SRPOModule) -> None:
+    """Put optimizer and scheduler where the present configuration would have them after the steps that were trained."""
+    (optimizer,) = trainer.optimizers
+    twin = module.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = module.lr_scheduler(twin) if module.lr_scheduler is not None else None
+    if scheduler is not None:
+        for _ in range(trainer.global_step):
+            twin.step()  # without gradients: nothing but what warns of the order of calls
+            scheduler.step()  # type: ignore[call-arg]  # one that waits for a metric was refused
+    lowered = _lowered(trainer)
+    (group,) = twin.param_groups
+    for own in optimizer.param_groups:
+        _copy(group, own, lowered)
+    for config in trainer.lr_scheduler_configs:
+        assert scheduler is not None
+        config.scheduler.load_state_dict(scheduler.state_dict())
+        if lowered != 1:
+            config.scheduler.base_lrs = [lr * lowered for lr in scheduler.base_lrs]
+
+
+def _copy(settings: Mapping[str, Any], group: dict[str, Any], lowered: float) -> None:
+    for name, value in settings.items():
+        if name == "params":
+            continue
+        value = value * lowered if name == "lr" else value
+        if isinstance(group.get(name), Tensor):
+            group[name].fill_(value)
+        else:
+            group[name] = float(value) if isinstance(value, Tensor) else value
+
+
+def _lowered(trainer: Trainer) -> float:
+    guards = [c for c in trainer.callbacks if isinstance(c, OverOptimizationGuard)]  # type: ignore[attr-defined]
+    return float(torch.tensor([g.learning_rate_factor**g.times_lowered for g in guards], dtype=torch.float64).prod())

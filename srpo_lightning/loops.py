@@ -1,0 +1,71 @@
+"""Which loops of Lightning's trainer a run can have, told from the configuration."""
+
+from typing import Any
+
+FOLDER_OF_TRIAL = "fast_dev_run"
+"""Where, in the run folder, a run of a few batches to try a configuration writes."""
+
+
+def check_loops(trainer: Any, command: str) -> None:
+    """Refuse settings that Lightning would not understand here, or would take for something else.
+
+    The stream of training prompts has no end, and an evaluation is of all evaluation prompts, so that all compare.
+
+    Args:
+        trainer: its settings, as attributes.
+        command: fit, validate, test or predict.
+
+    Raises:
+        ValueError: naming the setting and the cure.
+    """
+    if trainer.fast_dev_run:
+        return  # which sets its own limits
+    evaluation = "data.num_eval_prompts, which says how many prompts every evaluation has"
+    whole: dict[str, tuple[Any, ...]] = {"limit_val_batches": (None, 0, 1.0), "limit_test_batches": (None, 0, 1.0)}
+    for name, allowed in whole.items():
+        value = getattr(trainer, name)
+        if value not in allowed or (value == 1 and isinstance(value, int)):
+            raise ValueError(
+                f"trainer.{name} is {value}: the numbers of a part would be compared with those of all evaluation "
+                f"prompts; leave it away (0: no evaluation), and set {evaluation}"
+            )
+    if not trainer.enable_checkpointing and trainer.enable_checkpointing is not None:
+        raise ValueError(
+            "trainer.enable_checkpointing is false, but a run keeps checkpoints: leave it away, and set "
+            "checkpoint.every_n_steps and checkpoint.keep to have few; trainer.fast_dev_run tries a run without any"
+        )
+    if command == "fit":
+        _check_training(trainer, evaluation)
+
+
+def _check_training(trainer: Any, evaluation: str) -> None:
+    limit, accumulate = trainer.limit_train_batches, int(trainer.accumulate_grad_batches)
+    if trainer.num_sanity_val_steps not in (None, 0, -1):
+        raise ValueError(
+            f"trainer.num_sanity_val_steps is {trainer.num_sanity_val_steps}: the evaluation before training is what "
+            f"later ones are compared with; set it to -1 for all of it, or to 0 for none, and {evaluation}"
+        )
+    if trainer.overfit_batches:
+        raise ValueError(
+            f"trainer.overfit_batches is {trainer.overfit_batches}: the stream of training prompts goes on all the "
+            "same; set data.train to a file with the few prompts"
+        )
+    if isinstance(limit, float) and limit != 1.0:
+        raise ValueError(
+            f"trainer.limit_train_batches is {limit}: the stream of training prompts has no end to take a part of; set "
+            "trainer.max_steps, or a whole number of batches per epoch"
+        )
+    if isinstance(limit, int) and limit % accumulate:
+        raise ValueError(
+            f"trainer.limit_train_batches is {limit}, which trainer.accumulate_grad_batches, {accumulate}, does not "
+            "divide: the last step of an epoch would be of fewer batches; set it to "
+            f"{-(-limit // accumulate) * accumulate}"
+        )
+    for name in ("max_epochs", "min_epochs"):
+        value = getattr(trainer, name)
+        if value not in (None, -1) and not isinstance(limit, int):
+            raise ValueError(
+                f"trainer.{name} is {value}, but the stream of training prompts has no end and so no epochs: set "
+                "trainer.max_steps (prompts / (ranks x data.batch_size x accumulate_grad_batches) is one pass), or "
+                "give epochs a length with trainer.limit_train_batches"
+            )
