@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from srpo_lightning.pretrained import UNPICKLING, check_archive
+from srpo_lightning.sharded_checkpoint import INDEX, SUMS, SafeReader, TensorsOnly, damage, foreign_object
 
 FOLDER = "checkpoints"
 SUFFIX = ".ckpt"
 PARTIAL = ".partial"
 METADATA = _METADATA_FILENAME  # where Lightning looks for what of a sharded checkpoint is no tensor
-INDEX = ".metadata"  # where torch.distributed.checkpoint writes which tensor lies in which file
 
 
 def checkpoint_path(run_folder: str | Path, step: int) -> Path:
@@ -53,44 +55,62 @@ def newest(run_folder: str | Path) -> Path:
     return found[-1]
 
 
-def check_whole(path: Path) -> None:
-    """Refuse a checkpoint of which a part is missing or cut off, before anything else is read.
+def check_whole(path: Path, content: bool = True) -> None:
+    """Refuse a checkpoint that is damaged, or holds more than tensors, numbers and texts, before anything is read.
 
-    Of large files the sizes are looked at, not the content.
+    Args:
+        path: a file, or the folder of a sharded checkpoint.
+        content: compare the sums of all bytes, at about 2 GB a second; otherwise names and sizes.
 
     Raises:
         ValueError: naming the file, and the checkpoints that there are instead.
     """
-    damage = _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
-    if damage is None:
+    found = _damage_of_folder(path, content) if path.is_dir() else _damage_of_file(path, content)
+    if found is None:
         return
     others = [other.name for other in checkpoints(path.parent.parent) if other != path]
     cure = f"resume from one of {', '.join(others)} beside it" if others else "start anew without --ckpt_path"
-    raise ValueError(f"checkpoint {path} is damaged: {damage}. Copy it again from where it was written, or {cure}")
+    raise ValueError(f"checkpoint {path} is damaged: {found}. Copy it again from where it was written, or {cure}")
 
 
-def _damage_of_folder(path: Path) -> str | None:
+def _damage_of_folder(path: Path, content: bool) -> str | None:
     for name in (INDEX, METADATA):
         if not (path / name).is_file():
             return f"{name} is missing"
+    if (found := damage(path, content)) is not None:
+        return found
     try:
-        stored = FileSystemReader(path).read_metadata().storage_data
-    except (EOFError, pickle.UnpicklingError) as error:
-        return f"{INDEX} cannot be read ({error})"
+        stored = SafeReader(path).read_metadata().storage_data
+    except ValueError as error:
+        return str(error)
     sizes: dict[str, int] = {}
     for tensor in stored.values():
         sizes[tensor.relative_path] = max(sizes.get(tensor.relative_path, 0), tensor.offset + tensor.length)
     for name, size in sizes.items():
         if not (path / name).is_file():
             return f"{name} is missing, one of the {len(sizes)} files that hold its tensors"
-        if (found := (path / name).stat().st_size) < size:
-            return f"{name} ends after {found} of {size} bytes"
-    return _damage_of_file(path / METADATA)
+        if (actual := (path / name).stat().st_size) < size:
+            return f"{name} ends after {actual} of {size} bytes"
+    if content and (name := foreign_object(path)) is not None:
+        return f"{name} in it is more than tensors, numbers and texts"
+    if not (path / SUMS).is_file():
+        rank_zero_info(f"{path} has no {SUMS}, as an earlier version wrote it: its tensors are not compared with sums")
+    return _damage_of_file(path / METADATA, content)
 
 
-def _damage_of_file(path: Path) -> str | None:
+def _damage_of_file(path: Path, content: bool) -> str | None:
     # torch.save writes a zip archive, whose list of contents is at its end.
-    return None if zipfile.is_zipfile(path) else f"{path.name} is cut off, or no file of torch.save"
+    try:
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off, or no file of torch.save"
+        if content:
+            check_archive(path)
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # reads what is no tensor
+    except pickle.UnpicklingError:
+        return f"{path.name} holds more than tensors, numbers and texts"
+    except (OSError, *UNPICKLING) as error:
+        return f"{path.name} cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})"
+    return None
 
 
 def remove(path: Path) -> None:
@@ -133,12 +153,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **{"map_location": "cpu"} | kwargs)
 
 
+class _Everything(TensorsOnly, _EmptyStateDictLoadPlanner):
+    """All that a folder holds, without asking for it by name."""
+
+
 def gathered(path: Path) -> dict[str, Any]:
     """A sharded checkpoint as one process would have written it."""
     checkpoint: dict[str, Any] = torch.load(path / METADATA, weights_only=True)
     sharded: dict[str, Any] = {}
-    reader, planner = FileSystemReader(path), _EmptyStateDictLoadPlanner()
-    _load_state_dict(sharded, storage_reader=reader, planner=planner, no_dist=True)
+    _load_state_dict(sharded, storage_reader=SafeReader(path), planner=_Everything(), no_dist=True)
     optimizers = [sharded.pop(key) for key in sorted(sharded) if key.startswith("optimizer_")]
     return checkpoint | sharded | {"optimizer_states": [_numbered(state) for state in optimizers]}
 

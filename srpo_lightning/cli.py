@@ -188,7 +188,7 @@ class SRPOCLI(LightningCLI):
         if config.ckpt_path:
             found = find_checkpoint(config.ckpt_path, folder, config.checkpoint.monitor, config.checkpoint.mode)
             rank_zero_info(f"--ckpt_path {config.ckpt_path}: {found}")
-            check_whole(found)
+            check_whole(found, content=is_first_rank())
             config.ckpt_path = str(found)
         elif self.config.subcommand == "fit" and checkpoints(folder) and not config.trainer.fast_dev_run:
             raise ValueError(
@@ -217,6 +217,11 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
         path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the run's first, by what launchers tell a process; the others rely on its word."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def others_have_started() -> bool:

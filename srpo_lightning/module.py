@@ -120,7 +120,7 @@ class SRPOModule(LightningModule):
         """Refuse ranks with other weights; DDP would give all of them the first rank's, without a word."""
         trained = [p for _, p in self.trainable_parameters()]
         frozen = [t for t in (*self.policy.parameters(), *self.policy.buffers()) if not t.requires_grad]
-        kinds = {
+        kinds: dict[str, list[Tensor]] = {
             "trained weights": trained,
             "frozen weights of the policy": frozen,
             "weights of the reward": [*self.reward.parameters(), *self.reward.buffers()],

@@ -9,8 +9,13 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed import all_gather_object
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -18,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from srpo_lightning.checkpoints import METADATA, PARTIAL, begin_folder, finish_folder
+from srpo_lightning.sharded_checkpoint import INDEX, SafeReader, read_into, sums_of, write_sums
 
 PARAMETER_LIKE = ("ema",)
 """Keys of a checkpoint that hold tensors by parameter name, sharded as the parameters are."""
@@ -113,8 +119,10 @@ class ShardedStrategy(ModelParallelStrategy):
         sharded |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
         sharded |= {key: checkpoint.pop(key) for key in PARAMETER_LIKE if key in checkpoint}
         save(sharded, checkpoint_id=partial)
+        sums = self._gathered(sums_of(partial.glob(f"__{self.global_rank}_*")))
         if self.is_global_zero:
             torch.save(checkpoint, partial / METADATA)
+            write_sums(partial, sums | sums_of([partial / METADATA, partial / INDEX]))
             finish_folder(partial, path)
         self.barrier()
 
@@ -125,7 +133,7 @@ class ShardedStrategy(ModelParallelStrategy):
         # Refuses a checkpoint of another policy before its tensors are asked for.
         whole = torch.load(path / METADATA if path.is_dir() else path, mmap=True, map_location="cpu", weights_only=True)
         self.lightning_module.on_load_checkpoint(whole)
-        checkpoint = super().load_checkpoint(path, weights_only)
+        checkpoint = self._read_folder(path) if path.is_dir() else super().load_checkpoint(path, weights_only)
         parameters = dict(self.lightning_module.named_parameters())
         for key in PARAMETER_LIKE:
             if path.is_dir():
@@ -135,11 +143,31 @@ class ShardedStrategy(ModelParallelStrategy):
                 checkpoint[key] = {name: _distributed_like(parameters[name], t) for name, t in tensors.items()}
         return checkpoint
 
+    def _gathered(self, own: dict[str, Any]) -> dict[str, Any]:
+        parts: list[dict[str, Any]] = [{}] * self.world_size
+        all_gather_object(parts, own)
+        return {name: value for part in parts for name, value in part.items()}
+
+    def _read_folder(self, path: Path) -> dict[str, Any]:
+        """As Lightning does, which would run pickles on the way."""
+        assert self.model is not None
+        assert self.lightning_module is not None
+        weights = {"state_dict": get_model_state_dict(self.model)}
+        read_into(weights, path)
+        self.model.load_state_dict(weights["state_dict"], strict=self.lightning_module.strict_loading)
+        for number, optimizer in enumerate(self.optimizers):
+            key = f"optimizer_{number}"
+            state = {key: get_optimizer_state_dict(self.model, optimizer)}
+            read_into(state, path)
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[key], options=options)
+        return dict(torch.load(path / METADATA, weights_only=True))
+
     def _own_parts(self, path: Path, key: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        stored = SafeReader(path).read_metadata().state_dict_metadata
         own = {name: torch.empty_like(p) for name, p in parameters.items() if f"{key}.{name}" in stored}
         if own:
-            load({key: own}, checkpoint_id=path)
+            read_into({key: own}, path)
         return own
 
 

@@ -118,7 +118,7 @@ def go_on_as_configured(trainer: Trainer, module: SRPOModule) -> None:
     if scheduler is not None:
         for _ in range(trainer.global_step):
             twin.step()  # without gradients: nothing but what warns of the order of calls
-            scheduler.step()  # type: ignore[call-arg]  # one that waits for a metric was refused
+            scheduler.step()  # one that waits for a metric was refused
     lowered = _lowered(trainer)
     (group,) = twin.param_groups
     for own in optimizer.param_groups:

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from srpo_lightning.arguments import read_config
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.lora import PREFIX
-from srpo_lightning.checkpoints import FOLDER, begin_folder, checkpoints, finish_folder
+from srpo_lightning.checkpoints import FOLDER, begin_folder, check_whole, checkpoints, finish_folder
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs import usage
 from srpo_lightning.jobs.comparison import Difference, difference, own_picture, write_pictures
@@ -72,6 +72,7 @@ def export(
     if ckpt_path in ("last", "best") and not checkpoints(run):
         raise ValueError(f"{run} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path")
     checkpoint = find_checkpoint(ckpt_path, run, settings.checkpoint.monitor, settings.checkpoint.mode)
+    check_whole(checkpoint)
     module = new_module(settings)
     policy = module.policy
     assert isinstance(policy, FluxPolicy)

@@ -9,9 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from srpo_lightning.callbacks.lora import PREFIX
@@ -20,6 +18,7 @@ from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy, adapters
 from srpo_lightning.policies.flux import STEM
 from srpo_lightning.pretrained import safetensors_files, stream_into
+from srpo_lightning.sharded_checkpoint import SafeReader, TensorsOnly
 
 Kind = Literal["ema", "policy"]
 """Of the weights in a checkpoint: their average, or they themselves."""
@@ -115,7 +114,7 @@ def _same(tensor: Tensor) -> Tensor:
 def _sharded(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Stored]]:
     if not (path / METADATA).is_file():
         raise ValueError(f"{path} is no checkpoint ({METADATA} is missing): give one out of a run's checkpoints/")
-    reader = MetadataOnce(path)
+    reader = SafeReader(path)
     found = {
         name.removeprefix(f"{key}."): Stored(tuple(own.size), partial(_gathered, reader, name, own))
         for name, own in reader.read_metadata().state_dict_metadata.items()
@@ -124,20 +123,8 @@ def _sharded(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Stored]]:
     return torch.load(path / METADATA, weights_only=True), found
 
 
-class MetadataOnce(FileSystemReader):
-    """Reads the list of what a folder holds once, however many tensors are asked for one by one."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._metadata = super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """From memory."""
-        return self._metadata
-
-
-def _gathered(reader: FileSystemReader, name: str, own: TensorStorageMetadata) -> Tensor:
+def _gathered(reader: SafeReader, name: str, own: TensorStorageMetadata) -> Tensor:
     """One tensor from all ranks' parts of it."""
     tensor = torch.empty(own.size, dtype=own.properties.dtype)
-    _load_state_dict({name: tensor}, reader, planner=DefaultLoadPlanner(), no_dist=True)
+    _load_state_dict({name: tensor}, reader, planner=TensorsOnly(), no_dist=True)
     return tensor
