@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -19,10 +20,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from srpo_lightning.crc import crc32
 from srpo_lightning.fingerprint import ends
 from srpo_lightning.published_sums import check_sum
 
 Model = TypeVar("Model")
+
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""The beginning of a part of a zip archive: its mark, and the lengths of its name and of what comes behind that.
+
+Source: APPNOTE.TXT of PKWARE, section 4.3.7.
+"""
 
 UNPICKLING = (
     RuntimeError,
@@ -103,12 +111,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_archive(path: Path) -> None:
-    """Refuse a file of torch.save of which a part has another sum than it was written with."""
-    with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise zipfile.BadZipFile("it is compressed, as torch.save never does")
-        if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"{damaged} in it has another sum than it was written with")
+    """Refuse a file of torch.save of which a part has another CRC-32 than it was written with.
+
+    Raises:
+        BadZipFile: naming the part; as `ZipFile.testzip`, only faster.
+    """
+    with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile("it is compressed, as torch.save never does")
+            stream.seek(part.header_offset)
+            magic, name_length, extra_length = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
+            name = stream.read(name_length).decode(errors="replace")
+            stream.seek(extra_length, os.SEEK_CUR)
+            if (magic, name) != (b"PK\x03\x04", part.filename) or crc32(stream, part.file_size) != part.CRC:
+                raise zipfile.BadZipFile(f"{part.filename} in it has another sum than it was written with")
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

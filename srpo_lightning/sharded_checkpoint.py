@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from srpo_lightning.crc import crc32
 from srpo_lightning.pretrained import UNPICKLING
 
 INDEX = ".metadata"  # where torch.distributed.checkpoint writes which tensor lies in which file
 SUMS = "sums.json"
-PIECE_BYTES = 1 << 22
 
 Sums: TypeAlias = Mapping[str, tuple[int, int]]
 """Size and CRC-32 of each file, by its name."""
@@ -171,8 +171,6 @@ def damage(folder: Path, content: bool = True) -> str | None:
 
 
 def _sum(path: Path) -> tuple[int, int]:
-    crc = size = 0
+    size = path.stat().st_size
     with path.open("rb") as stream:
-        while piece := stream.read(PIECE_BYTES):
-            crc, size = zlib.crc32(piece, crc), size + len(piece)
-    return size, crc
+        return size, crc32(stream, size)
