@@ -17,38 +17,54 @@ MAX_PERIOD = 1000  # turns in which shares by weight come out exactly
 
 
 class Draws(NamedTuple):
-    """The randomness of one training step.
+    """The randomness of one micro-batch of an optimizer step.
 
-    A step's samples are counted over all ranks: sample j of rank r is number r B + j, so that 4 ranks with a batch of 1
-    draw what 1 rank with a batch of 4 draws.
+    A step's samples are counted over its micro-batches and ranks, in the order in which they are drawn from the data:
+    sample j of rank r in micro-batch m is number (m R + r) B + j. So 1 rank with 32 micro-batches, 8 ranks with 4, and
+    32 ranks with 1 draw the same for the same 32 samples. Source: the official script, which draws the noise and the
+    control words once per optimizer step, and a position for every sample.
 
     Args:
         seed: of the run.
-        step: micro-batches since the start of the run.
+        step: optimizer steps since the start of the run.
         rank: of this process.
+        micro_batch: number of the micro-batch within the step.
+        num_ranks: R, processes of the run.
     """
 
     seed: int
     step: int = 0
     rank: int = 0
+    micro_batch: int = 0
+    num_ranks: int = 1
 
     def noise(self, shape: Sequence[int], *, shared: bool, purpose: str = "noise") -> Tensor:
-        """Standard normal noise, float32 [B, ...] on the CPU; `shared` gives every sample the same."""
+        """Standard normal noise, float32 [B, ...] on the CPU; `shared` gives every sample of the step the same."""
         return self._each(shape[0], purpose, shared, lambda generator: _normal(shape[1:], generator))
 
     def integers(self, purpose: str, low: int, high: int, count: int, *, shared: bool) -> Tensor:
         """An integer for each of B = `count` samples, uniform on low..high, both ends included; int64 [B]."""
         return self._each(count, purpose, shared, lambda g: torch.randint(low, high + 1, (), generator=g))
 
+    def choice(self, purpose: str, low: int, high: int) -> int:
+        """An integer for the whole micro-batch, uniform on low..high, both ends included; the same on every rank."""
+        return int(torch.randint(low, high + 1, (), generator=self._of_all(purpose)))
+
     def subset(self, purpose: str, weights: Sequence[float], count: int) -> list[int]:
-        """`count` different places among `weights`, drawn in proportion to them, in order; the same on every rank."""
-        generator = keyed_generator(self.seed, self.step, "all", purpose)
-        drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, generator=generator)
+        """`count` different places among `weights`, drawn in proportion to them, in order, for the whole micro-batch.
+
+        The same on every rank: ranks that share their weights run the same steps.
+        """
+        drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, generator=self._of_all(purpose))
         return sorted(drawn.tolist())
 
+    def _of_all(self, purpose: str) -> torch.Generator:
+        key = (purpose, self.micro_batch) if self.micro_batch else (purpose,)
+        return keyed_generator(self.seed, self.step, "all", *key)
+
     def _each(self, count: int, purpose: str, shared: bool, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        own = range(self.rank * count, (self.rank + 1) * count)
-        samples: Sequence[int | str] = ["all"] * count if shared else own
+        first = (self.micro_batch * self.num_ranks + self.rank) * count
+        samples: Sequence[int | str] = ["all"] * count if shared else range(first, first + count)
         drawn = {s: draw(keyed_generator(self.seed, self.step, s, purpose)) for s in dict.fromkeys(samples)}
         return torch.stack([drawn[s] for s in samples])
 

@@ -89,6 +89,7 @@ class SRPOModule(LightningModule):
         self.kept_rollout: Rollout | None = None
         self.strict_loading = False
         self.micro_step = 0
+        self.num_accumulated = 0
         self.loaded_steps = 0
         self.skipped_steps = 0
         self.in_backward: InBackward | None = None
@@ -177,7 +178,8 @@ class SRPOModule(LightningModule):
 
     def training_step(self, batch: Conditions, batch_idx: int) -> Tensor:
         """One micro-batch: rollout, or the one before again, then the objective's loss."""
-        draws = Draws(self.seed, self.micro_step, self.global_rank)
+        num_ranks = self.trainer.world_size if self._trainer else 1
+        draws = Draws(self.seed, self.global_step, self.global_rank, self.num_accumulated, num_ranks)
         self._moments.append([now(self.device)])
         rollout = self.kept_rollout
         if rollout is None or self.micro_step % self.updates_per_rollout == 0:
@@ -185,6 +187,7 @@ class SRPOModule(LightningModule):
                 rollout = self.objective.rollout(self.policy, batch, draws)
         self.kept_rollout = rollout if self.updates_per_rollout > 1 else None
         self.micro_step += 1
+        self.num_accumulated += 1
         self._moments[-1].append(now(self.device))
         outcome = self.objective.loss(self.policy, self.reward, batch, rollout, draws)
         self.log("train/loss", outcome.loss.detach(), prog_bar=True, batch_size=batch.batch_size)
@@ -230,6 +233,7 @@ class SRPOModule(LightningModule):
         # Stochastic rounding draws from torch's global generator.
         torch.manual_seed(keyed_generator(self.seed, "rounding", self.global_step).initial_seed())
         super().optimizer_step(*args, **kwargs)
+        self.num_accumulated = 0
         self._moments[-1].append(now(self.device))
 
     def on_train_batch_end(self, outputs: Any, batch: Conditions, batch_idx: int) -> None:

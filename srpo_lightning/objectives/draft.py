@@ -134,7 +134,7 @@ class DRTune(TrajectoryObjective):
 
     def stop(self, draws: Draws) -> int:
         """The step from which the picture is predicted, the same for all samples and ranks."""
-        return self.num_steps - int(draws.integers("early stop", 1, self.most_left, 1, shared=True))
+        return self.num_steps - draws.choice("early stop", 1, self.most_left)
 
     def trained(self, stop: int) -> list[int]:
         """K equally spaced steps, the last of which is `stop`."""

@@ -52,7 +52,7 @@ class ReFL(TrajectoryObjective):
 
     def stop(self, draws: Draws) -> int:
         """The late step, the same for all samples and ranks."""
-        return int(draws.integers("late step", *self.late_steps, 1, shared=True))
+        return draws.choice("late step", *self.late_steps)
 
     def end(self, policy: Policy, conditions: Conditions, trajectory: Tensor, sigmas: Tensor, draws: Draws) -> Tensor:
         """`x0_hat = x - sigma v(x, sigma)`."""

@@ -31,8 +31,9 @@ class SRPO(DirectAlign):
         denoise_lambda: lambda of the denoising branch, from the noisy to the clean end of the grid.
         inversion_lambda: the same of the inversion branch.
         margin: the hinge: a reward above it has no gradient.
-        shared_noise: all samples of a step, on every rank, have the same noise (their prompts differ).
-        position_per_sample: each sample has its own position on the grid instead of one for all.
+        shared_noise: all samples of an optimizer step, on every rank, have the same noise (their prompts differ).
+        position_per_sample: each sample has its own position on the grid, as in the official run, instead of one for
+            all samples of an optimizer step.
         reward_batch_size: images decoded and scored at once; None: the whole batch.
     """
 
@@ -54,7 +55,7 @@ class SRPO(DirectAlign):
         inversion_lambda: tuple[float, float] = (0.3, 0.01),
         margin: float = 0.7,
         shared_noise: bool = True,
-        position_per_sample: bool = False,
+        position_per_sample: bool = True,
         reward_batch_size: PositiveInt | None = None,
     ) -> None:
         self.relative = Relative(control_words, word_choice, template)

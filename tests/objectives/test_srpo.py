@@ -57,7 +57,7 @@ def test_the_constructor_holds_the_papers_constants():
         "inversion_lambda": (0.3, 0.01),
         "margin": 0.7,
         "shared_noise": True,
-        "position_per_sample": False,
+        "position_per_sample": True,
         "reward_batch_size": None,
     }
 

@@ -133,8 +133,8 @@ def test_a_batch_equals_its_samples_one_by_one(models):
     """Loss and gradient are means over the samples: no sample leaks into another."""
     policy, reward = in_double(models)
     conditions, rollout = batch_of(policy, 3)
-    objective, draws = SRPO(WORDS), Draws(0, 1)
-    outcome = objective.loss(policy, reward, conditions, rollout, draws)
+    objective = SRPO(WORDS)
+    outcome = objective.loss(policy, reward, conditions, rollout, Draws(0, 1))
     outcome.loss.backward()
     together = gradients(policy)
     policy.zero_grad()
@@ -145,7 +145,8 @@ def test_a_batch_equals_its_samples_one_by_one(models):
             prompt_embeds=conditions.prompt_embeds[i : i + 1],
             pooled_prompt_embeds=conditions.pooled_prompt_embeds[i : i + 1],
         )
-        loss = objective.loss(policy, reward, one, Rollout(rollout.x0[i : i + 1], rollout.noise[i : i + 1]), draws).loss
+        own, draws = Rollout(rollout.x0[i : i + 1], rollout.noise[i : i + 1]), Draws(0, 1, micro_batch=i)
+        loss = objective.loss(policy, reward, one, own, draws).loss
         (loss / 3).backward()
         total += loss.item() / 3
     apart = gradients(policy)
