@@ -91,8 +91,8 @@ def _damage_of_folder(path: Path, content: bool) -> str | None:
             return f"{name} is missing, one of the {len(sizes)} files that hold its tensors"
         if (actual := (path / name).stat().st_size) < size:
             return f"{name} ends after {actual} of {size} bytes"
-    if content and (name := foreign_object(path)) is not None:
-        return f"{name} in it is more than tensors, numbers and texts"
+    if content and (foreign := foreign_object(path)) is not None:
+        return f"{foreign} in it is more than tensors, numbers and texts"
     if not (path / SUMS).is_file():
         rank_zero_info(f"{path} has no {SUMS}, as an earlier version wrote it: its tensors are not compared with sums")
     return _damage_of_file(path / METADATA, content)

@@ -119,7 +119,7 @@ class SRPOModule(LightningModule):
 
     def compare_weights(self) -> None:
         """Refuse ranks with other weights; DDP would give all of them the first rank's, without a word."""
-        trained = [p for _, p in self.trainable_parameters()]
+        trained: list[Tensor] = [p for _, p in self.trainable_parameters()]
         frozen = [t for t in (*self.policy.parameters(), *self.policy.buffers()) if not t.requires_grad]
         kinds: dict[str, list[Tensor]] = {
             "trained weights": trained,

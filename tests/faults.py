@@ -13,6 +13,8 @@ from torch import Tensor
 from srpo_lightning.batch import Conditions
 from srpo_lightning.rewards import ClipReward
 
+TERMINATE = int(signal.SIGTERM)  # a number, for configurations
+
 
 class NanReward(ClipReward):
     """Not a number in the training calls that `bad` counts, from 0."""
@@ -57,7 +59,7 @@ class History(Callback):
 class Terminate(Callback):
     """Sends SIGTERM, or another signal, to one rank's process after so many micro-batches."""
 
-    def __init__(self, after: int, rank: int = 0, number: int = signal.SIGTERM) -> None:
+    def __init__(self, after: int, rank: int = 0, number: int = TERMINATE) -> None:
         self.after, self.rank, self.number = after, rank, number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
