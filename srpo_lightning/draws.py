@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,11 @@ class Draws(NamedTuple):
         """
         drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, generator=self._of_all(purpose))
         return sorted(drawn.tolist())
+
+    def shares(self, purpose: str, concentration: Sequence[float]) -> list[float]:
+        """Positive numbers that sum to 1, by Dirichlet's distribution, for the whole micro-batch; as `subset`."""
+        drawn = np.random.default_rng(self._of_all(purpose).initial_seed()).dirichlet(concentration)
+        return [float(share) for share in drawn]
 
     def _of_all(self, purpose: str) -> torch.Generator:
         key = (purpose, self.micro_batch) if self.micro_batch else (purpose,)
