@@ -47,6 +47,10 @@ class Draws(NamedTuple):
         """An integer for each of B = `count` samples, uniform on low..high, both ends included; int64 [B]."""
         return self._each(count, purpose, shared, lambda g: torch.randint(low, high + 1, (), generator=g))
 
+    def order(self, purpose: str, size: int, count: int) -> Tensor:
+        """0..size - 1 in an order of its own for each of B = `count` samples; int64 [B, size]."""
+        return self._each(count, purpose, False, lambda generator: torch.randperm(size, generator=generator))
+
     def choice(self, purpose: str, low: int, high: int) -> int:
         """An integer for the whole micro-batch, uniform on low..high, both ends included; the same on every rank."""
         return int(torch.randint(low, high + 1, (), generator=self._of_all(purpose)))

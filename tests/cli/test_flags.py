@@ -66,8 +66,8 @@ FLAGS = {
     FlowBPBridge: f"form num_steps num_trained_steps late_bias gradient_rescale input_gradient {TRAJECTORY}",
     FlowBPLagrange: "form num_steps num_supports num_trained_supports support_gradient gradient_rescale input_gradient "
     f"min_distance concentration {TRAJECTORY}",
-    GRPO: "form diffusion num_steps group_size timestep_fraction clip_range max_advantage kl_weight guidance shift "
-    "shared_noise reward_batch_size",
+    GRPO: "form diffusion num_steps group_size timestep_fraction clip_range max_advantage kl_weight split_groups "
+    "guidance shift shared_noise reward_batch_size",
     DanceDiffusion: "eta",
     FlowDiffusion: "a",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
