@@ -117,5 +117,7 @@ def test_the_semantic_guided_score_is_the_softmax_of_two_hps(original):
         expected = (pair * hps.clip.logit_scale.exp()).softmax(1)[:, 0]
         torch.testing.assert_close(sgp(image, [text]), expected)
         torch.testing.assert_close(sgp.compare(image, [text, TEXTS[1]])[:, 0], expected)
+        difference = load(original, SGPHPS, as_probability=False)(image, [text])
+        torch.testing.assert_close(difference, pair[:, 0] - pair[:, 1], rtol=1e-5, atol=1e-6)
     assert 0 < expected < 1
     assert abs(expected - 0.5) > 1e-4
