@@ -8,6 +8,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
@@ -17,6 +18,7 @@ from srpo_lightning.callbacks.records import Record, Recorder
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.fingerprint import fingerprint
 from srpo_lightning.metrics import (
+    FEW_GROUPS,
     Evaluation,
     SampleTable,
     Table,
@@ -163,6 +165,11 @@ class RewardTracking(Recorder):
         measured_base = tables.get(BASE) if step else tables.get("policy")
         if measured_base is not None:
             self.base = measured_base
+            if (few := len(self.base.groups.unique())) < FEW_GROUPS:
+                rank_zero_info(
+                    f"{few} evaluation prompts are few: intervals over them are too narrow, and of one prompt there is "
+                    f"none, nor does the guard act. Give {FEW_GROUPS} or more (data.evaluation, data.num_eval_prompts)"
+                )
             if trainer.is_global_zero:
                 save_table(base_path(trainer.default_root_dir), self.base, self.key(trainer, pl_module))
         if self.base is not None:
