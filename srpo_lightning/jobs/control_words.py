@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from srpo_lightning.data.files import rows
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.rewards import Reward
 
@@ -150,8 +151,9 @@ def read_pictures(folder: str, prompts: str) -> list[Picture]:
 def _by_file(prompts: Path) -> dict[Path, str] | None:
     if prompts.suffix != ".jsonl" or not prompts.is_file():
         return None
-    records = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not all(isinstance(record, dict) and {"file", "prompt"} <= record.keys() for record in records):
+    records = [found.row for found in rows(str(prompts), "prompt", "file", "train")]
+    records = [record for record in records if record != {"prompt": ""}]  # empty lines
+    if not all({"file", "prompt"} <= record.keys() for record in records):
         return None
     return {(prompts.parent / record["file"]).resolve(): record["prompt"] for record in records}
 

@@ -51,6 +51,15 @@ def test_a_run_that_begins_leaves_out_what_one_without_a_checkpoint_has_written(
     assert recorded(tmp_path) == [steps] * 2
 
 
+@pytest.mark.parametrize("end", "\u2028\u2029\x85\v\f\r\x1c\x1d\x1e")
+def test_letters_that_python_takes_for_the_end_of_a_line_stay_in_a_record(tmp_path, end):
+    path = tmp_path / "records.jsonl"
+    for step in (0, 1):
+        records.append(path, {"step": step, "prompt": f"two{end}lines"})
+    records.drop_after(path, 0)
+    assert records.read(path) == [{"step": 0, "prompt": f"two{end}lines"}]
+
+
 def test_records_are_dropped_by_their_steps_and_the_file_with_the_last(tmp_path):
     path = tmp_path / "records.jsonl"
     for step in (0, 3, 1, 2):

@@ -73,6 +73,10 @@ def test_prompts_are_found_by_the_pictures_names(pictures, tmp_path):
         ("00.png", "0"), ("01.png", "1"), ("02.png", "2"),
     ]  # fmt: skip
     run(["--images", reds, "--prompts", str(metadata), "--words", "[red/blue]"], tmp_path)
+    metadata.write_text(
+        "\n".join(json.dumps({"file": f"reds/{i:02}.png", "prompt": "a\u2028b"}, ensure_ascii=False) for i in range(3))
+    )
+    assert job.read_pictures(reds, str(metadata))[2].prompt == "a\u2028b"
     metadata.write_text(json.dumps({"file": "reds/00.png", "prompt": "0"}))
     with pytest.raises(ValueError, match=r"names no prompt for .*01.png and 1 other"):
         job.read_pictures(reds, str(metadata))
