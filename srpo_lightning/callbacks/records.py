@@ -8,6 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 Record: TypeAlias = dict[str, Any]
 
+EVALUATION_DUE = "evaluation_due"
+"""The key of a checkpoint that says that its step is yet to be evaluated: what a run has recorded of it is dropped."""
+
 
 def append(path: Path, record: Record) -> None:
     """Add a line."""
@@ -45,6 +48,11 @@ class Recorder(Callback):
     """The path in the run folder."""
 
     _has_begun = False
+    _is_evaluation_due = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whether the records of its step are still to come."""
+        self._is_evaluation_due = checkpoint.get(EVALUATION_DUE, False)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The evaluation before training, which a resumed run does without, is the first to be recorded."""
@@ -53,7 +61,7 @@ class Recorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without that evaluation."""
         if not self._has_begun:
-            self._begin(trainer, trainer.global_step if trainer.ckpt_path else -1)
+            self._begin(trainer, trainer.global_step - self._is_evaluation_due if trainer.ckpt_path else -1)
 
     def _begin(self, trainer: Trainer, step: int) -> None:
         self._has_begun = True
