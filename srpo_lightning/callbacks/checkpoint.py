@@ -25,11 +25,11 @@ from srpo_lightning.module import SRPOModule
 class RunCheckpoint(Checkpoint):
     """Writes `<run folder>/checkpoints/step-*.ckpt`: every so many steps, at the end, and when the run is stopped.
 
-    A step that is also evaluated is saved after its evaluation. Only whole states are saved: a run interrupted in the
-    middle of a micro-batch keeps the checkpoints that it has, and one interrupted between the micro-batches of a step
-    saves the state before that step. A run that ends before an evaluation that was due begins with it when resumed. SIGTERM, a cluster's
-    preemption, lets all ranks finish the optimizer step, save, and exit with status 143, so that the job can be queued
-    again with `--ckpt_path last`.
+    A step that is also evaluated is saved after its evaluation; a run that ends before one that was due begins with it
+    when resumed. Only whole states are saved: a run interrupted in the middle of a micro-batch keeps the checkpoints
+    that it has, and one interrupted between the micro-batches of a step saves the state before that step. SIGTERM, a
+    cluster's preemption, lets all ranks finish the optimizer step, save, and exit with status 143, so that the job can
+    be queued again with `--ckpt_path last`.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.

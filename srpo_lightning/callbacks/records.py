@@ -6,6 +6,8 @@ from typing import Any, ClassVar, TypeAlias
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from srpo_lightning.checkpoints import complete_or_absent
+
 Record: TypeAlias = dict[str, Any]
 
 EVALUATION_DUE = "evaluation_due"
@@ -26,15 +28,13 @@ def read(path: Path) -> list[Record]:
 
 def drop_after(path: Path, step: int) -> None:
     """Forget the records of later steps; at no moment is a part of the file there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    for record in read(path):
-        if int(record["step"]) <= step:
-            append(partial, record)
-    if partial.exists():
-        partial.replace(path)
-    else:
+    kept = [record for record in read(path) if int(record["step"]) <= step]
+    if not kept:
         path.unlink()
+        return
+    with complete_or_absent(path) as partial:
+        for record in kept:
+            append(partial, record)
 
 
 class Recorder(Callback):
