@@ -25,6 +25,7 @@ from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
+from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
 from srpo_lightning.checkpoints import check_whole, checkpoints
 from srpo_lightning.data import PromptData
@@ -152,10 +153,12 @@ class SRPOCLI(LightningCLI):
         return parser
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log into the run folder, in one place however often the run is resumed."""
+        """Log into the run folder, in one place however often the run is resumed; what is no part of it apart."""
         config = self.config[self.config.subcommand]
         if config.trainer.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(config.trainer.default_root_dir, name="logs", version="")
+            folder = Path(config.trainer.default_root_dir)
+            folder = folder if self.config.subcommand == "fit" else folder / VALIDATION
+            kwargs["logger"] = TensorBoardLogger(folder, name="logs", version="")
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from srpo_lightning.agreement import lost_rank
 from srpo_lightning.callbacks.records import EVALUATION_DUE
-from srpo_lightning.callbacks.tracking import FILE, read_records
+from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
 from srpo_lightning.module import SRPOModule
 
@@ -245,7 +245,7 @@ def step_size(trainer: Trainer) -> list[int] | None:
 def ranked(run_folder: str | Path, monitor: str, mode: str) -> list[Path]:
     """The checkpoints of a run whose steps were evaluated, best first by `monitor` (see RunCheckpoint)."""
     weights, _, name = monitor.partition("/")
-    records = read_records(run_folder) if (Path(run_folder) / FILE).exists() else []
+    records = read_records(run_folder)
     values = {r["step"]: float(r[name]) for r in records if r["weights"] == weights and name in r}
     scores = {path: values.get(step_of(path), math.nan) for path in checkpoints(run_folder)}
     sign = -1 if mode == "max" else 1

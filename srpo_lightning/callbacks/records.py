@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from srpo_lightning.checkpoints import complete_or_absent
 
@@ -13,16 +14,30 @@ Record: TypeAlias = dict[str, Any]
 EVALUATION_DUE = "evaluation_due"
 """The key of a checkpoint that says that its step is yet to be evaluated: what a run has recorded of it is dropped."""
 
+VALIDATION = "validation"
+"""The folder in a run's for what `validate` and `test` find."""
 
-def append(path: Path, record: Record) -> None:
-    """Add a line."""
+
+def recorded_in(trainer: Trainer) -> Path:
+    """The run folder for a run's own evaluations; a folder in it for others, of whatever prompts and settings.
+
+    What belongs to the run is what chooses its best checkpoint, is reported, and goes on when it is resumed.
+    """
+    folder = Path(trainer.default_root_dir)
+    return folder if trainer.state.fn == TrainerFn.FITTING else folder / VALIDATION
+
+
+def append(path: Path, *added: Record) -> None:
+    """Add lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in added))
 
 
 def read(path: Path) -> list[Record]:
-    """All lines, oldest first."""
+    """All lines, oldest first; none where there is no file."""
+    if not path.is_file():
+        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -33,8 +48,7 @@ def drop_after(path: Path, step: int) -> None:
         path.unlink()
         return
     with complete_or_absent(path) as partial:
-        for record in kept:
-            append(partial, record)
+        append(partial, *kept)
 
 
 class Recorder(Callback):

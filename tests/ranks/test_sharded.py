@@ -177,8 +177,8 @@ def test_evaluation_on_two_ranks_reads_weights_and_average(models, features, two
     path.write_text(json.dumps(evaluated))
     done = start(path, "--ckpt_path", str(checkpoint_path(two, 2)), command="validate")
     assert done.returncode == 0, done.output
-    records = read_records(two)
-    assert [(r["step"], r["weights"]) for r in records[-2:]] == [(2, "policy"), (2, "ema")]
+    records = read_records(two / "validation")
+    assert [(r["step"], r["weights"]) for r in records] == [(2, "policy"), (2, "ema")]
     assert records[-1]["reward"] != records[-2]["reward"]
 
 
