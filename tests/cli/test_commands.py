@@ -142,7 +142,7 @@ def test_validate_with_other_prompts_leaves_the_run_and_its_best_checkpoint_as_t
     flags = ["--trainer.default_root_dir", str(folder), "--ckpt_path", str(checkpoint_path(folder, 2))]
     for own in (["--data.evaluation", str(prompts)], []):
         main(["validate", "--config", finished[0], *flags, *own])
-    assert content() == before
+        assert content() == before
     records = lines(folder / "validation" / "metrics.jsonl")
     assert [(r["step"], r["weights"]) for r in records] == [(2, "policy"), (2, "ema")] * 2
     assert records[0]["key"] == records[1]["key"] != records[2]["key"]
