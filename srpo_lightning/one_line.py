@@ -14,6 +14,7 @@ from traceback import walk_tb
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 TRACEBACK = "SRPO_TRACEBACK"
@@ -279,6 +280,9 @@ def one_line(error: BaseException) -> str | None:
         return _joined(str(error))
     if isinstance(error, MisconfigurationException):
         return f"{_joined(str(error))} ({TRACEBACK}=1 shows where)"
+    if isinstance(error, torch.OutOfMemoryError):
+        cure = "`estimate` says what fits; smaller are data.batch_size, model.policy.init_args.height and width"
+        return f"{_joined(str(error).partition('. ')[0])}: {cure} ({TRACEBACK}=1 shows where)"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror} ({TRACEBACK}=1 shows where)"
     return None

@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from srpo_lightning.one_line import explain, naming, nearest, nearest_setting, one_line
@@ -94,6 +95,7 @@ def test_a_librarys_refusal_and_a_files_are_one_line_and_other_errors_keep_their
     assert one_line(raised(MisconfigurationException("a\n  b"))) == "a b (SRPO_TRACEBACK=1 shows where)"
     full = raised(OSError(errno.ENOSPC, "No space left on device", "/run/x.ckpt"))
     assert one_line(full) == "/run/x.ckpt: No space left on device (SRPO_TRACEBACK=1 shows where)"
+    assert one_line(raised(torch.OutOfMemoryError("out of memory. Tried"))).startswith("out of memory: `estimate`")
     assert one_line(raised(RuntimeError("a kernel"))) is None
     assert one_line(raised(ValueError("of a library"))) is None
 
