@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,10 @@ class Draws(NamedTuple):
         """An integer for each of B = `count` samples, uniform on low..high, both ends included; int64 [B]."""
         return self._each(count, purpose, shared, lambda g: torch.randint(low, high + 1, (), generator=g))
 
+    def order(self, purpose: str, size: int, count: int) -> Tensor:
+        """0..size - 1 in an order of its own for each of B = `count` samples; int64 [B, size]."""
+        return self._each(count, purpose, False, lambda generator: torch.randperm(size, generator=generator))
+
     def choice(self, purpose: str, low: int, high: int) -> int:
         """An integer for the whole micro-batch, uniform on low..high, both ends included; the same on every rank."""
         return int(torch.randint(low, high + 1, (), generator=self._of_all(purpose)))
@@ -57,6 +62,11 @@ class Draws(NamedTuple):
         """
         drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, generator=self._of_all(purpose))
         return sorted(drawn.tolist())
+
+    def shares(self, purpose: str, concentration: Sequence[float]) -> list[float]:
+        """Positive numbers that sum to 1, by Dirichlet's distribution, for the whole micro-batch; as `subset`."""
+        drawn = np.random.default_rng(self._of_all(purpose).initial_seed()).dirichlet(concentration)
+        return [float(share) for share in drawn]
 
     def _of_all(self, purpose: str) -> torch.Generator:
         key = (purpose, self.micro_batch) if self.micro_batch else (purpose,)

@@ -70,6 +70,7 @@ class SRPOModule(LightningModule):
         super().__init__()
         objective.check_reward(reward)
         objective.check_policy(policy)
+        objective.check_updates(updates_per_rollout)
         if clip_norm_per_parameter and not optimizer_in_backward:
             raise ValueError(
                 "model.clip_norm_per_parameter belongs to model.optimizer_in_backward: set that to true, or clip with "
@@ -185,10 +186,11 @@ class SRPOModule(LightningModule):
         num_ranks = self.trainer.world_size if self._trainer else 1
         draws = Draws(self.seed, self.global_step, self.global_rank, self.num_accumulated, num_ranks)
         self._moments.append([now(self.device)])
-        rollout = self.kept_rollout
-        if rollout is None or self.micro_step % self.updates_per_rollout == 0:
+        rollout, turn = self.kept_rollout, self.micro_step % self.updates_per_rollout
+        if rollout is None or turn == 0:
             with self.policy.rolling_out():
                 rollout = self.objective.rollout(self.policy, batch, draws)
+        rollout = rollout._replace(turn=(turn, self.updates_per_rollout))
         self.kept_rollout = rollout if self.updates_per_rollout > 1 else None
         self.micro_step += 1
         self.num_accumulated += 1

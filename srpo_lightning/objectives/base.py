@@ -23,12 +23,14 @@ class Rollout(NamedTuple):
         noise: where it began.
         trajectory: [n + 1, B, ...], every state in between, where the objective keeps them.
         log_probs: [n, B], of each step given the state before, where steps are random.
+        turn: u and U: this is training step u, from 0, of U on the same rollout (model.updates_per_rollout).
     """
 
     x0: Tensor
     noise: Tensor
     trajectory: Tensor | None = None
     log_probs: Tensor | None = None
+    turn: tuple[int, int] = (0, 1)
 
 
 class Outcome(NamedTuple):
@@ -54,6 +56,9 @@ class Objective(Recorded, ABC):
 
     def check_policy(self, policy: Policy) -> None:  # most objectives take any
         """Refuse a policy that lacks what the objective asks of it."""
+
+    def check_updates(self, updates_per_rollout: int) -> None:  # most objectives take any
+        """Refuse a number of training steps on each rollout that the objective cannot divide it into."""
 
     @abstractmethod
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:

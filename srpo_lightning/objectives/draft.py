@@ -89,12 +89,14 @@ class DRaFT(TrajectoryObjective):
 
 
 class DRTune(TrajectoryObjective):
-    """DRTune: the network's input is detached, K equally spaced steps are trained, sampling stops early.
+    """DRTune: the network's input is detached, K equally spaced steps are trained, sampling stops early (2405.00760).
 
     With detached inputs the chain is a sum, `x0_hat = noise + sum_i (sigma_next - sigma) v(sg(x_i))`, so that the
     trained steps can be asked again after a rollout without gradient. The gradient is the same.
 
-    Departure: the K steps are those that end at the step from which the picture is predicted; the offset is not drawn.
+    The first of the K steps is drawn, so that the step from which the picture is predicted seldom is one of them. As in
+    github.com/RuoyuWang-2077/FlowBP (July 2026) they are spaced over the steps up to that one; the paper spaces them
+    over the whole trajectory, and leaves out those behind it.
 
     Args:
         form: what is asked of the reward; None: the plain reward.
@@ -125,7 +127,7 @@ class DRTune(TrajectoryObjective):
     ) -> None:
         super().__init__(form, num_steps, guidance, shift, margin, shared_noise, reward_batch_size)
         self.num_trained_steps = num_trained_steps
-        self.most_left = max(1, int(early_stop * num_steps))
+        self.most_left = max(1, round(early_stop * num_steps))
         if num_trained_steps > num_steps - self.most_left + 1:
             raise ValueError(
                 f"num_trained_steps is {num_trained_steps}, and early_stop {early_stop} leaves as few as "
@@ -136,17 +138,23 @@ class DRTune(TrajectoryObjective):
         """The step from which the picture is predicted, the same for all samples and ranks."""
         return self.num_steps - draws.choice("early stop", 1, self.most_left)
 
-    def trained(self, stop: int) -> list[int]:
-        """K equally spaced steps, the last of which is `stop`."""
+    def trained(self, stop: int, draws: Draws) -> list[int]:
+        """K equally spaced steps of 0..stop, the first of which is drawn, the same for all samples and ranks."""
         stride = (stop + 1) // self.num_trained_steps
-        return sorted(stop - stride * i for i in range(self.num_trained_steps))
+        reach = stride * (self.num_trained_steps - 1)
+        first = draws.choice("first trained step", 0, stop - reach)
+        return list(range(first, first + reach + 1, stride))
 
     def end(self, policy: Policy, conditions: Conditions, trajectory: Tensor, sigmas: Tensor, draws: Draws) -> Tensor:
-        """The prediction from the last state, with the gradient of every trained step before it."""
+        """The prediction from the last state, with the gradient of every trained step."""
         stop = len(trajectory) - 1
-        *before, last = self.trained(stop)
-        *velocities, velocity = self.velocities(policy, conditions, trajectory, sigmas, [*before, last])
-        x = trajectory[-1]
-        for i, v in zip(before, velocities, strict=True):
-            x = with_value(flow.step(x, v, sigmas[i], sigmas[i + 1]), trajectory[-1])
-        return flow.step(x, velocity, sigmas[stop], sigmas[-1])
+        steps = self.trained(stop, draws)
+        velocities = dict(zip(steps, self.velocities(policy, conditions, trajectory, sigmas, steps), strict=True))
+        if stop not in velocities:
+            with torch.no_grad():
+                velocities[stop] = self.velocity(policy, trajectory[stop], sigmas[stop], conditions)
+        last = velocities.pop(stop)
+        x = trajectory[stop]
+        for i, velocity in velocities.items():
+            x = with_value(x + flow.step(trajectory[i], velocity, sigmas[i], sigmas[i + 1]), x)
+        return flow.step(x, last, sigmas[stop], sigmas[-1])

@@ -62,20 +62,23 @@ class GRPO(Objective):
 
     No gradient of the reward is needed. With one update per rollout the log-probabilities are those of the weights that
     drew the steps: every ratio is 1, clipping is idle, and the gradient is the policy gradient. With more
-    (model.updates_per_rollout), each on steps of its own, later ones are clipped. Accumulating gradients
-    (trainer.accumulate_grad_batches) takes several prompts into one update. The last step, into the picture, is not
-    random and not trained.
+    (model.updates_per_rollout; DanceGRPO: 3), each on its own share of every group, later ones are clipped.
+    Accumulating gradients (trainer.accumulate_grad_batches) takes several prompts into one update. Every sample trains
+    steps of its own. The last step, into the picture, is not random and not trained.
 
     Args:
         form: what is asked of the reward; None: the plain reward.
         diffusion: how random the steps are; None: DanceGRPO's.
         num_steps: steps of the rollout.
         group_size: G, the samples of each prompt; the policy sees G times data.batch_size at once.
-        timestep_fraction: the share of the random steps that is trained, drawn anew for each update.
+        timestep_fraction: the share of the random steps that is trained, drawn for each sample, anew for each update.
         clip_range: the ratio is clipped to 1 -+ this.
         max_advantage: advantages are clipped to -+ this.
-        kl_weight: beta, of the KL divergence of each trained step from that of the base (Flow-GRPO); above 0 it needs a
-            policy that keeps its base, as an adapter does, and another forward pass per step.
+        kl_weight: beta, of the KL divergence of each trained step from that of the base; above 0 it needs a policy that
+            keeps its base, as an adapter does, and another forward pass per step. The beta of Flow-GRPO's code is of
+            another quantity, this divergence times the length of the step: its values do not carry over.
+        split_groups: each of several updates per rollout takes its own share of every group, as in DanceGRPO; false:
+            all samples, each time on steps of their own.
         guidance: distilled guidance, of the rollout and of the trained steps alike.
         shift: of the noise levels; None takes the one of the model's scheduler.
         shared_noise: the samples of a group start from the same noise.
@@ -95,6 +98,7 @@ class GRPO(Objective):
         clip_range: PositiveFloat = 1e-4,
         max_advantage: PositiveFloat = 5.0,
         kl_weight: NonNegativeFloat = 0.0,
+        split_groups: bool = True,
         guidance: float = 3.5,
         shift: PositiveFloat | None = 3.0,
         shared_noise: bool = True,
@@ -115,6 +119,7 @@ class GRPO(Objective):
         self.clip_range = clip_range
         self.max_advantage = max_advantage
         self.kl_weight = kl_weight
+        self.split_groups = split_groups
         self.guidance = guidance
         self.shift = shift
         self.shared_noise = shared_noise
@@ -132,7 +137,7 @@ class GRPO(Objective):
         diffusion = self.diffusion(sigmas)
         states, log_probs = [noise], []
         for i in range(self.num_steps - 1):
-            mean, std = self.random_step(policy, states[-1], sigmas, diffusion, i, groups)
+            mean, std = self.random_step(policy, states[-1], sigmas[i], sigmas[i + 1], diffusion[i], groups)
             states.append(mean + std * self._noise(f"step {i}", shape, draws, groups))
             log_probs.append(flow.log_prob(states[-1], mean, std))
         velocity = policy(states[-1], sigmas[-2], groups, self.guidance)
@@ -147,22 +152,26 @@ class GRPO(Objective):
         groups = conditions.repeat(self.group_size)
         rewards = self._rewards(policy, reward, groups, rollout.x0, draws)
         advantage = advantages(rewards.view(self.group_size, -1), self.max_advantage).flatten()
-        sigmas = self.sigmas(policy, conditions, rollout.noise)
-        diffusion = self.diffusion(sigmas)
+        levels = self.sigmas(policy, conditions, rollout.noise)
+        diffusion = self.diffusion(levels)
 
-        def step(i: int, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-            mean, std = self.random_step(policy, states[i], sigmas, diffusion, i, groups)
+        rows = self.samples(rollout.turn, conditions.batch_size)
+        groups, advantage, column = groups.take(rows), advantage[rows], torch.arange(len(rewards))[rows]
+
+        def step(x: Tensor, x_next: Tensor, reference: Tensor | None, *level: Tensor) -> tuple[Tensor, Tensor]:
+            mean, std = self.random_step(policy, x, *level, groups)
             kl = mean.new_zeros(len(mean)) if reference is None else flow.normal_kl(mean, reference, std)
-            return flow.log_prob(states[i + 1], mean, std), kl
+            return flow.log_prob(x_next, mean, std), kl
 
         losses, ratios, divergences = [], [], []
-        for i in self.trained(draws):
-            reference = None
+        for steps in self.trained(draws, conditions.batch_size)[:, rows]:
+            here, after = (steps, column), (steps + 1, column)
+            x, level, reference = states[here], (levels[here], levels[after], diffusion[here]), None
             if self.kl_weight:
                 with torch.no_grad(), policy.as_reference():
-                    reference, _ = self.random_step(policy, states[i], sigmas, diffusion, i, groups)
-            log_prob, kl = checkpoint(step, i, reference, use_reentrant=False)
-            ratio = (log_prob - rollout.log_probs[i]).exp()
+                    reference, _ = self.random_step(policy, x, *level, groups)
+            log_prob, kl = checkpoint(step, x, states[after], reference, *level, use_reentrant=False)
+            ratio = (log_prob - rollout.log_probs[here]).exp()
             clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
             losses.append(-torch.minimum(ratio * advantage, clipped * advantage).mean() + self.kl_weight * kl.mean())
             ratios.append((ratio.detach() - 1).abs().max())
@@ -172,9 +181,16 @@ class GRPO(Objective):
             scalars["kl"] = torch.stack(divergences).mean()
         return Outcome(torch.stack(losses).mean(), scalars)
 
-    def trained(self, draws: Draws) -> list[int]:
-        """The random steps that are trained, the same on every rank."""
-        return draws.subset("timesteps", [1.0] * (self.num_steps - 1), self.num_trained_steps)
+    def samples(self, turn: tuple[int, int], num_prompts: int) -> slice:
+        """The rows of the G B samples that this one of several updates trains."""
+        share = self.group_size // turn[1] if self.split_groups else self.group_size
+        first = turn[0] * share if self.split_groups else 0
+        return slice(first * num_prompts, (first + share) * num_prompts)
+
+    def trained(self, draws: Draws, num_prompts: int) -> Tensor:
+        """The random steps that each sample trains, one after the other; int64 [n, G B]."""
+        orders = [draws.order(f"steps of {g}", self.num_steps - 1, num_prompts) for g in range(self.group_size)]
+        return torch.cat(orders)[:, : self.num_trained_steps].T
 
     def sigmas(self, policy: Policy, conditions: Conditions, like: Tensor) -> Float[Tensor, "N B"]:
         """The schedule's levels, one for each sample, in the dtype and on the device of `like`."""
@@ -182,11 +198,11 @@ class GRPO(Objective):
         return sigmas.unsqueeze(1).expand(-1, len(like))
 
     def random_step(
-        self, policy: Policy, x: Tensor, sigmas: Tensor, diffusion: Tensor, i: int, conditions: Conditions
+        self, policy: Policy, x: Tensor, sigma: Tensor, sigma_next: Tensor, diffusion: Tensor, conditions: Conditions
     ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of step i."""
-        velocity = policy(x, sigmas[i], conditions, self.guidance)
-        return flow.random_step(x, velocity, sigmas[i], sigmas[i + 1], diffusion[i])
+        """Mean and standard deviation of the step of each sample from its level `sigma`."""
+        velocity = policy(x, sigma, conditions, self.guidance)
+        return flow.random_step(x, velocity, sigma, sigma_next, diffusion)
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What the form rewards."""
@@ -195,6 +211,14 @@ class GRPO(Objective):
     def check_reward(self, reward: Reward) -> None:
         """Refuse a reward that the form cannot use."""
         self.form.check(reward)
+
+    def check_updates(self, updates_per_rollout: int) -> None:
+        """Refuse updates that groups cannot be divided over."""
+        if self.split_groups and self.group_size % updates_per_rollout:
+            raise ValueError(
+                f"model.updates_per_rollout is {updates_per_rollout}, which does not divide group_size "
+                f"{self.group_size}: change either, or set split_groups to false"
+            )
 
     def check_policy(self, policy: Policy) -> None:
         """Refuse a penalty by the distance from a base that nothing keeps."""

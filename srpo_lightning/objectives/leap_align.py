@@ -1,5 +1,8 @@
 """LeapAlign: two leaps in place of a trajectory (arXiv 2604.15311)."""
 
+from collections.abc import Sequence
+
+import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -17,8 +20,9 @@ class LeapAlign(TrajectoryObjective):
     Both leaps land on the rollout's own states, straight through, so that the reward sees the real picture. A sample
     whose leaps miss them by more weighs less.
 
-    Departures: the two states are drawn evenly among all pairs of them; the distance of a leap from its state is the
-    mean absolute one; the weight multiplies the gradient, and the loss is logged without it.
+    What the paper leaves open is as in github.com/RuoyuWang-2077/FlowBP (July 2026): the two states are drawn evenly
+    among all pairs of them, and the distance of a leap from its state is the mean absolute one. The weight multiplies
+    the gradient, and the loss is logged without it.
 
     Args:
         form: what is asked of the reward; None: the plain reward.
@@ -66,9 +70,17 @@ class LeapAlign(TrajectoryObjective):
         through_j = with_value(leap_j, x_j)
         velocity = self.velocity(policy, scale_gradient(through_j, self.input_gradient), sigmas[j], conditions)
         leap_0 = flow.step(through_j, velocity, sigmas[j], sigmas[-1])
-        weight = 1 / (self._distance(leap_j, x_j) + self._distance(leap_0, x_0))
-        return scale_gradient(with_value(leap_0, x_0), weight)
+        near = nearness([(leap_j, x_j), (leap_0, x_0)], self.min_distance)
+        return scale_gradient(with_value(leap_0, x_0), near)
 
-    def _distance(self, leap: Tensor, x: Tensor) -> Tensor:
-        distance = (leap - x).detach().abs().flatten(1).mean(1).clamp(min=self.min_distance)
-        return distance.view(-1, *[1] * (x.ndim - 1))
+
+def nearness(leaps: Sequence[tuple[Tensor, Tensor]], min_distance: float) -> Tensor:
+    """One over the sum of the distances of leaps from the states they should have met; one number for each sample.
+
+    Args:
+        leaps: pairs of a leap's end and the state, each [B, ...].
+        min_distance: tau, below which a distance, the mean absolute difference, is taken for it.
+    """
+    distances = [(leap - x).detach().abs().flatten(1).mean(1).clamp(min=min_distance) for leap, x in leaps]
+    weight = 1 / torch.stack(distances).sum(0)
+    return weight.view(-1, *[1] * (leaps[0][1].ndim - 1))

@@ -40,7 +40,6 @@ from srpo_lightning.rewards import (
 from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
 
 TRAJECTORY = "guidance shift margin shared_noise reward_batch_size"
-CONNECTED = f"form num_steps num_trained_steps late_bias input_gradient {TRAJECTORY}"
 FLAGS = {
     SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
     "max_skipped_steps optimizer_in_backward clip_norm_per_parameter updates_per_rollout",
@@ -63,11 +62,12 @@ FLAGS = {
     DRaFT: f"form num_steps num_trained_steps num_variants {TRAJECTORY} step_checkpointing",
     DRTune: f"form num_steps num_trained_steps early_stop {TRAJECTORY}",
     LeapAlign: f"form num_steps input_gradient min_distance {TRAJECTORY}",
-    FlowBPSparse: f"form num_steps num_trained_steps late_bias {TRAJECTORY}",
-    FlowBPBridge: CONNECTED,
-    FlowBPLagrange: CONNECTED,
-    GRPO: "form diffusion num_steps group_size timestep_fraction clip_range max_advantage kl_weight guidance shift "
-    "shared_noise reward_batch_size",
+    FlowBPSparse: f"form num_steps num_trained_steps late_bias gradient_rescale {TRAJECTORY}",
+    FlowBPBridge: f"form num_steps num_trained_steps late_bias gradient_rescale input_gradient {TRAJECTORY}",
+    FlowBPLagrange: "form num_steps num_supports num_trained_supports support_gradient gradient_rescale input_gradient "
+    f"min_distance concentration {TRAJECTORY}",
+    GRPO: "form diffusion num_steps group_size timestep_fraction clip_range max_advantage kl_weight split_groups "
+    "guidance shift shared_noise reward_batch_size",
     DanceDiffusion: "eta",
     FlowDiffusion: "a",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "

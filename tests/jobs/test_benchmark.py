@@ -41,10 +41,10 @@ WORDS = ControlWords(["x"], ["y"])
         (ReFL(num_steps=10, late_steps=(7, 7)), 7, 3),
         (DRaFT(num_steps=10, num_trained_steps=4), 6, 4 * 4),  # a checkpointed step is computed twice
         (DRaFT(num_steps=10, num_variants=2, step_checkpointing=False), 9, 3 * 3),
-        (DRTune(num_steps=10, early_stop=0.1), 9, 3 * 3),
+        (DRTune(num_steps=10, num_trained_steps=10, early_stop=0.1), 9, 10 * 3),
         (LeapAlign(num_steps=10), 10, 2 * 3),
         (FlowBPSparse(num_steps=10), 10, 3 * 3),
-        (FlowBPLagrange(num_steps=10, num_trained_steps=4), 10, 4 * 3),
+        (FlowBPLagrange(num_steps=10, num_supports=1, num_trained_supports=1), 10, 2 * 3),
         (GRPO(num_steps=11, group_size=4, timestep_fraction=0.5), 4 * 11, 4 * 5 * 4),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
@@ -57,6 +57,8 @@ def test_real_pictures_need_no_rollout_and_random_steps_are_averaged():
     assert count_forwards(SRPO(WORDS), 2, 0, range(2), is_real=True) == (0, 12)
     mean = count_forwards(ReFL(num_steps=10, late_steps=(0, 9)), 1, 0, range(400), is_real=False)
     assert mean.rollout == pytest.approx(4.5, abs=0.5)
+    mean = count_forwards(DRTune(num_steps=10, early_stop=0.1), 1, 0, range(400), is_real=False)
+    assert mean.update == pytest.approx(3 * 3 + 3 / 4, abs=0.1)  # one in four trains the step it predicts from
 
 
 SRPO_ROW = {"class_path": "srpo_lightning.objectives.SRPO", "init_args": {"control_words": vars(WORDS)}}

@@ -93,17 +93,18 @@ def test_the_gradient_is_the_policy_gradient():
     objective = GRPO(**SETTINGS)
     policy, conditions, drawn = sampled(objective)
     groups, draws = conditions.repeat(4), Draws(0, 1)
-    rollout = Rollout(*(part.double() for part in drawn))
+    rollout = Rollout(*(part.double() for part in drawn[:4]))
     rewards = toy.Wavy()(policy.decode(rollout.x0), groups.prompts).view(4, 2)
     advantage = ((rewards - rewards.mean(0)) / (rewards.std(0) + 1e-8)).flatten().detach()
     sigmas, terms = policy.sigmas(6, 3.0), []
-    for i in objective.trained(draws):
-        x, sigma, dt = rollout.trajectory[i], sigmas[i], sigmas[i + 1] - sigmas[i]
-        v = policy(x, sigma.expand(8), groups, 0.7)
-        score = -(x - (x - sigma * v) * (1 - sigma)) / sigma**2
-        mean = x + dt * v - 0.3**2 / 2 * score * dt
-        normal = torch.distributions.Normal(mean, 0.3 * (-dt).sqrt())
-        terms.append(advantage * normal.log_prob(rollout.trajectory[i + 1]).flatten(1).mean(1))
+    for b, steps in enumerate(objective.trained(draws, 2).T.tolist()):
+        for i in steps:
+            x, sigma, dt = rollout.trajectory[i, b], sigmas[i], sigmas[i + 1] - sigmas[i]
+            v = policy(x.unsqueeze(0), sigma.expand(1), groups.take(slice(b, b + 1)), 0.7)[0]
+            score = -(x - (x - sigma * v) * (1 - sigma)) / sigma**2
+            mean = x + dt * v - 0.3**2 / 2 * score * dt
+            normal = torch.distributions.Normal(mean, 0.3 * (-dt).sqrt())
+            terms.append(advantage[b] * normal.log_prob(rollout.trajectory[i + 1, b]).mean())
     loss = objective.loss(policy, toy.Wavy(), conditions, rollout, draws).loss
     # The ratios of float32 log-probabilities are 1 to 1e-6 in float64.
     toy.assert_same_gradients(policy, loss, -torch.stack(terms).mean(), rtol=1e-4, atol=1e-6)
@@ -154,19 +155,46 @@ def test_a_prompts_rollouts_do_not_depend_on_how_prompts_are_divided_over_ranks(
 def test_the_last_step_is_the_flows_and_not_trained():
     objective = GRPO(timestep_fraction=1.0, **SETTINGS)
     policy, conditions, rollout = sampled(objective)
-    assert objective.trained(Draws(0)) == [0, 1, 2, 3, 4]
+    assert objective.trained(Draws(0), 2).sort(0).values.tolist() == [[i] * 8 for i in range(5)]
     assert rollout.log_probs.shape == (5, 8)
     x, sigma = rollout.trajectory[-2], policy.sigmas(6)[-2].float()
     x0 = x - sigma * policy(x, sigma.expand(8), conditions.repeat(4), 0.7)
     torch.testing.assert_close(rollout.x0, x0)
 
 
-def test_a_share_of_the_steps_is_drawn_anew_at_every_update_and_the_same_on_every_rank():
+def test_every_sample_trains_steps_of_its_own_drawn_anew_at_every_update():
     objective = GRPO()
-    drawn = [objective.trained(Draws(0, step)) for step in range(30)]
-    assert {len(set(steps)) for steps in drawn} == {9}  # 0.6 of 15
-    assert {i for steps in drawn for i in steps} == set(range(15))
-    assert drawn == [objective.trained(Draws(0, step, rank=2)) for step in range(30)]
+    drawn = torch.stack([objective.trained(Draws(0, step), 2) for step in range(10)])
+    assert drawn.shape == (10, 9, 24)  # 0.6 of 15
+    assert (drawn.sort(1).values.diff(dim=1) > 0).all()
+    assert drawn.unique().tolist() == list(range(15))
+    assert len(drawn.transpose(1, 2).flatten(0, 1).unique(dim=0)) == 240
+    by_rank = [objective.trained(Draws(0, 3, rank=rank), 1).view(9, 12) for rank in range(2)]
+    assert torch.equal(torch.stack(by_rank, dim=2), drawn[3].view(9, 12, 2))
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_several_updates_divide_every_group_or_train_all_of_it_at_other_steps(split):
+    """Over its updates each sample is trained once, or every time."""
+    objective = GRPO(split_groups=split, timestep_fraction=1.0, **SETTINGS)
+    policy, conditions, drawn = sampled(objective)
+    rollout = Rollout(*(part.double() for part in drawn[:4]))
+
+    def gradients(turn):
+        loss = objective.loss(policy, toy.Wavy(), conditions, rollout._replace(turn=turn), Draws(0, 1)).loss
+        return torch.cat([g.flatten() for g in toy.gradients(policy, loss)])
+
+    whole, halves = gradients((0, 1)), [gradients((u, 2)) for u in range(2)]
+    torch.testing.assert_close(sum(halves) / 2, whole, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(halves[0], halves[1]) != split
+    assert objective.samples((1, 2), 2) == (slice(4, 8) if split else slice(0, 8))
+
+
+def test_updates_that_do_not_divide_a_group_are_refused():
+    with pytest.raises(ValueError, match="set split_groups to false"):
+        GRPO(**SETTINGS).check_updates(3)
+    GRPO(split_groups=False, **SETTINGS).check_updates(3)
+    GRPO(**SETTINGS).check_updates(2)
 
 
 class Adapted(toy.Field):
@@ -196,17 +224,19 @@ def test_the_penalty_is_the_divergence_from_the_base_over_the_trained_steps():
     policy, conditions = Adapted(), toy.batch()
     plain, penalised = GRPO(**SETTINGS), GRPO(kl_weight=0.3, **SETTINGS)
     drawn = plain.rollout(policy, conditions, Draws(0, 1))
-    rollout, draws, groups = Rollout(*(part.double() for part in drawn)), Draws(0, 1), conditions.repeat(4)
+    rollout, draws, groups = Rollout(*(part.double() for part in drawn[:4])), Draws(0, 1), conditions.repeat(4)
     losses = [o.loss(policy, toy.Wavy(), conditions, rollout, draws) for o in (plain, penalised)]
     sigmas, kls = policy.sigmas(6, 3.0), []
-    for i in plain.trained(draws):
-        x, sigma, dt = rollout.trajectory[i], sigmas[i], sigmas[i + 1] - sigmas[i]
-        with policy.as_reference():
-            reference = policy(x, sigma.expand(8), groups, 0.7)
-        gap = policy(x, sigma.expand(8), groups, 0.7) - reference
-        # mean = x + v dt - g^2 score dt / 2 and score = -(x + (1 - sigma) v) / sigma
-        gap = gap * dt * (1 + 0.3**2 * (1 - sigma) / (2 * sigma))
-        kls.append((gap / (0.3 * (-dt).sqrt())).square().mean() / 2)
+    for b, steps in enumerate(plain.trained(draws, 2).T.tolist()):
+        for i in steps:
+            x, sigma, dt = rollout.trajectory[i, b].unsqueeze(0), sigmas[i], sigmas[i + 1] - sigmas[i]
+            group = groups.take(slice(b, b + 1))
+            with policy.as_reference():
+                reference = policy(x, sigma.expand(1), group, 0.7)
+            gap = policy(x, sigma.expand(1), group, 0.7) - reference
+            # mean = x + v dt - g^2 score dt / 2 and score = -(x + (1 - sigma) v) / sigma
+            gap = gap * dt * (1 + 0.3**2 * (1 - sigma) / (2 * sigma))
+            kls.append((gap / (0.3 * (-dt).sqrt())).square().mean() / 2)
     kl = torch.stack(kls).mean()
     torch.testing.assert_close(losses[1].scalars["kl"], kl.detach(), rtol=1e-9, atol=0)
     difference = losses[1].loss - losses[0].loss
