@@ -37,7 +37,7 @@ class Parser(LightningArgumentParser):
             names |= {option.removeprefix("--") for option in action.option_strings if option.startswith("--")}
         return {name for name in names if not name.endswith((".help", "+"))}
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]  # overloaded
         """What cannot be read at all is no traceback either."""
         with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
             return super().parse_args(*args, **kwargs)

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 TRACEBACK = "SRPO_TRACEBACK"
 """The environment variable that shows where a refusal comes from."""
@@ -77,8 +77,8 @@ def explain(message: str, settings: Iterable[str]) -> str:
     """
     message = re.sub(r"\b(?:fit|validate|test|predict)\.(?=\w+\.)", "", message)  # the command is known
     for pattern, words in WHOLE:
-        if found := re.search(pattern, message):
-            return _joined(found.expand(words))
+        if whole := re.search(pattern, message):
+            return _joined(whole.expand(words))
     leaves, value = _leaves(message)
     if not leaves:
         return _joined(message)
