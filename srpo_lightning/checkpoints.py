@@ -6,6 +6,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from srpo_lightning.owners import PARTIAL, discard, is_left, partial_path
 from srpo_lightning.pretrained import UNPICKLING, check_archive
 from srpo_lightning.sharded_checkpoint import INDEX, SUMS, SafeReader, TensorsOnly, damage, foreign_object
 
 FOLDER = "checkpoints"
 SUFFIX = ".ckpt"
-PARTIAL = ".partial"
 METADATA = _METADATA_FILENAME  # where Lightning looks for what of a sharded checkpoint is no tensor
 
 
@@ -134,15 +135,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`, complete or absent."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + PARTIAL)
-        with partial.open("wb") as stream:
-            torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if path.is_dir():  # an earlier run's, on several ranks
-            remove(path)
-        partial.replace(path)
+        with complete_or_absent(path) as partial:
+            with partial.open("wb") as stream:
+                torch.save(checkpoint, stream)
+            if path.is_dir():  # an earlier run's, on several ranks
+                remove(path)
         sync(path.parent)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -176,17 +173,27 @@ def _numbered(state: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A name beside a file's own to write to, which becomes it when that is done; each process has one of its own."""
+    """A name beside a file's own to write to, which becomes it when it is on the disk; each process has one of its own.
+
+    What fails leaves nothing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}{PARTIAL}-{os.getpid()}")
-    yield partial
-    partial.replace(path)
+    partial = partial_path(path)
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def begin_folder(path: Path) -> Path:
-    """An empty folder beside the final name, for what `finish_folder` is to put there."""
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    """An empty folder beside the final name, this process's own, for what `finish_folder` is to put there."""
+    partial = partial_path(path)
+    beside = path.parent.glob(f"{escape(path.name)}{PARTIAL}-*")
+    for left in [partial, *(other for other in beside if is_left(other))]:
+        discard(left)
     partial.mkdir(parents=True)
     return partial
 

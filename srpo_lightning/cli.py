@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from traceback import walk_tb
@@ -24,6 +25,7 @@ from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
+from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
 from srpo_lightning.checkpoints import check_whole, checkpoints
 from srpo_lightning.data import PromptData
@@ -36,6 +38,7 @@ from srpo_lightning.jobs.export import export
 from srpo_lightning.jobs.room import check_room
 from srpo_lightning.loops import FOLDER_OF_TRIAL, check_loops
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.owners import run_lock
 
 JOBS: dict[str, Callable[..., None]] = {
     "benchmark": benchmark,
@@ -132,6 +135,10 @@ class ShortUsageParser(LightningArgumentParser):
 class SRPOCLI(LightningCLI):
     """LightningCLI plus: links, the run folder, and what `last` means."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.held:  # until the command has run, which the constructor does
+            super().__init__(*args, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What is said once counts everywhere."""
         add_project_arguments(parser)
@@ -146,10 +153,12 @@ class SRPOCLI(LightningCLI):
         return parser
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log into the run folder, in one place however often the run is resumed."""
+        """Log into the run folder, in one place however often the run is resumed; what is no part of it apart."""
         config = self.config[self.config.subcommand]
         if config.trainer.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(config.trainer.default_root_dir, name="logs", version="")
+            folder = Path(config.trainer.default_root_dir)
+            folder = folder if self.config.subcommand == "fit" else folder / VALIDATION
+            kwargs["logger"] = TensorBoardLogger(folder, name="logs", version="")
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -174,6 +183,8 @@ class SRPOCLI(LightningCLI):
         chosen = choose_strategy(config, devices_here(config.trainer))
         if chosen:
             rank_zero_info(chosen)
+        if self.config.subcommand == "fit" and is_first_rank() and not config.trainer.fast_dev_run:
+            self.held.enter_context(run_lock(Path(config.trainer.default_root_dir)))
         try:
             self._find_checkpoint(config)
         except ValueError as error:

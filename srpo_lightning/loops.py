@@ -45,6 +45,13 @@ def _check_training(trainer: Any, evaluation: str) -> None:
             f"trainer.num_sanity_val_steps is {trainer.num_sanity_val_steps}: the evaluation before training is what "
             f"later ones are compared with; set it to -1 for all of it, or to 0 for none, and {evaluation}"
         )
+    between = trainer.val_check_interval
+    if isinstance(between, int) and between % accumulate and trainer.limit_val_batches != 0:
+        raise ValueError(
+            f"trainer.val_check_interval is {between} micro-batches, which trainer.accumulate_grad_batches, "
+            f"{accumulate}, does not divide: an evaluation would be in the middle of a step; set it to "
+            f"{-(-between // accumulate) * accumulate}"
+        )
     if trainer.overfit_batches:
         raise ValueError(
             f"trainer.overfit_batches is {trainer.overfit_batches}: the stream of training prompts goes on all the "

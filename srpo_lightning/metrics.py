@@ -3,6 +3,7 @@
 Shapes: B images, T texts, E features, N samples, G groups (prompts).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ LUMA = (0.2126, 0.7152, 0.0722)
 
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 """Width of the kernel, and a factor for people. Source: arXiv 2401.09603, section 4."""
+
+FEW_GROUPS = 12
+"""Below so many groups an interval by resampling is too narrow."""
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -129,11 +133,25 @@ class SampleTable(Metric):
 
 
 class Interval(NamedTuple):
-    """An estimate, and the bounds between which it lies with the confidence that was asked for."""
+    """An estimate, and the bounds between which it lies with the confidence that was asked for; NaN: not known."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def half(self) -> float:
+        """Half of its width."""
+        return (self.high - self.low) / 2
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there are bounds."""
+        return not math.isnan(self.half)
+
+    def as_json(self) -> dict[str, float | None]:
+        """By name; JSON knows no NaN."""
+        return {name: None if math.isnan(number) else number for name, number in self._asdict().items()}
 
 
 def wins(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -149,7 +167,9 @@ def bootstrap_mean(
 ) -> Interval:
     """The mean, and its percentile interval over resampled groups.
 
-    Samples of one prompt are alike: whole prompts are drawn with replacement, never samples alone.
+    Samples of one prompt are alike: whole prompts are drawn with replacement, never samples alone. Of one group there
+    is no interval (NaN); of fewer than `FEW_GROUPS` it is too narrow: of normal groups, intervals of 95 % hold the mean
+    in 72 % of cases for 3 groups, 88 % for 8 and 92 % for 12.
 
     Args:
         groups: which prompt each value is of; None: each value is one.
@@ -159,6 +179,8 @@ def bootstrap_mean(
     values = values.double()
     _, group = torch.unique(torch.arange(len(values)) if groups is None else groups, return_inverse=True)
     sums = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add_(0, group, values)
+    if len(sums) < 2:
+        return Interval(float(values.mean()), math.nan, math.nan)
     counts = torch.bincount(group).double()
     drawn = torch.randint(len(sums), (num_resamples, len(sums)), generator=torch.Generator().manual_seed(0))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)

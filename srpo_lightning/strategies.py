@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from srpo_lightning.checkpoints import METADATA, PARTIAL, begin_folder, finish_folder
+from srpo_lightning.checkpoints import METADATA, begin_folder, finish_folder
 from srpo_lightning.sharded_checkpoint import INDEX, SafeReader, read_into, sums_of, write_sums
 
 PARAMETER_LIKE = ("ema",)
@@ -111,10 +111,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if storage_options is not None:
             raise TypeError("ShardedStrategy writes to folders and takes no storage_options")
         path = Path(self.broadcast(str(filepath)))
-        partial = path.with_name(path.name + PARTIAL)
-        if self.is_global_zero:
-            begin_folder(path)
-        self.barrier()
+        partial = Path(self.broadcast(str(begin_folder(path)) if self.is_global_zero else ""))
         sharded = {"state_dict": checkpoint.pop("state_dict")}
         sharded |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
         sharded |= {key: checkpoint.pop(key) for key in PARAMETER_LIKE if key in checkpoint}

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from srpo_lightning.checkpoints import (
     INDEX,
     METADATA,
-    PARTIAL,
     AtomicCheckpointIO,
     check_whole,
     checkpoint_path,
@@ -21,6 +20,7 @@ from srpo_lightning.checkpoints import (
     newest,
     remove,
 )
+from srpo_lightning.owners import PARTIAL, partial_path
 
 SAVE_FOREVER = """
 import itertools, sys, torch
@@ -61,7 +61,7 @@ def test_a_kill_while_writing_leaves_every_checkpoint_whole(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(run)])
         try:
             deadline = time.monotonic() + 60
-            while len(checkpoints(run)) < 2 or not list(run.rglob(f"*{PARTIAL}")):
+            while len(checkpoints(run)) < 2 or not list(run.rglob(f"*{PARTIAL}-*")):
                 assert time.monotonic() < deadline
                 assert process.poll() is None
             time.sleep(delay_s)
@@ -77,7 +77,7 @@ def test_a_kill_while_writing_leaves_every_checkpoint_whole(tmp_path):
 def test_the_newest_is_the_one_with_most_steps_and_partial_files_do_not_count(tmp_path):
     for step in (9, 100, 20):
         AtomicCheckpointIO().save_checkpoint({}, checkpoint_path(tmp_path, step))
-    Path(f"{checkpoint_path(tmp_path, 200)}{PARTIAL}").write_bytes(b"half")
+    partial_path(checkpoint_path(tmp_path, 200)).write_bytes(b"half")
     assert newest(tmp_path) == checkpoint_path(tmp_path, 100)
     assert [path.stem for path in checkpoints(tmp_path)] == ["step-00000009", "step-00000020", "step-00000100"]
 

@@ -113,6 +113,20 @@ def test_copies_of_a_prompts_samples_do_not_narrow_the_interval():
     assert alone.high - alone.low < 0.5 * (once.high - once.low)
 
 
+def test_one_prompt_has_no_interval():
+    found = bootstrap_mean(draw(8), torch.zeros(8, dtype=torch.int64))
+    assert not found.is_known
+    assert found.value == pytest.approx(float(draw(8).double().mean()))
+    assert found.as_json() == {"value": found.value, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(("count", "coverage"), [(3, 0.72), (8, 0.88), (12, 0.92)])
+def test_intervals_over_few_prompts_hold_the_mean_less_often_than_they_say(count, coverage):
+    values = torch.randn(600, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held = sum(i.low <= 0 <= i.high for i in map(bootstrap_mean, values)) / len(values)
+    assert held == pytest.approx(coverage, abs=0.04)  # three standard deviations of 600 draws or more
+
+
 def test_groups_of_unequal_size_weigh_by_their_samples():
     found = bootstrap_mean(torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([7, 7, 7, 9]))
     assert found == pytest.approx((0.75, 0.0, 1.0))

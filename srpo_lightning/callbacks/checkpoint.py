@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from srpo_lightning.agreement import lost_rank
-from srpo_lightning.callbacks.tracking import FILE, read_records
+from srpo_lightning.callbacks.records import EVALUATION_DUE
+from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
 from srpo_lightning.module import SRPOModule
 
@@ -24,10 +25,11 @@ from srpo_lightning.module import SRPOModule
 class RunCheckpoint(Checkpoint):
     """Writes `<run folder>/checkpoints/step-*.ckpt`: every so many steps, at the end, and when the run is stopped.
 
-    Only whole states are saved: a run interrupted in the middle of a micro-batch keeps the checkpoints that it has, and
-    one interrupted between the micro-batches of a step saves the state before that step. SIGTERM, a cluster's
-    preemption, lets all ranks finish the optimizer step, save, and exit with status 143, so that the job can be queued
-    again with `--ckpt_path last`.
+    A step that is also evaluated is saved after its evaluation; a run that ends before one that was due begins with it
+    when resumed. Only whole states are saved: a run interrupted in the middle of a micro-batch keeps the checkpoints
+    that it has, and one interrupted between the micro-batches of a step saves the state before that step. SIGTERM, a
+    cluster's preemption, lets all ranks finish the optimizer step, save, and exit with status 143, so that the job can
+    be queued again with `--ckpt_path last`.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.
@@ -59,6 +61,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_at_s = 0.0
         self._position: tuple[int, dict[str, Any], dict[str, Any]] | None = None
         self._between_steps = False
+        self._is_save_due = self._is_evaluation_due = False
         self._last_step = 0
         self._is_terminated = False
         self._handler: Any = None
@@ -70,6 +73,8 @@ class RunCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             # In the place of Lightning's, which talks to the other ranks from within the signal handler.
             self._handler = signal.signal(signal.SIGTERM, self._terminate)
+        if self._is_evaluation_due and trainer.enable_validation:
+            evaluate(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on weights, counters and averages disagree."""
@@ -78,47 +83,72 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save on every n-th optimizer step and every so many minutes, once."""
+        """Save on every n-th optimizer step and every so many minutes, once, unless an evaluation comes first."""
         assert isinstance(pl_module, SRPOModule)
         self._between_steps = True
         if trainer.global_step == self._last_step:
             return  # still accumulating
         self._last_step = trainer.global_step
         self._position = pl_module.micro_step, data_state(trainer), deepcopy(trainer.fit_loop.state_dict())
-        if trainer.global_step % self.every_n_steps == 0 or self._is_time(trainer):
+        self._is_save_due = trainer.global_step % self.every_n_steps == 0 or self._is_time(trainer)
+        self._is_evaluation_due = is_evaluation_due(trainer)
+        if self._is_save_due and not self._is_evaluation_due:
             self._save(trainer)
-        if trainer.strategy.reduce_boolean_decision(self._is_terminated, all=False):
-            rank_zero_info("SIGTERM: saving and leaving; go on with --ckpt_path last")
-            self._save(trainer)
-            raise SIGTERMException(128 + signal.SIGTERM)
+        self._leave_if_terminated(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was due until now is due until it ends."""
+        assert isinstance(pl_module, SRPOModule)
+        self._is_evaluation_due = self._between_steps and not pl_module.num_accumulated
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A cluster's patience may not last for all of an evaluation."""
+        if self._is_evaluation_due:
+            self._leave_if_terminated(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what was just evaluated, if the best are to be kept."""
-        if self.monitor and trainer.state.fn == TrainerFn.FITTING and self._between_steps:
-            self._save(trainer)
-            self._prune(trainer)
+        """Save what was just evaluated, if it is time or the best are to be kept."""
+        was_due, self._is_evaluation_due = self._is_evaluation_due, False
+        if was_due:
+            if self._saved_step == trainer.global_step:  # an evaluation that a clock asked for a moment later
+                self._saved_step, self._is_save_due = -1, True
+            if self.monitor or self._is_save_due:
+                self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the result."""
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save between steps: after skipped steps, which left the last good weights."""
-        if trainer.training and self._between_steps and self._position and not lost_rank(exception):
-            assert isinstance(pl_module, SRPOModule)
-            # What was accumulated since the last step is lost: let the run go on from before it.
-            pl_module.micro_step, data, loops = self._position
-            if data:
-                trainer.datamodule.load_state_dict(data)  # type: ignore[attr-defined]
-            trainer.fit_loop.load_state_dict(loops)
-            self._save(trainer)
+        """Save between steps: after skipped steps, which left the last good weights, or in an evaluation."""
+        is_between = self._between_steps and (trainer.training or self._is_evaluation_due)
+        if is_between and not lost_rank(exception):
+            self._save_last_step(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that was resumed with nothing left to train."""
+        if self._is_evaluation_due and trainer.enable_validation:
+            rank_zero_warn(
+                f"the evaluation of step {trainer.global_step} did not end before the run did, and there is no step "
+                "left to train: run `validate` for its numbers, or raise trainer.max_steps"
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note how many samples there are in a step."""
+        """Note how many samples there are in a step, and whether the step is yet to be evaluated."""
         checkpoint["step_size"] = step_size(trainer)
+        checkpoint[EVALUATION_DUE] = self._is_evaluation_due
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say loudly that a resumed run will not be the unbroken one."""
+        self._is_evaluation_due = checkpoint.get(EVALUATION_DUE, False)
         before, now = checkpoint.get("step_size"), step_size(trainer)
         if trainer.state.fn != TrainerFn.FITTING or not before or not now:
             return
@@ -139,6 +169,25 @@ class RunCheckpoint(Checkpoint):
 
     def _terminate(self, *_: Any) -> None:
         self._is_terminated = True
+
+    def _leave_if_terminated(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._is_evaluation_due and trainer.global_step == trainer.max_steps:
+            return  # the little that is left comes first: a resumed run would have no step to do it after
+        if trainer.strategy.reduce_boolean_decision(self._is_terminated, all=False):
+            rank_zero_info("SIGTERM: saving and leaving; go on with --ckpt_path last")
+            self._save_last_step(trainer, module)
+            raise SIGTERMException(128 + signal.SIGTERM)
+
+    def _save_last_step(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._position is None:
+            return
+        assert isinstance(module, SRPOModule)
+        # What was accumulated since the last step is lost: let the run go on from before it.
+        module.micro_step, data, loops = self._position
+        if data:
+            trainer.datamodule.load_state_dict(data)  # type: ignore[attr-defined]
+        trainer.fit_loop.load_state_dict(loops)
+        self._save(trainer)
 
     def _is_time(self, trainer: Trainer) -> bool:
         if self.every_n_minutes is None:
@@ -165,6 +214,21 @@ class RunCheckpoint(Checkpoint):
                     remove(old)
 
 
+def is_evaluation_due(trainer: Trainer) -> bool:
+    """Whether Lightning evaluates after the batch that has just ended."""
+    loop = trainer.fit_loop.epoch_loop
+    assert trainer.fit_loop._data_fetcher is not None
+    return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
+def evaluate(trainer: Trainer) -> None:
+    """Run the evaluation that a resumed run's last step did not live to see, as Lightning does in an epoch."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.restarting = False
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
 def data_state(trainer: Trainer) -> dict[str, Any]:
     """Where the stream of training samples stands; empty where there is no data module."""
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -181,7 +245,7 @@ def step_size(trainer: Trainer) -> list[int] | None:
 def ranked(run_folder: str | Path, monitor: str, mode: str) -> list[Path]:
     """The checkpoints of a run whose steps were evaluated, best first by `monitor` (see RunCheckpoint)."""
     weights, _, name = monitor.partition("/")
-    records = read_records(run_folder) if (Path(run_folder) / FILE).exists() else []
+    records = read_records(run_folder)
     values = {r["step"]: float(r[name]) for r in records if r["weights"] == weights and name in r}
     scores = {path: values.get(step_of(path), math.nan) for path in checkpoints(run_folder)}
     sign = -1 if mode == "max" else 1

@@ -131,8 +131,8 @@ def write_comparison(path: Path, compared: Compared, head: Mapping[str, Any]) ->
 
 def as_dict(measure: Measure) -> dict[str, Any]:
     """For JSON."""
-    win = measure.win and measure.win._asdict()
-    return {**measure._asdict(), "mean": measure.mean._asdict(), "win": win}
+    win = measure.win and measure.win.as_json()
+    return {**measure._asdict(), "mean": measure.mean.as_json(), "win": win}
 
 
 def markdown(tag: str, by_weights: Mapping[str, Mapping[str, Measure]]) -> str:
@@ -146,9 +146,10 @@ def markdown(tag: str, by_weights: Mapping[str, Mapping[str, Measure]]) -> str:
         cells = [name]
         for weights, of in by_weights.items():
             mean, win = of[name].mean, of[name].win
-            cells.append(f"{mean.value:.4g} +- {(mean.high - mean.low) / 2:.2g}")
+            cells.append(f"{mean.value:.4g}" + (f" +- {mean.half:.2g}" if mean.is_known else ""))
             if has_base and weights != BASE:
-                cells.append(f"{win.value:.0%} ({win.low:.0%} to {win.high:.0%})" if win else "")
+                bounds = f" ({win.low:.0%} to {win.high:.0%})" if win and win.is_known else ""
+                cells.append(f"{win.value:.0%}{bounds}" if win else "")
         rows.append(cells)
     return f"### {escaped(tag)}\n\n{markdown_table(['', *heads], rows)}\n"
 

@@ -58,6 +58,13 @@ class OverOptimizationGuard(Callback):
         self.best_step = 0
         self.alarms = 0
         self.times_lowered = 0
+        self.has_stopped = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that was stopped stays so."""
+        if self.has_stopped and self.action != "warn":
+            rank_zero_info("guard: it has ended this run; to go on all the same set its action to warn, or remove it")
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what RewardTracking has measured."""
@@ -110,13 +117,13 @@ class OverOptimizationGuard(Callback):
             rank_zero_warn(f"over-optimisation: {reason}; {cure}")
         else:
             rank_zero_info(f"guard: {reason}; training ends here ({cure})")
-            trainer.should_stop = True
+            trainer.should_stop = self.has_stopped = True
 
     def state_dict(self) -> dict[str, Any]:
         """The best evaluation, to go on comparing with."""
         best = self.best and {"indices": self.best.indices, "groups": self.best.groups, "columns": self.best.columns}
         counts = {"best_step": self.best_step, "alarms": self.alarms, "times_lowered": self.times_lowered}
-        return {"best": best, **counts}
+        return {"best": best, **counts, "has_stopped": self.has_stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -124,3 +131,4 @@ class OverOptimizationGuard(Callback):
         self.best = best and Table(**best, features=torch.empty(len(best["indices"]), 0))
         self.best_step, self.alarms = state_dict["best_step"], state_dict["alarms"]
         self.times_lowered = state_dict["times_lowered"]
+        self.has_stopped = state_dict.get("has_stopped", False)

@@ -12,9 +12,10 @@ from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks.pictures import PREDICTIONS, as_picture, record_if_whole, write_picture
 from srpo_lightning.callbacks.records import Record
 from srpo_lightning.callbacks.samples import METADATA, gathered, record_of
-from srpo_lightning.checkpoints import PARTIAL, complete_or_absent
+from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.fingerprint import content_of, fingerprint
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.owners import PARTIAL, is_left
 
 DRAWN, KEPT, REDRAWN = "drawn", "kept", "drawn again"
 
@@ -103,7 +104,7 @@ class Predictions(Callback):
 
 def write_metadata(folder: Path) -> list[Record]:
     """The records of all pictures in a folder, from the pictures themselves, as a file with a line each."""
-    for left in folder.glob(f"step-*/*/*{PARTIAL}-*"):  # by a call that was killed
+    for left in filter(is_left, folder.glob(f"step-*/*/*{PARTIAL}-*")):  # by a call that was killed
         left.unlink()
     found = [(path, record_if_whole(path)) for path in sorted(folder.glob("step-*/*/*.png"))]
     records = [record | {"file": path.relative_to(folder).as_posix()} for path, record in found if record is not None]

@@ -5,33 +5,50 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from srpo_lightning.checkpoints import complete_or_absent
 
 Record: TypeAlias = dict[str, Any]
 
+EVALUATION_DUE = "evaluation_due"
+"""The key of a checkpoint that says that its step is yet to be evaluated: what a run has recorded of it is dropped."""
 
-def append(path: Path, record: Record) -> None:
-    """Add a line."""
+VALIDATION = "validation"
+"""The folder in a run's for what `validate` and `test` find."""
+
+
+def recorded_in(trainer: Trainer) -> Path:
+    """The run folder for a run's own evaluations; a folder in it for others, of whatever prompts and settings.
+
+    What belongs to the run is what chooses its best checkpoint, is reported, and goes on when it is resumed.
+    """
+    folder = Path(trainer.default_root_dir)
+    return folder if trainer.state.fn == TrainerFn.FITTING else folder / VALIDATION
+
+
+def append(path: Path, *added: Record) -> None:
+    """Add lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in added))
 
 
 def read(path: Path) -> list[Record]:
-    """All lines, oldest first; a line ends at a line feed alone, and a prompt may hold U+2028."""
+    """All lines, oldest first; none where there is no file. A line ends at a line feed alone: a prompt may hold U+2028."""
+    if not path.is_file():
+        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def drop_after(path: Path, step: int) -> None:
     """Forget the records of later steps; at no moment is a part of the file there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    for record in read(path):
-        if int(record["step"]) <= step:
-            append(partial, record)
-    if partial.exists():
-        partial.replace(path)
-    else:
+    kept = [record for record in read(path) if int(record["step"]) <= step]
+    if not kept:
         path.unlink()
+        return
+    with complete_or_absent(path) as partial:
+        append(partial, *kept)
 
 
 class Recorder(Callback):
@@ -45,6 +62,11 @@ class Recorder(Callback):
     """The path in the run folder."""
 
     _has_begun = False
+    _is_evaluation_due = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whether the records of its step are still to come."""
+        self._is_evaluation_due = checkpoint.get(EVALUATION_DUE, False)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The evaluation before training, which a resumed run does without, is the first to be recorded."""
@@ -53,7 +75,7 @@ class Recorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without that evaluation."""
         if not self._has_begun:
-            self._begin(trainer, trainer.global_step if trainer.ckpt_path else -1)
+            self._begin(trainer, trainer.global_step - self._is_evaluation_due if trainer.ckpt_path else -1)
 
     def _begin(self, trainer: Trainer, step: int) -> None:
         self._has_begun = True

@@ -13,7 +13,7 @@ from PIL import Image
 
 from srpo_lightning.callbacks.comparison import BASE, compare, write_comparison
 from srpo_lightning.callbacks.pictures import contact_sheet, sample_path
-from srpo_lightning.callbacks.records import Record
+from srpo_lightning.callbacks.records import Record, recorded_in
 from srpo_lightning.callbacks.tracking import FILE, read_records
 from srpo_lightning.markdown import markdown_table
 from srpo_lightning.module import SRPOModule
@@ -55,7 +55,7 @@ class Report(Callback):
             return
         step = pl_module.trained_steps
         tables = {weights: pl_module.evaluations[weights].table for weights in in_order(pl_module.evaluations)}
-        path = Path(trainer.default_root_dir) / "validation" / f"step-{step:08d}"
+        path = recorded_in(trainer) / f"step-{step:08d}"
         tags = trainer.datamodule.eval_tags  # type: ignore[attr-defined]
         head = {"step": step, "checkpoint": str(trainer.ckpt_path or ""), "software": software()}
         print(f"\n{write_comparison(path, compare(tables, tags), head)}\n{path}.md, {path}.json")

@@ -1,7 +1,6 @@
 """Evaluation samples as files, and side by side in TensorBoard or Weights & Biases."""
 
 import time
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -24,7 +23,7 @@ from srpo_lightning.callbacks.pictures import (
     sample_path,
     write_picture,
 )
-from srpo_lightning.callbacks.records import Record, Recorder
+from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
 from srpo_lightning.module import SRPOModule
 
 METADATA = "metadata.jsonl"
@@ -47,7 +46,8 @@ class SampleLogger(Recorder):
 
     Writes `<run folder>/samples/step-*/<weights>/<index>.png`, with prompt, seed, scores (those of RewardTracking) and
     the version of the code in each file, a line each in `samples/metadata.jsonl`, and one sheet, base, policy and
-    average under each other, to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew.
+    average under each other, to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew. Those of
+    `validate` and `test` are in the folder `validation` in the run's.
 
     Args:
         num_samples: how many of the evaluation prompts, from the first.
@@ -108,13 +108,12 @@ class SampleLogger(Recorder):
         start_s = time.perf_counter()
         for (weights, index), sample in self._samples.items():
             sample.record["scores"] = scores_of(module, weights, index)
-            path = sample_path(trainer.default_root_dir, int(sample.record["step"]), weights, index)
+            path = sample_path(recorded_in(trainer), int(sample.record["step"]), weights, index)
             write_picture(path, *sample)
         everyones = gathered({key: small(sample) for key, sample in self._samples.items()})
         self._samples = {}
         if trainer.is_global_zero:
-            for _, record in everyones.values():
-                records.append(records_path(trainer, SAMPLES), record)
+            records.append(recorded_in(trainer) / self.file, *(record for _, record in everyones.values()))
             self._show(trainer, module, everyones)
         self.seconds += time.perf_counter() - start_s
         for logger in trainer.loggers:
@@ -180,11 +179,6 @@ def gathered(own: dict[Key, Value]) -> dict[Key, Value]:
     parts: list[dict[Key, Value]] = [{}] * get_world_size()
     all_gather_object(parts, own)
     return {key: value for part in parts for key, value in part.items()}
-
-
-def records_path(trainer: Trainer, kind: str) -> Path:
-    """Of the pictures of one kind."""
-    return Path(trainer.default_root_dir) / kind / METADATA
 
 
 def show(logger: Logger, sheet: Image.Image, step: int) -> None:

@@ -8,15 +8,18 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
 from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_table, save_table, summary
-from srpo_lightning.callbacks.records import Record, Recorder
+from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.fingerprint import fingerprint
 from srpo_lightning.metrics import (
+    FEW_GROUPS,
     Evaluation,
     SampleTable,
     Table,
@@ -43,7 +46,8 @@ def table_path(run_folder: str | Path, step: int, weights: str) -> Path:
 class RewardTracking(Recorder):
     """Scores every evaluation sample, for the policy's weights, for their average and for the weights before training.
 
-    Logged under `val/<weights>/` and appended to `<run folder>/metrics.jsonl`, each the mean over the samples:
+    Logged under `val/<weights>/` and appended to `<run folder>/metrics.jsonl` (by `validate` and `test` in the folder
+    `validation` in it, with a key of all that the numbers depend on), each the mean over the samples:
     `reward` (the objective under the training reward), `judge` (the same under the judge: when the first rises and the
     second falls, the policy is exploiting its reward), `prompt` (the judge's score of image and prompt), each of
     `metrics`, `top<k>` (whether the judge ranks an image's own prompt among the best k of `candidates`), what hacked
@@ -124,7 +128,7 @@ class RewardTracking(Recorder):
         self._start_s = time.perf_counter()
         pl_module.weight_variants.pop(BASE, None)
         if pl_module.trained_steps:
-            self.base = self.base or read_table(base_path(trainer.default_root_dir), self.key(trainer, pl_module))
+            self.base = self.base or self._read_base(trainer, pl_module)
             if self.base is None:
                 pl_module.weight_variants[BASE] = pl_module.as_pretrained
 
@@ -163,8 +167,13 @@ class RewardTracking(Recorder):
         measured_base = tables.get(BASE) if step else tables.get("policy")
         if measured_base is not None:
             self.base = measured_base
+            if (few := len(self.base.groups.unique())) < FEW_GROUPS:
+                rank_zero_info(
+                    f"{few} evaluation prompts are few: intervals over them are too narrow, and of one prompt there is "
+                    f"none, nor does the guard act. Give {FEW_GROUPS} or more (data.evaluation, data.num_eval_prompts)"
+                )
             if trainer.is_global_zero:
-                save_table(base_path(trainer.default_root_dir), self.base, self.key(trainer, pl_module))
+                self._keep_base(trainer, pl_module, measured_base)
         if self.base is not None:
             tables |= {BASE: self.base}
         pl_module.evaluations = {
@@ -218,10 +227,21 @@ class RewardTracking(Recorder):
         }
         return fingerprint(what)
 
+    def _read_base(self, trainer: Trainer, module: SRPOModule) -> Table | None:
+        key = self.key(trainer, module)
+        found = (read_table(base_path(folder), key) for folder in (trainer.default_root_dir, recorded_in(trainer)))
+        return next((table for table in found if table is not None), None)
+
+    def _keep_base(self, trainer: Trainer, module: SRPOModule, base: Table) -> None:
+        """In the run folder, unless `validate` would replace the run's own by that of other prompts or settings."""
+        key, path = self.key(trainer, module), base_path(trainer.default_root_dir)
+        is_others = path.is_file() and read_table(path, key) is None
+        save_table(base_path(recorded_in(trainer)) if is_others else path, base, key)
+
     def _record(
         self, trainer: Trainer, module: SRPOModule, weights: str, table: Table, numbers: dict[str, float]
     ) -> None:
-        step, folder = module.trained_steps, trainer.default_root_dir
+        step, folder = module.trained_steps, recorded_in(trainer)
         module.log_dict({f"val/{weights}/{name}": value for name, value in numbers.items()}, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{weights}/{name}": value for name, value in numbers.items()}, step)
@@ -229,7 +249,8 @@ class RewardTracking(Recorder):
                 for name in ("reward", "judge", "prompt", *self.scorers):
                     logger.experiment.add_histogram(f"distribution/{weights}/{name}", table.columns[name], step)
         if trainer.is_global_zero:
-            append_record(folder, {"step": step, "weights": weights, **numbers})
+            own = {} if trainer.state.fn == TrainerFn.FITTING else {"key": self.key(trainer, module)}
+            append_record(folder, {"step": step, "weights": weights, **own, **numbers})
             save_table(table_path(folder, step, weights), table, "")
 
     def _move_models(self, device: torch.device) -> None:

@@ -38,6 +38,8 @@ class PromptData(LightningDataModule):
         validation_fraction: of the training prompts, held out by a hash of the text: adding prompts moves none.
         images: captions with real pictures; None: those training records that name one.
         offline_ratio: the share of steps that train on these pictures instead of the policy's own.
+        picture_latents: the mode of the VAE's posterior, or a sample of it as in the research code of SRPO, drawn once
+            for each picture.
         batch_size: training prompts per rank and micro-batch.
         repeats: how often each batch comes in a row (follows model.updates_per_rollout).
         eval_batch_size: evaluation prompts per rank and batch.
@@ -68,6 +70,7 @@ class PromptData(LightningDataModule):
         validation_fraction: ClosedUnitInterval = 0.0,
         images: Sources | None = None,
         offline_ratio: ClosedUnitInterval = 0.0,
+        picture_latents: Literal["mode", "sample"] = "mode",
         batch_size: PositiveInt = 4,
         repeats: PositiveInt = 1,
         eval_batch_size: PositiveInt = 8,
@@ -107,7 +110,11 @@ class PromptData(LightningDataModule):
         dtype = getattr(torch, text_dtype)
         encoder = FluxTextEncoder(pretrained, max_sequence_length, dtype, text_device, text_quantize)
         self.cache = FeatureCache(cache_dir, encoder, mirror_dir)
-        self.image_encoder = FluxImageEncoder(pretrained, device=text_device) if offline_ratio else None
+        self.image_encoder = (
+            FluxImageEncoder(pretrained, device=text_device, draw=picture_latents == "sample")
+            if offline_ratio
+            else None
+        )
         encoder_of_pictures = self.image_encoder and self.image_encoder.description()
         self.latents = LatentCache(cache_dir, encoder_of_pictures, mirror_dir) if encoder_of_pictures else None
         self.preparation = Preparation(

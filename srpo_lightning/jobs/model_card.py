@@ -12,7 +12,7 @@ import torch
 import srpo_lightning
 from srpo_lightning.callbacks.records import Record
 from srpo_lightning.callbacks.report import markdown
-from srpo_lightning.callbacks.tracking import FILE, read_records
+from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.jobs.comparison import Difference
 from srpo_lightning.jobs.formats import Format
 from srpo_lightning.jobs.weights import Kind
@@ -108,7 +108,7 @@ def usage(export: Export) -> str:
 
 def metrics(export: Export, module: SRPOModule) -> str:
     """The run's first evaluation beside that of the exported weights."""
-    records = read_records(export.run) if (export.run / FILE).is_file() else []
+    records = read_records(export.run)
     wanted = (module.loaded_steps, export.kind)
     after = [record for record in records if (record["step"], record["weights"]) == wanted]
     if not after:

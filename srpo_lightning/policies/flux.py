@@ -6,7 +6,7 @@ Shapes: B samples, L = (H / 16) (W / 16) packed image tokens, C = 4 x latent cha
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -52,6 +52,8 @@ class FluxPolicy(Policy):
             scheduler says, which is what FluxPipeline does.
         quantize_timesteps: truncate the noise level that the transformer is told to 1000ths, as the research code of
             SRPO does; off by default because it tells the model a level other than the one the latents have.
+        exact_conditioning: tell the transformer noise level and guidance in float32 under bf16-mixed too. By default
+            they are rounded to bfloat16, as diffusers does when it draws in bfloat16: guidance 3.5 becomes 3.504.
         adapter: train a LoRA beside the transformer's weights, which stay as they are, instead of these; needs the
             extra `lora`.
         quantize: nf4 keeps the linear layers of the transformer's blocks in 4.5 bits per weight, nf4-double in 4.13
@@ -79,6 +81,7 @@ class FluxPolicy(Policy):
         vae_tiling: bool = False,
         resolution_shift: bool | None = None,
         quantize_timesteps: bool = False,
+        exact_conditioning: bool = False,
         adapter: Lora | None = None,
         quantize: Literal["none", "nf4", "nf4-double"] = "none",
         compile: bool = False,
@@ -103,6 +106,7 @@ class FluxPolicy(Policy):
         self.vae_tiling = vae_tiling
         self.resolution_shift = resolution_shift
         self.quantize_timesteps = quantize_timesteps
+        self.exact_conditioning = exact_conditioning
         self.configs = {
             "transformer": _transformer_config(pretrained, transformer),
             "scheduler": read_json(pretrained, "scheduler", "scheduler_config.json"),
@@ -199,20 +203,25 @@ class FluxPolicy(Policy):
             return FluxTransformer2DModel.from_config(self.configs["transformer"])
 
     def forward(self, x: Packed, sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float) -> Packed:
-        """The velocity at `x`; `guidance` is the distilled one, ignored by models that have no embedding for it."""
+        """The velocity at `x`; `guidance` is the distilled one, ignored by models that have no embedding for it.
+
+        Under autocast the level and the guidance that are told are rounded to its dtype, unless `exact_conditioning`.
+        """
         assert self.transformer is not None, "load() comes first"
         if self.quantize_timesteps:
             sigma = (sigma * 1000).trunc() / 1000
-        velocity: Tensor = self.transformer(
-            hidden_states=x,
-            timestep=sigma,
-            guidance=torch.full_like(sigma, guidance) if self.guided else None,
-            encoder_hidden_states=conditions.prompt_embeds.to(x.dtype),
-            pooled_projections=conditions.pooled_prompt_embeds.to(x.dtype),
-            txt_ids=x.new_zeros(conditions.prompt_embeds.shape[1], 3),
-            img_ids=image_ids(conditions.size or self.size, x),
-            return_dict=False,
-        )[0]
+        told = [sigma, torch.full_like(sigma, guidance)] if self.guided else [sigma]
+        with _unrounded(self.transformer, told) if self.exact_conditioning else nullcontext():
+            velocity: Tensor = self.transformer(
+                hidden_states=x,
+                timestep=sigma,
+                guidance=told[1] if self.guided else None,
+                encoder_hidden_states=conditions.prompt_embeds.to(x.dtype),
+                pooled_projections=conditions.pooled_prompt_embeds.to(x.dtype),
+                txt_ids=x.new_zeros(conditions.prompt_embeds.shape[1], 3),
+                img_ids=image_ids(conditions.size or self.size, x),
+                return_dict=False,
+            )[0]
         return velocity.to(x.dtype)
 
     @contextmanager
@@ -287,6 +296,24 @@ class FluxPolicy(Policy):
             if self.start is not None:
                 architecture["beside"] = same_files(safetensors_files(*self.start_place, STEM).values())
         return f"{type(self).__name__} {json.dumps(architecture, sort_keys=True)}"
+
+
+@contextmanager
+def _unrounded(transformer: FluxTransformer2DModel, told: list[Tensor]) -> Iterator[None]:
+    """Give the embedding of level and guidance what was told, in place of what the transformer rounded.
+
+    The transformer casts both to the dtype of its first activations before it embeds them (diffusers,
+    FluxTransformer2DModel.forward); in thousandths, as there.
+    """
+
+    def replace(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (*(number.float() * 1000 for number in told), *arguments[len(told) :])
+
+    handle = transformer.time_text_embed.register_forward_pre_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _transformer_config(pretrained: str, start: str | None) -> dict[str, Any]:

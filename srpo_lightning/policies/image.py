@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
+from srpo_lightning.draws import keyed_generator
 from srpo_lightning.policies.flux import pack
 from srpo_lightning.pretrained import load_whole, part, read_json
 
@@ -27,28 +28,41 @@ class FluxImageEncoder:
         pretrained: a folder in the layout of diffusers' FluxPipeline, or a hub id.
         dtype: of the VAE.
         device: where it runs.
+        draw: latents are a sample of the VAE's posterior, by noise that depends on the picture alone; false: its mode.
     """
 
-    def __init__(self, pretrained: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        draw: bool = False,
+    ) -> None:
         self.config = read_json(pretrained, "vae", "config.json")
-        self.pretrained, self.dtype, self.device = pretrained, dtype, device
+        self.pretrained, self.dtype, self.device, self.draw = pretrained, dtype, device, draw
         self._vae: AutoencoderKL | None = None
 
     @torch.no_grad()
     def encode(self, images: Images) -> Packed:
-        """Images in [0, 1] to clean latents, float32 on the CPU: the mode of the posterior, so no chance in it."""
+        """Images in [0, 1] to clean latents, float32 on the CPU; the same picture always has the same."""
         if self._vae is None:
             vae = load_whole(AutoencoderKL, self.pretrained, "vae", torch_dtype=self.dtype)
             self._vae = vae.eval().requires_grad_(False).to(self.device)
         pixels = (images * 2 - 1).to(self.device, self.dtype)
-        z: Tensor = self._vae.encode(pixels).latent_dist.mode()
+        posterior = self._vae.encode(pixels).latent_dist
+        z: Tensor = posterior.mode()
+        if self.draw:
+            keys = [hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).hexdigest() for image in images]
+            noise = [torch.randn(z.shape[1:], generator=keyed_generator("posterior", key)) for key in keys]
+            z = z + posterior.std * torch.stack(noise).to(z)
         return pack((z.float() - (self.config.get("shift_factor") or 0.0)) * self.config["scaling_factor"]).cpu()
 
     def description(self) -> dict[str, str | int]:
         """What latents depend on, for people to read, and a `fingerprint` of all of it, files included."""
         file = Path(part(self.pretrained, "vae", "config.json"))
         is_local = Path(self.pretrained).expanduser().is_dir()
-        digest = hashlib.sha256(f"{self.dtype} latents {READING}".encode())
+        rule = f"{self.dtype} latents {READING}{' drawn' if self.draw else ''}"
+        digest = hashlib.sha256(rule.encode())
         for own in sorted(file.parent.glob("*")) if is_local else []:
             digest.update(f"{own.name} {own.stat().st_size}".encode() + own.read_bytes())
         name = Path(self.pretrained).name if is_local else self.pretrained
@@ -59,6 +73,7 @@ class FluxImageEncoder:
             "revision": revision,
             "part": "vae",
             "dtype": str(self.dtype).removeprefix("torch."),
+            "latents": "sample" if self.draw else "mode",
             "fingerprint": digest.hexdigest(),
         }
 

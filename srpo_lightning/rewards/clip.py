@@ -172,6 +172,8 @@ class PickScore(ClipReward):
         logit_scale_divisor: 1 is the published score.
         dtype: of the weights.
         cache_size: how many texts' features are kept.
+        clamp: cut bicubic overshoot off, as the published score does, which resizes 8-bit pictures; false leaves it, as
+            the research code of SRPO does, which resizes tensors.
     """
 
     def __init__(
@@ -181,5 +183,11 @@ class PickScore(ClipReward):
         logit_scale_divisor: float | None = 1.0,
         dtype: Literal["float32", "bfloat16"] = "float32",
         cache_size: int = 16384,
+        clamp: bool = True,
     ) -> None:
         super().__init__(pretrained, processor, logit_scale_divisor, dtype, cache_size)
+        self.clamp = clamp
+
+    def preprocessing(self, image_size: int) -> Preprocessing:
+        """As the processor says, with or without overshoot."""
+        return super().preprocessing(image_size)._replace(clamp=self.clamp)

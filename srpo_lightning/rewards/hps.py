@@ -83,16 +83,43 @@ class HPSv2(ClipReward):
 
 
 class SGPHPS(HPSv2):
-    """The probability, in [0, 1], with which HPSv2.1 prefers an image as "Realistic photo" to "CG Render".
+    """How HPSv2.1 prefers an image as "Realistic photo" to "CG Render": the probability, in [0, 1].
 
     A metric of the SRPO paper (arXiv 2509.06942, SGP-HPS; 0.41 to 0.51 there), because HPS itself hardly moves under
     SRPO. Its formula is not published: a softmax over the two scores, times the model's logit scale, is inferred from
-    the published values.
+    the published values. A Chinese rendering of the paper calls it the difference of the scores: take that with
+    `as_probability: false`.
+
+    Args:
+        pretrained: the published file, a folder that holds it or that `convert` wrote, or the hub id.
+        filename: of the published file in the folder or on the hub (HPS_v2_compressed.pt for v2).
+        processor: a folder or hub id with CLIP's tokenizer; None: the folder that `convert` wrote, or LAION's ViT-H-14.
+        fit: crop the centre, as SRPO trains; or pad with black, as HPSv2 evaluates. Equal for squares.
+        logit_scale_divisor: of the scores whose difference is taken; without effect on the probability.
+        dtype: of the weights.
+        cache_size: how many texts' features are kept.
+        as_probability: the softmax; false: the difference of the two scores.
     """
+
+    def __init__(
+        self,
+        pretrained: str = "xswu/HPSv2",
+        filename: str = "HPS_v2.1_compressed.pt",
+        processor: str | None = None,
+        fit: Literal["crop", "pad"] = "crop",
+        logit_scale_divisor: float | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        cache_size: int = 16384,
+        as_probability: bool = True,
+    ) -> None:
+        super().__init__(pretrained, filename, processor, fit, logit_scale_divisor, dtype, cache_size)
+        self.as_probability = as_probability
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
         """The preference under each prompt."""
         (positive,), (negative,) = SEMANTIC_GUIDED.positive, SEMANTIC_GUIDED.negative
         pairs = [[f"{word}. {text}" for text in column] for column in texts for word in (positive, negative)]
         photo, render = super().scores(images, pairs).unflatten(1, (-1, 2)).unbind(2)
+        if not self.as_probability:
+            return photo - render
         return torch.sigmoid(self.logit_scale / self.scale * (photo - render))

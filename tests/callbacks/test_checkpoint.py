@@ -148,6 +148,8 @@ def assert_same_run(a: dict, b: dict) -> None:
     for index, state in a["optimizer_states"][0]["state"].items():
         for name, value in state.items():
             assert torch.equal(value, b["optimizer_states"][0]["state"][index][name])
+    if "ema" not in a:
+        return
     average, other = ({k: v for k, v in c["callbacks"].items() if k.startswith("EMA")}["EMA"] for c in (a, b))
     assert average["num_updates"] == other["num_updates"]
     for name, weights in a["ema"].items():

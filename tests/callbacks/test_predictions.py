@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from srpo_lightning.callbacks.predictions import Predictions, together
 from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.policies import FluxPolicy
 from tests import tiny
+from tests.test_owners import ended
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_the_metadata_has_a_line_for_every_picture_whatever_was_in_it(models, fe
 
 def test_what_a_killed_call_was_writing_is_removed(models, features, drawn, tmp_path):
     run = shutil.copytree(drawn, tmp_path / "run")
-    left = pictures(run)[0].with_name("00000.png.partial-123")
+    left = pictures(run)[0].with_name(f"00000.png.partial-{socket.gethostname()}-{ended()}")
     left.write_bytes(b"half a picture")
     predict(models, features, run)
     assert not left.exists()

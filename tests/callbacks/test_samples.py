@@ -28,6 +28,7 @@ def test_no_more_samples_are_kept_than_asked_and_they_are_the_first(models, feat
 def test_a_picture_says_what_it_is_of_and_how_it_was_scored(models, features, tmp_path):
     """Also where the logger stands before the tracking."""
     validate(models, features, tmp_path, SampleLogger(), RewardTracking(ClipReward(str(models.judge))))
+    tmp_path = tmp_path / "validation"
     record = read_record(tmp_path / "samples" / "step-00000000" / "policy" / "00002.png")
     (line,) = (json.loads(line) for line in (tmp_path / "samples" / "metadata.jsonl").read_text().splitlines()[2:])
     table = read_table(table_path(tmp_path, 0, "policy"))

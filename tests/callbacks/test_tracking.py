@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import RewardTracking, RunCheckpoint
+from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.tracking import append_record, read_records
 from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.metrics import saturation
@@ -28,7 +29,8 @@ def validate(models, features, run, judge, **settings) -> dict:
     trainer = tiny.new_trainer(run, [tracking], limit_val_batches=9)
     module = tiny.new_module(models)
     trainer.validate(module, tiny.new_data(models, features), verbose=False)
-    (record,) = read_records(run)
+    (record,) = read_records(run / VALIDATION)
+    del record["key"]
     return record, module
 
 

@@ -109,7 +109,8 @@ def test_evaluating_a_checkpoint_finds_the_metrics_that_training_found(finished,
     config, run = finished
     main([command, "--config", config, "--ckpt_path", str(checkpoint_path(run, 4)),
           "--trainer.default_root_dir", str(tmp_path / "eval")])  # fmt: skip
-    records = lines(tmp_path / "eval" / "metrics.jsonl")
+    records = lines(tmp_path / "eval" / "validation" / "metrics.jsonl")
+    assert len({record.pop("key") for record in records}) == 1
     assert records == lines(run / "metrics.jsonl")[-2:]
 
 
@@ -119,12 +120,34 @@ def test_best_is_the_checkpoint_with_the_highest_score(finished, tmp_path, capsy
     folder = shutil.copytree(run, tmp_path / "run")
     main(["validate", "--config", config, "--ckpt_path", "best", "--checkpoint.monitor", "ema/judge",
           "--trainer.default_root_dir", str(folder)])  # fmt: skip
-    assert lines(folder / "metrics.jsonl")[-1]["step"] == max(scores, key=scores.get)
+    assert lines(folder / "validation" / "metrics.jsonl")[-1]["step"] == max(scores, key=scores.get)
     for monitor, cure in ((None, "needs checkpoint.monitor"), ("ema/nothing", "was evaluated in checkpoint.monitor")):
         flags = ["--checkpoint.monitor", monitor] if monitor else []
         with pytest.raises(SystemExit, match=cure):
             main(["validate", "--config", config, "--ckpt_path", "best", *flags,
                   "--trainer.default_root_dir", str(folder)])  # fmt: skip
+
+
+def test_validate_with_other_prompts_leaves_the_run_and_its_best_checkpoint_as_they_are(finished, tmp_path):
+    """Every file of it, bit for bit: the records that `best` goes by, tables, the base's among them, pictures, logs."""
+    folder = shutil.copytree(finished[1], tmp_path / "run")
+    prompts = tmp_path / "others.txt"
+    prompts.write_text("d0\nd1")
+
+    def content() -> dict[str, bytes]:
+        paths = (path for path in folder.rglob("*") if path.is_file() and "validation" not in path.parts)
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+    before = content()
+    flags = ["--trainer.default_root_dir", str(folder), "--ckpt_path", str(checkpoint_path(folder, 2))]
+    for own in (["--data.evaluation", str(prompts)], []):
+        main(["validate", "--config", finished[0], *flags, *own])
+        assert content() == before
+    records = lines(folder / "validation" / "metrics.jsonl")
+    assert [(r["step"], r["weights"]) for r in records] == [(2, "policy"), (2, "ema")] * 2
+    assert records[0]["key"] == records[1]["key"] != records[2]["key"]
+    expected = [r for r in lines(folder / "metrics.jsonl") if r["step"] == 2]
+    assert [{name: r[name] for name in r if name != "key"} for r in records[2:]] == expected
 
 
 def test_predict_writes_a_picture_of_every_prompt_by_both_weights(finished, tmp_path):

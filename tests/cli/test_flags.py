@@ -43,8 +43,8 @@ TRAJECTORY = "guidance shift margin shared_noise reward_batch_size"
 FLAGS = {
     SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
     "max_skipped_steps optimizer_in_backward clip_norm_per_parameter updates_per_rollout",
-    PromptData: "train pretrained evaluation validation_fraction images offline_ratio batch_size repeats "
-    "eval_batch_size "
+    PromptData: "train pretrained evaluation validation_fraction images offline_ratio picture_latents batch_size "
+    "repeats eval_batch_size "
     "num_eval_prompts eval_samples_per_prompt sizes height width cache_dir mirror_dir max_prompts_to_encode "
     "max_sequence_length text_dtype text_quantize text_batch_size text_device shuffle_window num_workers seed",
     Source: "path weight prompt image seed negative_prompt tags width height split",
@@ -71,10 +71,11 @@ FLAGS = {
     DanceDiffusion: "eta",
     FlowDiffusion: "a",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
-    "resolution_shift quantize_timesteps adapter quantize compile attention rollout_cache transformer",
+    "resolution_shift quantize_timesteps exact_conditioning adapter quantize compile attention "
+    "rollout_cache transformer",
     Lora: "rank alpha target_modules dropout dora rslora seed pretrained",
     ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",
-    PickScore: "pretrained processor logit_scale_divisor dtype cache_size",
+    PickScore: "pretrained processor logit_scale_divisor dtype cache_size clamp",
     HPSv2: "pretrained filename processor fit logit_scale_divisor dtype cache_size",
     ImageReward: "pretrained tokenizer dtype",
     LaionAesthetic: "head pretrained dtype",

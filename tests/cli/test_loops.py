@@ -25,6 +25,7 @@ def config(models, features, tmp_path) -> str:
         (["limit_val_batches=0.5"], "leave it away .* set data.num_eval_prompts"),
         (["limit_train_batches=0.5"], "set trainer.max_steps, or a whole number of batches per epoch"),
         (["limit_train_batches=5", "accumulate_grad_batches=2"], "5, which .* 2, does not divide: .* set it to 6"),
+        (["accumulate_grad_batches=3"], "2 micro-batches, which .* 3, does not divide: .* set it to 3"),
         (["overfit_batches=2"], "set data.train to a file with the few prompts"),
         (["enable_checkpointing=false"], "leave it away, and set checkpoint.every_n_steps"),
     ],

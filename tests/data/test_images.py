@@ -105,6 +105,20 @@ def test_the_encoder_gives_the_mode_of_the_vae_in_the_policys_packing(models):
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_latents_may_be_a_sample_of_the_posterior_which_depends_on_the_picture_alone(models):
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    many = torch.cat([picture + 1e-6 * i for i in range(200)]).clamp(0, 1)
+    drawn, mode = (FluxImageEncoder(str(models.pipeline), draw=draw) for draw in (True, False))
+    assert torch.equal(drawn.encode(many[:2])[1], drawn.encode(many[1:3])[0])
+    assert drawn.description()["fingerprint"] != mode.description()["fingerprint"]
+    vae = tiny.new_policy(models).vae
+    with torch.no_grad():
+        std = pack(vae.encode(picture * 2 - 1).latent_dist.std * 0.7)
+    noise = (drawn.encode(many) - mode.encode(many)) / std
+    assert noise.mean().abs() < 0.05
+    assert abs(float(noise.std()) - 1) < 0.05
+
+
 @pytest.fixture
 def cached(models, tmp_path):
     encoder = FluxImageEncoder(str(models.pipeline))

@@ -124,7 +124,7 @@ def verdicts(**changes: dict[str, float]) -> list[str]:
 def test_every_claim_can_be_true_and_each_can_be_false():
     assert verdicts() == ["yes"] * 7
     assert verdicts(LeapAlign={"judge": 0.65})[0] == "no"
-    assert verdicts(**{name: {"judge": 0.6, "reward": 0.6, "diversity": 1.0} for name in LATE})[1] == "no"
+    assert verdicts(**{name: {"judge": 0.6, "reward": 0.5, "diversity": 1.1} for name in LATE})[1] == "no"
     assert verdicts(**{"SRPO, no inversion": {"saturation": 0.2}})[2] == "no"
     assert verdicts(GRPO={"judge": 0.59})[3] == "no"
     assert verdicts(**{"SRPO to b": {"share/b": 0.15}})[4] == "no"
@@ -139,6 +139,10 @@ def test_a_difference_within_chance_is_undecided():
     gap = difference(scattered["SRPO"], scattered["LeapAlign"], at_end("judge"))
     assert gap.low < 0 < gap.value
     assert claims(scattered, ["a", "b"])[0].verdict == "undecided"
+    scattered["LeapAlign"] = [curve(seed, judge=judge) for seed, judge in ((1, 0.7), (2, 0.61), (3, 0.59))]
+    gap = difference(scattered["SRPO"], scattered["LeapAlign"], at_end("judge"))
+    assert gap.value < 0 < gap.high  # below zero, and within chance of it
+    assert claims(scattered, ["a", "b"])[0].verdict == "undecided"
 
 
 def write_benchmark(models: tiny.Models, features: Path, folder: Path) -> Path:
@@ -149,7 +153,7 @@ def write_benchmark(models: tiny.Models, features: Path, folder: Path) -> Path:
     fit["trainer"]["callbacks"] = tracking
     config = {
         "folder": str(folder / "benchmark"),
-        "seeds": [0, 1],
+        "seeds": [0, 1, 2],
         "learning_rates": [1e-3, 1e-4],
         "forwards": 32,
         "evaluations": 2,
@@ -182,13 +186,14 @@ def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models
     folder = tmp_path / "benchmark"
     result = json.loads((folder / "results.json").read_text())
     assert {name: len(curves) for name, curves in result["rows"].items()} == {"base": 2, "SRPO": 2, "ReFL": 1}
+    assert {run["seed"] for run in result["rows"]["SRPO"]} == {1, 2}  # the seed that chose the rate is not in the mean
     assert [run["learning_rate"] for run in result["sweeps"]["SRPO"]] == [1e-3, 1e-4]
     for curves in (result["rows"]["SRPO"], result["rows"]["ReFL"]):
         for run in curves:
             assert [point["forwards"] for point in run["points"]] == [0, 16, 32]
             assert run["points"][2]["seconds"] > 0
             assert run["peak_bytes"] > 2**20
-    same = {run["points"][0]["judge"] for run in [*result["sweeps"]["SRPO"], result["rows"]["ReFL"][0]]}
+    same = {run["points"][0]["judge"] for run in (result["rows"]["SRPO"][0], result["rows"]["ReFL"][0])}
     assert len(same) == 1  # the base of a seed is measured once
     assert "absent is left out" in done.output
     assert (folder / "curves.png").is_file()

@@ -22,6 +22,7 @@ from srpo_lightning.jobs import export as job
 from srpo_lightning.jobs import streaming, usage
 from srpo_lightning.jobs.formats import DiffusersFolder
 from srpo_lightning.jobs.weights import Stored
+from srpo_lightning.owners import partial_path
 from srpo_lightning.policies import Lora
 from tests import tiny
 
@@ -324,7 +325,7 @@ def test_other_pictures_than_the_checkpoints_fail_and_stay_to_be_looked_at(train
     message = refused(run, output, "--dtype", "float32")
     assert "is not the checkpoint's (mean" in message
     assert not output.exists()
-    assert {path.name for path in (tmp_path / "out.partial" / "check").iterdir()} == {"pictures.png"}
+    assert {path.name for path in (partial_path(output) / "check").iterdir()} == {"pictures.png"}
 
 
 def test_other_weights_than_the_checkpoints_fail_although_rounding_would_hide_them(trained, tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ def test_the_converted_folder_gives_the_same_scores(original, tmp_path):
     torch.testing.assert_close(converted, ours, rtol=0, atol=1e-6)
     config = json.loads((tmp_path / "converted" / "preprocessor_config.json").read_text())
     assert config["size"] == {"shortest_edge": 28}
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial*"))
     with pytest.raises(ValueError, match="exists already: name another output"):
         convert(original["weights"], str(tmp_path / "converted"), original["processor"])
 
@@ -117,5 +117,7 @@ def test_the_semantic_guided_score_is_the_softmax_of_two_hps(original):
         expected = (pair * hps.clip.logit_scale.exp()).softmax(1)[:, 0]
         torch.testing.assert_close(sgp(image, [text]), expected)
         torch.testing.assert_close(sgp.compare(image, [text, TEXTS[1]])[:, 0], expected)
+        difference = load(original, SGPHPS, as_probability=False)(image, [text])
+        torch.testing.assert_close(difference, pair[:, 0] - pair[:, 1], rtol=1e-5, atol=1e-6)
     assert 0 < expected < 1
     assert abs(expected - 0.5) > 1e-4

@@ -12,6 +12,7 @@ from srpo_lightning.callbacks import lora as lora_callback
 from srpo_lightning.callbacks.lora import lora_path
 from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.owners import partial_path
 from srpo_lightning.policies import FluxPolicy, Lora, adapters
 from tests import tiny
 from tests.faults import History
@@ -290,7 +291,7 @@ def test_the_adapter_is_exported_every_so_many_steps_and_at_the_end_once_each(
     monkeypatch.setattr(lora_callback, "save_lora", record)
     trainer = tiny.new_trainer(tmp_path, [LoraExport(2)], max_steps=max_steps, accumulate_grad_batches=2)
     trainer.fit(new_module(models, adapter=Lora(4)), tiny.new_data(models, features))
-    assert [folder.name for folder in written] == [f"step-0000000{n}.partial" for n in exported]
+    assert written == [partial_path(lora_path(tmp_path, n)) for n in exported]
     assert sorted(p.name for p in lora_path(tmp_path, 0).parent.iterdir()) == [f"step-0000000{n}" for n in exported]
 
 

@@ -72,6 +72,29 @@ def test_quantized_timesteps_are_truncated_and_not_rounded(models, policy):
     assert (fine - exact).abs().max() > 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("exact", [False, True])
+def test_under_autocast_level_and_guidance_are_rounded_unless_they_are_to_be_exact(models, exact):
+    policy = tiny.new_policy(models, exact_conditioning=exact)
+    x, conditions = inputs(policy)
+    told = []
+    projection = policy.transformer.time_text_embed.time_proj  # of the level, then of the guidance
+    projection.register_forward_pre_hook(lambda _, args: told.append(args[0].float() / 1000))
+    level = torch.tensor([0.9127, 0.7509])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        policy(x, level, conditions, 3.1)
+    assert torch.equal(told[0], level) == torch.allclose(told[1], torch.full((2,), 3.1), atol=1e-5) == exact
+    torch.testing.assert_close(told[0], level, rtol=0.01, atol=0)
+    assert not policy.transformer.time_text_embed._forward_pre_hooks
+
+
+def test_without_autocast_exact_conditioning_changes_nothing(models, policy):
+    x, conditions = inputs(policy)
+    exact = tiny.new_policy(models, exact_conditioning=True)
+    with torch.no_grad():
+        assert torch.equal(exact(x, SIGMA, conditions, 3.5), policy(x, SIGMA, conditions, 3.5))
+
+
 class Waits(TorchDispatchMode):
     """Operations that would make the host wait for a device: numbers asked for, and copies that are not queued."""
 

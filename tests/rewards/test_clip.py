@@ -58,6 +58,14 @@ def test_pickscore_is_the_published_one_with_its_processor_elsewhere(models, rew
         torch.testing.assert_close(pickscore(images(), TEXTS), expected, rtol=1e-6, atol=0)
 
 
+def test_pickscore_cuts_overshoot_off_unless_it_is_to_be_left_as_tensors_have_it(models):
+    edges = (torch.arange(64) // 8 % 2).float().expand(1, 3, 64, 64)
+    cut, left = (PickScore(str(models.clip), None, clamp=clamp).preprocessing(28) for clamp in (True, False))
+    white = (1 - torch.tensor(cut.mean)) / torch.tensor(cut.std)
+    assert (cut(edges).amax((0, 2, 3)) <= white + 1e-5).all()
+    assert (left(edges).amax((0, 2, 3)) > white + 0.01).all()
+
+
 def test_scores_under_several_texts_equal_separate_calls(reward):
     """`Reward.scores`, the definition for rewards that share nothing between texts."""
     columns = [TEXTS, ["x", "y", "a cat"]]

@@ -11,6 +11,7 @@ from srpo_lightning.jobs.benchmark.results import (
     Results,
     change_of,
     difference,
+    mean_over_seeds,
     with_half,
 )
 from srpo_lightning.metrics import Interval
@@ -135,8 +136,8 @@ def _words(results: Results, labels: Sequence[str]) -> tuple[str, str]:
     means = {
         label: tuple(sum(each) / len(pairs) for each in zip(*pairs, strict=True)) for label, pairs in shares.items()
     }
-    verdict = all(after - before >= STEERED for before, after in means.values())
-    return "yes" if verdict else "no", ", ".join(
+    rises = [mean_over_seeds([after - before - STEERED for before, after in pairs]) for pairs in shares.values()]
+    return _all(map(_sign, rises)), ", ".join(
         f"{k} {before:.0%} to {after:.0%}" for k, (before, after) in means.items()
     )
 
@@ -145,12 +146,15 @@ def _real(results: Results) -> tuple[str, str]:
     real = "SRPO, real pictures"
     if missing := _missing(results, [OURS, real]):
         return _not_measured(missing)
-    less = difference(results[real], results[OURS], lambda c: c.last["judge"] - c.first["judge"])
+
+    def gain(curve: Curve) -> float:
+        return curve.last["judge"] - curve.first["judge"]
+
+    less = difference(results[real], results[OURS], gain)
+    enough = difference(results[real], results[OURS], gain, share=CLOSE)
     gains = {name: change_of(results[name], "judge") for name in (OURS, real)}
     share = gains[real].value / gains[OURS].value
-    return (
-        "yes" if share >= CLOSE else "no"
-    ), f"gains of the judge: {_list(gains)}, {share:.0%}; difference {with_half(less, sign='+')}"
+    return _sign(enough), f"gains of the judge: {_list(gains)}, {share:.0%}; difference {with_half(less, sign='+')}"
 
 
 def _combined(results: Results) -> tuple[str, str]:
@@ -188,9 +192,9 @@ def _not_measured(missing: str) -> tuple[str, str]:
 
 def _sign(gap: Interval) -> str:
     """Whether a difference is above zero; of one seed there is no interval, and its sign decides."""
-    if gap.value <= 0 or gap.high < 0:
-        return "no"
-    return "undecided" if gap.low <= 0 else "yes"
+    if gap.low <= 0 <= gap.high:
+        return "undecided"
+    return "yes" if gap.value > 0 else "no"
 
 
 def _all(verdicts: Iterable[str]) -> str:

@@ -44,7 +44,7 @@ def benchmark(
         forwards: passes of the policy on one sample that each run may spend; a backward pass counts two.
         label: the one of RewardTracking's labels that is wanted.
         target: of the judge, for the time that it takes to reach it.
-        seeds: of the runs.
+        seeds: of the runs; the first one chooses the learning rates, and where there are others it is in no mean.
         evaluations: of each run, at equal distances.
         folder: of all runs and of the report.
         num_workers: runs at a time.
@@ -84,7 +84,7 @@ def carry_out(plan: Plan, runner: Runner, labels: Sequence[str], trains: bool) -
     if trains:
         # Seed by seed, so that a benchmark that is stopped has whole tables of fewer seeds.
         runner((own[i] for i in range(len(plan.seeds)) for own in runs.values() if i < len(own)), bases)
-    results = {"base": of_done(bases.values(), labels)}
+    results = {"base": of_done((bases[seed] for seed in plan.measured_seeds), labels)}
     if not results["base"]:
         raise ValueError(f"nothing in {plan.folder} to report on: leave --report_only away")
     return results | {name: curves for name, own in runs.items() if (curves := of_done(own, labels))}, sweeps
@@ -138,4 +138,4 @@ def choose(plan: Plan, sweeps: Results) -> dict[str, float]:
 
 def of_seeds(plan: Plan, row: str, learning_rate: float) -> list[Run]:
     """A row's runs."""
-    return [plan.run(row, learning_rate, seed) for seed in plan.seeds[: plan.rows[row].num_seeds]]
+    return [plan.run(row, learning_rate, seed) for seed in plan.measured_seeds[: plan.rows[row].num_seeds]]

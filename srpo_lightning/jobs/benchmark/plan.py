@@ -43,7 +43,7 @@ class Row:
         settings: what else is different from the common settings, in their nesting.
         learning_rates: those that are tried from the first seed; None: the benchmark's.
         learning_rate_of: the row whose choice of a learning rate is taken over, instead of trying any.
-        num_seeds: how many of the seeds are run; None: all.
+        num_seeds: how many of the seeds are run at the chosen learning rate; None: all.
         compute: the part of the benchmark's compute that is spent, or a multiple of it.
         needs: a path without which the row is left out.
         curve: whether the figure shows it.
@@ -90,7 +90,7 @@ class Plan(NamedTuple):
         fit: settings of `fit`, without an objective.
         rows: by name.
         learning_rates: tried for every row that names no others.
-        seeds: the first one decides on the learning rate.
+        seeds: the first one decides on the learning rate; where there are others it is in no mean.
         forwards: of the policy, that each run may spend.
         evaluations: of each run, at equal distances, the last one at its end.
         folder: of all runs.
@@ -103,6 +103,11 @@ class Plan(NamedTuple):
     forwards: int
     evaluations: int
     folder: Path
+
+    @property
+    def measured_seeds(self) -> list[int]:
+        """Those of the means: a rate that was chosen by a seed would flatter that seed."""
+        return self.seeds[1:] or self.seeds
 
     def run(self, row: str, learning_rate: float, seed: int) -> Run:
         """A row's run."""

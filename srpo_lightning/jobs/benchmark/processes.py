@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from srpo_lightning.callbacks.tracking import FILE, base_path, read_records
+from srpo_lightning.callbacks.tracking import base_path, read_records
 from srpo_lightning.checkpoints import checkpoints, complete_or_absent
 from srpo_lightning.jobs.benchmark.plan import Run, write_config
 
@@ -27,9 +27,8 @@ KIB = 1024
 
 def is_done(run: Run) -> bool:
     """Whether the last evaluation of a run is there, and the weights before training are measured."""
-    if not base_path(run.folder).is_file() or not (run.folder / FILE).is_file():
-        return False
-    return not run.steps or any(record["step"] == run.steps for record in read_records(run.folder))
+    is_evaluated = not run.steps or any(record["step"] == run.steps for record in read_records(run.folder))
+    return is_evaluated and base_path(run.folder).is_file()
 
 
 class Runner:

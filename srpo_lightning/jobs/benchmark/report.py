@@ -1,7 +1,6 @@
 """The table in Markdown and everything as JSON."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,11 +109,7 @@ def write(report: Report, folder: Path) -> str:
 
 def means(curves: Sequence[Curve]) -> dict[str, dict[str, float | None]]:
     """Every number at the end over the seeds, for JSON, which knows no NaN."""
-    intervals = {name: last_of(curves, name) for name in curves[0].last}
-    return {
-        name: {key: None if math.isnan(value) else value for key, value in interval._asdict().items()}
-        for name, interval in intervals.items()
-    }
+    return {name: last_of(curves, name).as_json() for name in curves[0].last}
 
 
 def as_dict(curve: Curve) -> dict[str, Any]:

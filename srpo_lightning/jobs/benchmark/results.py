@@ -117,16 +117,20 @@ def change_of(curves: Sequence[Curve], name: str) -> Interval:
     return mean_over_seeds([curve.last[name] - curve.first[name] for curve in curves])
 
 
-def difference(ours: Sequence[Curve], theirs: Sequence[Curve], what: Callable[[Curve], float]) -> Interval:
-    """Of anything of two rows, seed by seed: both start from the same noise."""
+def difference(
+    ours: Sequence[Curve], theirs: Sequence[Curve], what: Callable[[Curve], float], share: float = 1.0
+) -> Interval:
+    """Of anything of two rows, seed by seed: both start from the same noise. Ours less this share of theirs."""
     by_seed = {curve.run.seed: what(curve) for curve in theirs}
-    return mean_over_seeds([what(curve) - by_seed[curve.run.seed] for curve in ours if curve.run.seed in by_seed])
+    return mean_over_seeds(
+        [what(curve) - share * by_seed[curve.run.seed] for curve in ours if curve.run.seed in by_seed]
+    )
 
 
 def with_half(interval: Interval, digits: int = 3, sign: str = "") -> str:
     """A mean, and half of its interval where there is one; the sign "+" shows it of positive means too."""
-    half = (interval.high - interval.low) / 2
-    return f"{interval.value:{sign}.{digits}f}" + ("" if math.isnan(half) else f" +- {half:.{digits}f}")
+    half = f" +- {interval.half:.{digits}f}" if interval.is_known else ""
+    return f"{interval.value:{sign}.{digits}f}{half}"
 
 
 Results = Mapping[str, Sequence[Curve]]
