@@ -1,43 +1,27 @@
-"""The rows of files and folders, whatever their kind: one dictionary each, read one after the other."""
+"""Where rows come from: a file, an archive, a folder of them or of pictures, or a Hugging Face dataset."""
 
-import csv
-import hashlib
-import json
-import sys
-import tarfile
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
-from srpo_lightning.checkpoints import complete_or_absent
+from srpo_lightning.data.archives import archive_rows
+from srpo_lightning.data.picture_files import OPENED, PICTURES, is_hidden
+from srpo_lightning.data.tables import KINDS, Found, caption_of, table_rows
 
-Row: TypeAlias = dict[str, Any]
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-KEPT = Path(".cache/pictures")
-SLICE = "@"  # between an archive's path and where in it a picture lies
-
-
-class Found(NamedTuple):
-    """A row and where it stands."""
-
-    row: Row
-    source: str
-    number: int | str
-    unit: str = "line"
-
-    @property
-    def place(self) -> str:
-        """For messages."""
-        return f"prompt file {self.source}, {self.unit} {self.number}"
+ARCHIVE = ".tar"
+READ = (*KINDS, ARCHIVE)
+UNREAD = (".tsv", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".arrow", ".xls", ".xlsx")
+"""Kinds of files that hold rows elsewhere: refused, so that nobody waits for what is in them."""
 
 
 def rows(path: str, prompt: str, image: str, split: str) -> Iterator[Found]:
     """The rows of a source.
 
     Args:
-        path: .txt (a prompt per line), .jsonl, .csv, .parquet, a webdataset .tar, a folder of such files, of pictures
-            with captions beside them or as `datasets` saves it, or a Hugging Face dataset id.
+        path: .txt (a prompt per line; so is a file without suffix), .jsonl, .csv, .parquet, a webdataset .tar, a folder
+            of such files, of pictures with captions beside them or as `datasets` saves it, or a Hugging Face dataset
+            id. Hidden files of a folder or an archive, and __MACOSX, are passed over.
         prompt: the key under which text that has no column of its own is put.
         image: the same for pictures.
         split: of a Hugging Face dataset.
@@ -48,166 +32,87 @@ def rows(path: str, prompt: str, image: str, split: str) -> Iterator[Found]:
     file = Path(path).expanduser()
     if file.is_dir():
         return _folder(file, prompt, image, split)
-    if not file.suffix or not file.exists():
+    if not file.exists():
         if _is_hub_id(path):
             return _hub(path, split)
         raise ValueError(f"prompt file {path} does not exist (looked for {file.resolve()})")
-    if file.suffix not in KINDS and file.suffix != ".tar":
-        raise ValueError(f"prompt file {path}: the name must end in one of {', '.join([*KINDS, '.tar'])}")
-    return _decoded(file, prompt, image)
+    if not file.is_file():
+        raise ValueError(f"prompt file {path} is a device or a pipe, which may have no end: write it to a file")
+    if _kind(file) not in READ:
+        raise ValueError(f"prompt file {path}: the name must end in one of {', '.join(READ)}")
+    return _of_file(file, prompt, image)
 
 
-def read_picture(reference: str) -> bytes:
-    """The bytes of a picture: a file's, or those of a part of an archive.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    path, _, place = reference.rpartition(SLICE)
-    start, _, size = place.partition("+")
-    in_archive = path.endswith(".tar") and start.isdecimal() and size.isdecimal()
-    try:
-        with Path(path if in_archive else reference).open("rb") as stream:
-            stream.seek(int(start) if in_archive else 0)
-            return stream.read(int(size) if in_archive else -1)
-    except OSError as error:
-        raise ValueError(f"picture {reference} cannot be read ({error.strerror}): correct its path") from error
+def _kind(file: Path) -> str:
+    return file.suffix.lower() or ".txt"
 
 
-def keep_picture(content: bytes) -> str:
-    """Write a picture that came inside a table to a file named by its content; returns the path."""
-    path = (KEPT / hashlib.sha256(content).hexdigest()).resolve()
-    if not path.is_file():
-        with complete_or_absent(path) as partial:
-            partial.write_bytes(content)
-    return str(path)
-
-
-def _decoded(file: Path, prompt: str, image: str) -> Iterator[Found]:
-    try:
-        if file.suffix == ".tar":
-            yield from _archive(file, prompt, image)
-        else:
-            yield from KINDS[file.suffix](file, prompt)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {file} is not UTF-8 text ({error}): save it as UTF-8") from error
-
-
-def _lines(file: Path, prompt: str) -> Iterator[Found]:
-    source = str(file)
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            yield Found({prompt: line}, source, number)
-
-
-def _objects(file: Path, prompt: str) -> Iterator[Found]:
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            found = Found({prompt: ""}, str(file), number)
-            yield found._replace(row=_object(line, found.place)) if line.strip() else found
-
-
-def _object(text: str, place: str) -> Row:
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: {type(record).__name__}, expected an object with keys")
-    return record
-
-
-def _table(file: Path, _: str) -> Iterator[Found]:
-    csv.field_size_limit(sys.maxsize)  # prompts may be longer than the 128 KiB that csv starts with
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        try:
-            reader = csv.DictReader(stream, strict=True)
-            for row in reader:
-                found = Found(row, str(file), reader.line_num)
-                if None in row:
-                    raise ValueError(f"{found.place}: more cells than columns; quote cells that hold commas")
-                yield found
-        except csv.Error as error:
-            raise ValueError(f"prompt file {file}: not a table ({error}); save it as CSV with a header") from error
-
-
-def _parquet(file: Path, _: str) -> Iterator[Found]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        with parquet.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Found(row, str(file), number, "entry")
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"prompt file {file}: not a parquet file ({error}); write it anew") from error
-
-
-KINDS: dict[str, Callable[[Path, str], Iterator[Found]]] = {
-    ".txt": _lines,
-    ".jsonl": _objects,
-    ".csv": _table,
-    ".parquet": _parquet,
-}
-
-
-def _archive(file: Path, prompt: str, image: str) -> Iterator[Found]:
-    """A webdataset: files of one sample share their name up to its first dot and follow one another."""
-    try:
-        with tarfile.open(file, "r:") as archive:
-            name, row = "", Row()
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, kind = base.partition(".")
-                sample = f"{folder}/{stem}" if folder else stem
-                if sample != name and row:
-                    yield Found(row, str(file), name, "sample")
-                    row = Row()
-                name = sample
-                if f".{kind.lower()}" in PICTURES:
-                    row[image] = f"{file}{SLICE}{member.offset_data}+{member.size}"
-                elif kind in ("txt", "json"):
-                    stream = archive.extractfile(member)
-                    assert stream is not None
-                    text = stream.read().decode("utf-8-sig")
-                    row |= {prompt: text} if kind == "txt" else _object(text, f"prompt file {file}, {member.name}")
-            if row:
-                yield Found(row, str(file), name, "sample")
-    except tarfile.TarError as error:
-        raise ValueError(f"prompt file {file}: not an uncompressed tar archive ({error}); write it anew") from error
+def _of_file(file: Path, prompt: str, image: str) -> Iterator[Found]:
+    kind = _kind(file)
+    return archive_rows(file, prompt, image) if kind == ARCHIVE else table_rows(file, kind, prompt)
 
 
 def _folder(folder: Path, prompt: str, image: str, split: str) -> Iterator[Found]:
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        yield from _saved(folder, split)
-        return
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    tables = sorted(path for path in folder.iterdir() if path.suffix in (*KINDS, ".tar") and path.suffix != ".txt")
-    if tables:
-        for file in tables:
-            yield from _decoded(file, prompt, image)
-        return
+        return _saved(folder, split)
+    files = _files_in(folder)
+    for file in files:
+        if file.suffix.lower() in UNREAD:
+            raise ValueError(f"{file} in a folder of prompts is not read: write it as {', '.join(READ)}, or move it")
+        if file.suffix.lower() in (*READ, *PICTURES) and not file.is_file():
+            raise ValueError(f"{file} is a broken link, a device or a pipe: replace it by a file, or delete it")
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    tables = [file for file in files if file.suffix.lower() in READ and file not in set(texts)]
+    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    if tables and texts:
+        raise ValueError(
+            f"folder {folder} holds both {tables[0].relative_to(folder)} and {texts[0].relative_to(folder)}: name the "
+            "one that is meant, or give each kind a folder of its own"
+        )
+    if tables or (texts and not pictures):
+        return (found for file in tables or texts for found in _of_file(file, prompt, image))
+    if not pictures:
+        raise ValueError(
+            f"folder {folder} holds neither pictures ({', '.join(OPENED)}) with captions in .txt files beside them "
+            f"nor {', '.join(KINDS)} or {ARCHIVE} files: name the file or the folder that does"
+        )
+    return _with_captions(folder, pictures, texts, prompt, image)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """All files in a folder and those below it, in the order of their names; each folder once, whatever links to it."""
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"folder {error.filename} cannot be read ({error.strerror}): mend that") from error
+
+    found, seen = [], set[str]()
+    for own, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        if os.path.realpath(own) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(own))
+        found += [Path(own, name) for name in names if not is_hidden(name)]
+    return sorted(found)
+
+
+def _with_captions(
+    folder: Path, pictures: Sequence[Path], captions: Sequence[Path], prompt: str, image: str
+) -> Iterator[Found]:
     bare = [path for path in pictures if not path.with_suffix(".txt").is_file()]
     if bare:
         raise ValueError(
             f"{bare[0]} and {len(bare) - 1} other pictures have no caption: write one into {bare[0].stem}.txt beside it"
         )
-    if not pictures:
+    shown = {path.with_suffix("") for path in pictures}
+    alone = [path for path in captions if path.with_suffix("") not in shown]
+    if alone:
         raise ValueError(
-            f"folder {folder} holds neither pictures ({', '.join(PICTURES)}) with captions in .txt files beside them "
-            "nor .jsonl, .csv, .parquet or .tar files: name the file or the folder that does"
+            f"{alone[0]} and {len(alone) - 1} other captions have no picture beside them: add it, or move them away"
         )
     for path in pictures:
-        caption = path.with_suffix(".txt")
-        try:
-            text = caption.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompt file {caption} is not UTF-8 text ({error}): save it as UTF-8") from error
-        yield Found({prompt: text, image: str(path.resolve())}, str(folder), path.name, "picture")
+        row = {prompt: caption_of(path.with_suffix(".txt")), image: str(path.resolve())}
+        yield Found(row, str(folder), str(path.relative_to(folder)), "picture")
 
 
 def _is_hub_id(path: str) -> bool:
@@ -216,19 +121,31 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _saved(folder: Path, split: str) -> Iterator[Found]:
-    loaded = _datasets().load_from_disk(str(folder))
-    yield from _records(loaded[split] if isinstance(loaded, dict) else loaded, str(folder))
+    try:
+        loaded = _datasets().load_from_disk(str(folder))
+    except (OSError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"folder {folder} is a damaged dataset ({_told(error)}): save it anew") from error
+    if isinstance(loaded, dict):
+        if split not in loaded:
+            raise ValueError(f"folder {folder} has no split {split!r} but {', '.join(loaded)}: name one of these")
+        loaded = loaded[split]
+    yield from _records(loaded, str(folder))
 
 
 def _hub(name: str, split: str) -> Iterator[Found]:
+    package = _datasets()
     try:
-        dataset = _datasets().load_dataset(name, split=split)
-    except OSError as error:
+        dataset = package.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"prompt file {name}: neither a file here nor a Hugging Face dataset that could be fetched "
-            f"({type(error).__name__}: {error}); correct the path, or log in with `hf auth login`"
+            f"({_told(error)}); correct the path or the split, or log in with `hf auth login`"
         ) from error
     yield from _records(dataset, name)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _records(dataset: Any, name: str) -> Iterator[Found]:

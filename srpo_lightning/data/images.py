@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srpo_lightning.batch import Size
 from srpo_lightning.data.chunks import Item, key_of
-from srpo_lightning.data.files import read_picture
+from srpo_lightning.data.picture_files import read_picture
 from srpo_lightning.data.store import ChunkStore, per_chunk
 
 Pixels = Float[Tensor, "3 H W"]

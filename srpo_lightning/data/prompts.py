@@ -1,78 +1,16 @@
 """Prompts from files, folders and archives: what each record says, and how sets are cleaned and split."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeAlias
 
 import pyarrow as pa
+from lightning.pytorch.utilities import rank_zero_info
 
 from srpo_lightning.batch import Size
-from srpo_lightning.data.files import Found, keep_picture, rows
-
-PX_PER_TOKEN = 16  # FLUX's VAE halves three times, packing once more
-
-
-class Prompt(NamedTuple):
-    """One record.
-
-    Args:
-        text: what the picture should show, stripped.
-        image: where a real picture of it is: a path, or a place in a .tar.
-        seed: of its evaluation sample.
-        negative_prompt: what the picture should move away from.
-        tags: to report by.
-        size: of its picture.
-    """
-
-    text: str
-    image: str | None = None
-    seed: int | None = None
-    negative_prompt: str | None = None
-    tags: list[str] | None = None
-    size: Size | None = None
-
-
-@dataclass
-class Source:
-    """Where prompts come from, and what their columns are called; columns that are not there are left out.
-
-    Args:
-        path: .txt (a prompt per line), .jsonl, .csv, .parquet, a webdataset .tar, a folder of these, of pictures with
-            captions in .txt files beside them or as `datasets` saves it, or a Hugging Face dataset id.
-        weight: its share of the drawn prompts, next to those of other sources.
-        prompt: the column of the text.
-        image: of a picture's path, relative to the file, or of the picture itself, which is then kept as a file.
-        seed: of the number that the evaluation sample is drawn from.
-        negative_prompt: of what to move away from.
-        tags: of a list, or a text with commas.
-        width: of the picture's width in pixels.
-        height: of its height.
-        split: of a Hugging Face dataset.
-    """
-
-    path: str
-    weight: float = 1.0
-    prompt: str = "prompt"
-    image: str = "image"
-    seed: str = "seed"
-    negative_prompt: str = "negative_prompt"
-    tags: str = "tags"
-    width: str = "width"
-    height: str = "height"
-    split: str = "train"
-
-    def __post_init__(self) -> None:
-        """Refuse what a configuration file may say wrongly."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "weight" and not isinstance(value, str):
-                raise ValueError(f"prompt source {self.path}: {field.name} is {value!r}, expected a text")
-        if not isinstance(self.weight, int | float) or not self.weight > 0:
-            raise ValueError(f"prompt source {self.path}: weight is {self.weight!r}, expected a number above 0")
-
+from srpo_lightning.data.columns import Columns, Prompt, Source
+from srpo_lightning.data.files import rows
 
 # Not Source itself: jsonargparse would take a path for a configuration file with its arguments, and read it.
 Sources: TypeAlias = str | dict[str, Any] | list[str | dict[str, Any]]
@@ -187,7 +125,7 @@ def read_prompts(source: str | Source) -> PromptSet:
     source = Source(source) if isinstance(source, str) else source
     num_empty = 0
     sets, pending = [], list[Prompt]()
-    columns = _Columns(source)
+    columns = Columns(source)
     for found in rows(source.path, source.prompt, source.image, source.split):
         record = columns.record(found)
         if not record.text:
@@ -198,6 +136,8 @@ def read_prompts(source: str | Source) -> PromptSet:
             sets.append(PromptSet.from_records(pending))
             pending = []
     sets.append(PromptSet.from_records(pending))
+    if columns.left_alone:
+        rank_zero_info(f"prompt file {source.path}: columns that are not read: {', '.join(columns.left_alone)}")
     result = PromptSet(PromptSet.of(sets).table, num_empty)
     if not result:
         raise ValueError(
@@ -208,123 +148,6 @@ def read_prompts(source: str | Source) -> PromptSet:
 
 def _pair(size: Sequence[int] | None) -> Size | None:
     return (size[0], size[1]) if size else None
-
-
-DEFAULTS = {field.name: field.default for field in fields(Source)}
-
-
-class _Columns:
-    """Makes records of rows.
-
-    Args:
-        source: names the columns.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        parsers: dict[str, Callable[[Any], Any]] = {
-            "image": partial(_picture, folder=_folder_of(source.path)),
-            "seed": _integer,
-            "negative_prompt": _text,
-            "tags": _tags,
-            "width": _integer,
-            "height": _integer,
-        }
-        self.optional = [(name, getattr(source, name), parse) for name, parse in parsers.items()]
-        self.needed = {name: getattr(source, name) for name in ("prompt", *parsers)}
-        self.needed = {name: own for name, own in self.needed.items() if name == "prompt" or own != DEFAULTS[name]}
-
-    def record(self, found: Found) -> Prompt:
-        """The record of a row."""
-        row = found.row
-        for name, column in self.needed.items():
-            if column not in row:
-                raise ValueError(
-                    f"{found.place}: no column {column!r} among {sorted(map(str, row))}; name the right one, "
-                    f"{{path: {self.source.path}, {name}: ...}}"
-                )
-        prompt = self.source.prompt
-        text = _checked(prompt, found, row[prompt], _text) or ""
-        if len(row) == 1:
-            return Prompt(text)
-        values = {
-            name: _checked(column, found, row[column], parse) for name, column, parse in self.optional if column in row
-        }
-        width, height = values.pop("width", None), values.pop("height", None)
-        if (width is None) != (height is None):
-            raise ValueError(f"{found.place}: width is {width} and height is {height}, expected both or neither")
-        if width is not None and height is not None:
-            check_size(width, height, found.place)
-            values["size"] = (height, width)
-        return Prompt(text, **values)
-
-
-def _checked(column: str, found: Found, value: Any, parse: Callable[[Any], Any]) -> Any:
-    if value is None or value == "":
-        return None
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise ValueError(f"{found.place}: {column!r} {error}") from error
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"is {type(value).__name__}, expected a text")
-    try:
-        if not value.isascii():
-            value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"holds half a character, which no text can be saved with ({error}): mend it") from error
-    return value.strip()
-
-
-def _folder_of(path: str) -> Path:
-    file = Path(path).expanduser()
-    return (file if file.is_dir() else file.parent).resolve()
-
-
-def _picture(value: Any, folder: Path) -> str:
-    content = value
-    if isinstance(value, Mapping):  # as `datasets` has it
-        content = value["path"] if value.get("bytes") is None else value["bytes"]
-    if isinstance(content, str):
-        return str(folder / Path(content).expanduser())
-    if isinstance(content, bytes):
-        return keep_picture(content)
-    raise ValueError(f"is {type(value).__name__}, expected a path, or the bytes of a picture file")
-
-
-def _integer(value: Any) -> int:
-    try:
-        if isinstance(value, bool) or int(value) != float(value):
-            raise ValueError
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"is {value!r}, expected a whole number") from error
-    return int(value)
-
-
-def _tags(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [tag.strip() for tag in value.split(",") if tag.strip()]
-    if isinstance(value, list) and all(isinstance(tag, str) for tag in value):
-        return value
-    raise ValueError(f"is {value!r}, expected a list of texts, or one text with commas")
-
-
-def check_size(width: int, height: int, where: str) -> None:
-    """Refuse a picture that does not consist of whole tokens.
-
-    Raises:
-        ValueError: with the nearest sizes that do.
-    """
-    for side in (width, height):
-        below = side - side % PX_PER_TOKEN
-        if side <= 0 or side % PX_PER_TOKEN:
-            raise ValueError(
-                f"{where}: {width} x {height} pixels, of which {PX_PER_TOKEN} does not divide {side}: make it "
-                f"{max(below, PX_PER_TOKEN)} or {max(below, 0) + PX_PER_TOKEN}"
-            )
 
 
 def listed(sources: Sources) -> list[Source]:
