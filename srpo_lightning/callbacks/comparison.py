@@ -1,7 +1,6 @@
 """Evaluations beside each other: what was measured on the same prompts from the same noise, by other weights."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.markdown import escaped, markdown_table
 from srpo_lightning.metrics import QUANTILES, Interval, Table, bootstrap_mean, cmmd, diversity, prompt_diversity, wins
+from srpo_lightning.strict_json import strict_json
 
 BASE = "base"
 """The weights before training, by this name beside `policy` and `ema`."""
@@ -54,9 +54,10 @@ def summary(table: Table, base: Table | None, labels: Sequence[str]) -> dict[str
         numbers |= {f"share/{name}": float((table.columns[LABEL] == i).float().mean()) for i, name in enumerate(labels)}
     has_features = table.features.shape[1] > 0
     if has_features:
-        numbers["diversity"] = diversity(table.features)
-        within = prompt_diversity(table.features, table.groups)
-        numbers |= {} if math.isnan(within) else {"prompt_diversity": within}
+        if len(table.features) > 1:
+            numbers["diversity"] = diversity(table.features)
+        if len(table.groups.unique()) < len(table.groups):
+            numbers["prompt_diversity"] = prompt_diversity(table.features, table.groups)
     if base is not None and are_paired(table, base):
         if has_features:
             numbers["drift"] = cmmd(table.features, base.features)
@@ -122,10 +123,10 @@ def write_comparison(path: Path, compared: Compared, head: Mapping[str, Any]) ->
         tag: {weights: {name: as_dict(m) for name, m in of.items()} for weights, of in by_weights.items()}
         for tag, by_weights in compared.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps({**head, "compared": content}, indent=2), encoding="utf-8")
     text = "\n".join(markdown(tag, by_weights) for tag, by_weights in compared.items())
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    for suffix, body in ((".json", strict_json({**head, "compared": content}, 2)), (".md", text)):
+        with complete_or_absent(path.with_suffix(suffix)) as partial:
+            partial.write_text(body, encoding="utf-8")
     return text
 
 

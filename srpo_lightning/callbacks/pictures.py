@@ -13,6 +13,7 @@ from torch import Tensor
 
 from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.provenance import software
+from srpo_lightning.strict_json import strict_json
 
 SAMPLES = "samples"
 PREDICTIONS = "predictions"
@@ -34,7 +35,7 @@ def write_picture(path: Path, picture: Image.Image, record: Mapping[str, Any]) -
     """Save a PNG, complete or absent, with what it is of in its metadata: `prompt` in words, all else in `srpo`."""
     info = PngInfo()
     info.add_itxt("prompt", str(record["prompt"]))
-    info.add_itxt("srpo", json.dumps({**record, "software": software()}, ensure_ascii=False))
+    info.add_itxt("srpo", strict_json({**record, "software": software()}))
     with complete_or_absent(path) as partial:  # two ranks may have drawn the same one
         picture.save(partial, format="PNG", pnginfo=info)
 

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from srpo_lightning.checkpoints import complete_or_absent
+from srpo_lightning.strict_json import strict_json
 
 Record: TypeAlias = dict[str, Any]
 
@@ -31,7 +32,7 @@ def append(path: Path, *added: Record) -> None:
     """Add lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
-        stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in added))
+        stream.write("".join(strict_json(record) + "\n" for record in added))
 
 
 def read(path: Path) -> list[Record]:

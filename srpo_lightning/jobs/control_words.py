@@ -242,4 +242,4 @@ def _report(table: Sequence[Pair], scores: Float[Tensor, " N"], output: str | No
             "std": float(scores.std()),
             "pairs": [pair._asdict() for pair in table],
         }
-        Path(output).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        Path(output).write_text(strict_json(record, 2), encoding="utf-8")

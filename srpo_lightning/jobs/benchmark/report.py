@@ -1,6 +1,5 @@
 """The table in Markdown and everything as JSON."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,7 +101,7 @@ def write(report: Report, folder: Path) -> str:
         "sweeps": {name: [as_dict(curve) for curve in curves] for name, curves in report.sweeps.items()},
         "claims": [claim._asdict() for claim in report.claims],
     }
-    for name, body in (("table.md", text), ("results.json", json.dumps(content, indent=1))):
+    for name, body in (("table.md", text), ("results.json", strict_json(content, 1))):
         with complete_or_absent(folder / name) as partial:
             partial.write_text(body, encoding="utf-8")
     return text
