@@ -15,7 +15,7 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_table, save_table, summary
+from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_header, read_table, save_table, summary
 from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.fingerprint import fingerprint
@@ -232,7 +232,8 @@ class RewardTracking(Recorder):
     def _keep_base(self, trainer: Trainer, module: SRPOModule, base: Table) -> None:
         """In the run folder, unless `validate` would replace the run's own by that of other prompts or settings."""
         key, path = self.key(trainer, module), base_path(trainer.default_root_dir)
-        is_others = path.is_file() and read_table(path, key) is None
+        header = read_header(path) if path.is_file() else None
+        is_others = header is not None and header["key"] != key
         save_table(base_path(recorded_in(trainer)) if is_others else path, base, key)
 
     def _record(

@@ -150,7 +150,7 @@ def read_pictures(folder: str, prompts: str) -> list[Picture]:
 def _by_file(prompts: Path) -> dict[Path, str] | None:
     if prompts.suffix != ".jsonl" or not prompts.is_file():
         return None
-    records = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    records = [json.loads(line) for line in prompts.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not all(isinstance(record, dict) and {"file", "prompt"} <= record.keys() for record in records):
         return None
     return {(prompts.parent / record["file"]).resolve(): record["prompt"] for record in records}
