@@ -26,7 +26,7 @@ from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
-from srpo_lightning.checkpoints import check_whole, checkpoints
+from srpo_lightning.checkpoints import check_whole, checkpoints, complete_or_absent
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs.benchmark import benchmark
 from srpo_lightning.jobs.cache import cache
@@ -243,7 +243,8 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
         path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+        with complete_or_absent(path) as partial:
+            self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
 
 
 def is_first_rank() -> bool:
