@@ -88,6 +88,8 @@ class PromptData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if sizes == []:
+            raise ValueError("data.sizes is []: give at least one [width, height], or leave it away")
         for number, (own_width, own_height) in enumerate(sizes or []):
             check_size(own_width, own_height, f"data.sizes[{number}]")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
