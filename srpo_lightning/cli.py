@@ -15,18 +15,20 @@ from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAcce
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from srpo_lightning.agreement import lost_rank
-from srpo_lightning.arguments import Parser, add_project_arguments, choose_strategy
+from srpo_lightning.arguments import COMMANDS, Parser, add_project_arguments, choose_strategy
 from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
+from srpo_lightning.callbacks.effects import check_effects, check_single
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
-from srpo_lightning.checkpoints import check_whole, checkpoints, complete_or_absent
+from srpo_lightning.checkpoints import AtomicCheckpointIO, check_whole, checkpoints, complete_or_absent
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs.benchmark import benchmark
 from srpo_lightning.jobs.cache import cache
@@ -50,8 +52,6 @@ JOBS: dict[str, Callable[..., None]] = {
 }
 
 CONFIG = "config.yaml"
-
-COMMANDS = ("fit", "validate", "test", "predict")
 
 SYNONYMS = {"train": "fit", "eval": "validate", "evaluate": "validate", "sample": "predict", "generate": "predict"}
 """What other programs call these."""
@@ -115,6 +115,7 @@ def run_trainer(args: ArgsType) -> None:
         parser_kwargs={"epilog": f"Also, each with its own --help: {', '.join(JOBS)}."},
         save_config_callback=SaveConfigInRunFolder,
         auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # nothing reads settings from a checkpoint
     )
 
 
@@ -179,7 +180,10 @@ class SRPOCLI(LightningCLI):
         predictions = [Predictions(self.config.predict.output)] if self.config.subcommand == "predict" else []
         settings = settings_of(self.config[self.config.subcommand].as_dict())
         agreement = Agreement(settings, self.config[self.config.subcommand].ckpt_path, self.refusal)
-        config = config | {"callbacks": [agreement, *filter(None, chosen)]}  # before any that reads weights
+        check_single([*filter(None, chosen), *callbacks])
+        plugins = with_atomic_checkpoints(config.get("plugins"))
+        # Agreement comes before any that reads weights.
+        config = config | {"callbacks": [agreement, *filter(None, chosen)], "plugins": plugins}
         last = [RunSettings(settings), *predictions, Progress()]
         return super()._instantiate_trainer(config, [*callbacks, *progress, *last])
 
@@ -223,6 +227,10 @@ class SRPOCLI(LightningCLI):
                 "folder with --trainer.default_root_dir, or delete it"
             )
 
+    def after_instantiate_classes(self) -> None:
+        """Everything knows its settings, nothing is read."""
+        check_effects(self.config.subcommand, self.trainer, self.model, self.datamodule)
+
     def before_fit(self) -> None:
         """Refuse what cannot fit, once per node, while nothing of the models but their shapes is known."""
         if self.config.fit.memory_check and self.trainer.local_rank == 0:
@@ -245,6 +253,23 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
         with complete_or_absent(path) as partial:
             self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
+
+
+def with_atomic_checkpoints(plugins: Any) -> list[Any]:
+    """The trainer's plugins, and what writes checkpoints whole or not at all.
+
+    Raises:
+        ValueError: if one of them writes checkpoints in another way.
+    """
+    chosen = plugins if isinstance(plugins, list) else [plugins] if plugins else []
+    for plugin in chosen:
+        if isinstance(plugin, CheckpointIO) and not isinstance(plugin, AtomicCheckpointIO):
+            raise ValueError(
+                f"trainer.plugins has {type(plugin).__name__}, which would write checkpoints that a kill can leave in "
+                "part: leave it away, or derive it from srpo_lightning.checkpoints.AtomicCheckpointIO"
+            )
+    own = [] if any(isinstance(plugin, CheckpointIO) for plugin in chosen) else [AtomicCheckpointIO()]
+    return [*chosen, *own]
 
 
 def is_first_rank() -> bool:

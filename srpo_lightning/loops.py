@@ -39,6 +39,15 @@ def check_loops(trainer: Any, command: str) -> None:
 
 
 def _check_training(trainer: Any, evaluation: str) -> None:
+    if trainer.max_steps == 0:
+        raise ValueError(
+            "trainer.max_steps is 0: nothing would be trained; `validate` measures the weights as they are"
+        )
+    if trainer.use_distributed_sampler:
+        raise ValueError(
+            "trainer.use_distributed_sampler is true: Lightning would put its own order in the place of the stream of "
+            "prompts, which is divided over ranks already; leave it at false"
+        )
     limit, accumulate = trainer.limit_train_batches, int(trainer.accumulate_grad_batches)
     if trainer.num_sanity_val_steps not in (None, 0, -1):
         raise ValueError(

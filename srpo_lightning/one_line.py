@@ -92,7 +92,8 @@ def explain(message: str, settings: Iterable[str]) -> str:
     for leaf in deepest:
         if not _expected(leaf.text) and not UNKNOWN_CLASS.match(leaf.text):
             path = leaf.path.removesuffix(".init_args")
-            return f"{path}: {_joined(leaf.text)}" if path else _joined(message)
+            is_tree = any(NOISE.match(line.strip()) for line in message.splitlines())
+            return f"{path}: {_joined(leaf.text)}" if path else _joined(leaf.text if is_tree else message)
     if len(expected) < len(deepest) and any(UNKNOWN_CLASS.match(leaf.text) for leaf in deepest):
         expected.insert(0, "a class_path")
     if "a number" in expected:
@@ -108,7 +109,7 @@ WHOLE = (
     (r"Problems parsing config: (?s:(.*))", r"the configuration is no YAML: \1"),
     (r"Unexpected config: (.*)", r"the configuration is no mapping of settings: \1"),
     (r"^Linked \"(.*)\" must be given via \"(.*)\"", r"\1 follows \2: set that"),
-    (r"^the following arguments are required: (.*)", r"give --config FILE, or these settings, which are missing: \1"),
+    (r"^the following arguments are required: (.*)", r"these settings are missing: \1 (give them, or --config FILE)"),
 )  # fmt: skip
 """Messages that are no tree."""
 
@@ -143,7 +144,7 @@ def _leaves(message: str) -> tuple[list[Leaf], str | None]:
             path = ".".join(key or "init_args" for _, key, _ in branches)
             owner = next((name for _, _, name in reversed(branches) if name), "")
             leaves.append(Leaf(path, owner, bool(branches) and not branches[-1][1], text))
-    if given := re.search(r"invalid literal .*: '(.*)'|(\S+) does not conform", message):
+    if given := re.search(r"invalid literal .*: '(.*)'|(\S*[^\s:]) does not conform", message):
         value = given[1] or given[2]
     named_leaves = [leaf for leaf in leaves if leaf.owner != "lightning.Callback"]  # tried where no class is given
     return named_leaves or leaves, value
@@ -253,10 +254,8 @@ def naming(setting: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except AssertionError:  # ours: no user's doing
-        raise
     except Exception as error:
-        if is_own(error):
+        if is_own(error) and isinstance(error, ValueError | AssertionError):  # in our words, or no user's doing
             raise
         frames = [frame for frame, _ in walk_tb(error.__traceback__)]
         name = setting or next(filter(None, map(_class_of, frames)), None)
@@ -280,7 +279,7 @@ def one_line(error: BaseException) -> str | None:
         return _joined(str(error))
     if isinstance(error, MisconfigurationException):
         return f"{_joined(str(error))} ({TRACEBACK}=1 shows where)"
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         cure = "`estimate` says what fits; smaller are data.batch_size, model.policy.init_args.height and width"
         return f"{_joined(str(error).partition('. ')[0])}: {cure} ({TRACEBACK}=1 shows where)"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

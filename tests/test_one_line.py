@@ -59,7 +59,7 @@ UNION = """Parser key "trainer.callbacks":
         ),
         (
             "the following arguments are required: fit.model.policy, fit.data.train",
-            "give --config FILE, or these settings, which are missing: model.policy, data.train",
+            "these settings are missing: model.policy, data.train (give them, or --config FILE)",
         ),
         ("something else\n  in two lines", "something else in two lines"),
     ],

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_header, read_table, save_table, summary
+from srpo_lightning.callbacks.comparison import (
+    BASE,
+    HELD_OUT,
+    LABEL,
+    NOT_WON,
+    read_header,
+    read_table,
+    save_table,
+    summary,
+)
 from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.fingerprint import fingerprint
@@ -118,6 +127,19 @@ class RewardTracking(Recorder):
         """What every sample gets a number of."""
         return [*(name for name in OWN_COLUMNS if name != LABEL or self.labels), self.top, *self.scorers]
 
+    @property
+    def has_features(self) -> bool:
+        """Whether the judge has features of images, by which diversity and drift are measured."""
+        return isinstance(self.judge, ClipReward)
+
+    def numbers(self, samples_per_prompt: int) -> list[str]:
+        """The names of what is written of each kind of weights, once it is compared with the base."""
+        scores = [name for name in self.columns if name != LABEL]
+        features = ["diversity", "drift"] if self.has_features else []
+        features += ["prompt_diversity"] if features and samples_per_prompt > 1 else []
+        wins = [f"win/{name}" for name in scores if name not in NOT_WON]
+        return [*scores, *(f"share/{label}" for label in self.labels), *features, *wins]
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
         for model in self.models:
@@ -157,7 +179,7 @@ class RewardTracking(Recorder):
             images = images.float()
             scores = self.scores(pl_module, images, batch.prompts)
             features = images.new_empty(len(images), 0)
-            if isinstance(self.judge, ClipReward):
+            if isinstance(self.judge, ClipReward):  # has_features
                 features = self.judge.image_features(images)
             self.tables[weights].update(batch.indices, scores, features)
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from srpo_lightning.data.files import rows
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.rewards import Reward
+from srpo_lightning.strict_json import strict_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 INVENTED = ("Blorfy", "Quandish", "Trevolic", "Zumbral")  # words that no model has met
