@@ -35,7 +35,7 @@ def append(path: Path, *added: Record) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All lines, oldest first; none where there is no file. A line ends at a line feed alone: a prompt may hold U+2028."""
+    """All lines, oldest first; none where there is no file. Line feeds alone end them: a prompt may hold U+2028."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
