@@ -1,7 +1,9 @@
 """What a configuration file may hold beside its classes' own arguments, for every command that reads one."""
 
+import argparse
+from contextlib import nullcontext
 from inspect import signature
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonargparse
 from jsonargparse import Namespace
@@ -11,7 +13,39 @@ from lightning.pytorch.cli import LightningArgumentParser
 from srpo_lightning.callbacks import RunCheckpoint
 from srpo_lightning.data import PromptData
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.one_line import explain, naming
 from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
+
+
+class Parser(LightningArgumentParser):
+    """Says in one line what is wrong, and which setting was meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End, or raise where whoever made this parser asked for that."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        own = getattr(ex, "subcommand_parser", None) or self
+        raise SystemExit(f"error: {explain(message, own.settings)}") from ex
+
+    @property
+    def settings(self) -> set[str]:
+        """The dotted names of all settings, those of a command without its name."""
+        names = set()
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                names |= {name for parser in action.choices.values() for name in parser.settings}
+            names |= {option.removeprefix("--") for option in action.option_strings if option.startswith("--")}
+        return {name for name in names if not name.endswith((".help", "+"))}
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]  # overloaded
+        """What cannot be read at all is no traceback either."""
+        with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
+            return super().parse_args(*args, **kwargs)
+
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+        """What a class refuses is told by its name."""
+        with naming():
+            return super().instantiate_classes(*args, **kwargs)
 
 
 def add_project_arguments(parser: LightningArgumentParser) -> None:
@@ -50,7 +84,7 @@ def read_config(path: str) -> Namespace:
     Raises:
         ValueError: if the file is missing, or `fit` would not take it.
     """
-    parser = LightningArgumentParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_argument("--ckpt_path", type=str | None)
     parser.add_argument("--weights_only", type=bool | None)
@@ -61,7 +95,7 @@ def read_config(path: str) -> Namespace:
     try:
         return parser.parse_path(path)
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {explain(str(error), parser.settings)}") from error
 
 
 def sharded(shard_size: int, replicate_size: int = 1) -> Namespace:

@@ -3,9 +3,10 @@
 import os
 import pickle
 import shutil
+import stat
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,12 @@ def begin_folder(path: Path) -> Path:
 
 
 def finish_folder(partial: Path, path: Path) -> None:
-    """Flush a folder that is whole now, and give it its name."""
+    """Flush a folder that is whole now, and give it its name; all whom the umask lets read it can."""
+    readable = stat.S_IMODE(partial.stat().st_mode) & 0o666
+    for written in filter(Path.is_file, partial.rglob("*")):
+        if stat.S_IMODE(written.stat().st_mode) != readable:  # safetensors writes for its owner alone
+            with suppress(OSError):  # a file system without modes
+                written.chmod(readable)
     for written in [*partial.rglob("*"), partial]:
         sync(written)
     if path.exists():

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # it is public and documented
@@ -20,14 +19,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from srpo_lightning.agreement import lost_rank
-from srpo_lightning.arguments import add_project_arguments, choose_strategy
+from srpo_lightning.arguments import Parser, add_project_arguments, choose_strategy
 from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
-from srpo_lightning.checkpoints import check_whole, checkpoints
+from srpo_lightning.checkpoints import check_whole, checkpoints, complete_or_absent
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs.benchmark import benchmark
 from srpo_lightning.jobs.cache import cache
@@ -38,6 +37,7 @@ from srpo_lightning.jobs.export import export
 from srpo_lightning.jobs.room import check_room
 from srpo_lightning.loops import FOLDER_OF_TRIAL, check_loops
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.one_line import TRACEBACK, naming, nearest, one_line
 from srpo_lightning.owners import run_lock
 
 JOBS: dict[str, Callable[..., None]] = {
@@ -51,8 +51,10 @@ JOBS: dict[str, Callable[..., None]] = {
 
 CONFIG = "config.yaml"
 
-TRACEBACK = "SRPO_TRACEBACK"
-"""The environment variable that shows where a refusal comes from."""
+COMMANDS = ("fit", "validate", "test", "predict")
+
+SYNONYMS = {"train": "fit", "eval": "validate", "evaluate": "validate", "sample": "predict", "generate": "predict"}
+"""What other programs call these."""
 
 QUIET = (
     "Found .* in eval mode",  # frozen parts stay in evaluation mode on purpose
@@ -74,27 +76,31 @@ def main(args: ArgsType = None) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     disable_progress_bar()  # of reading weights
-    words = sys.argv[1:] if args is None else args
+    args = sys.argv[1:] if args is None else args
     try:
-        if isinstance(words, list) and words and words[0] in JOBS:
-            run_job(words[0], words[1:])
+        check_command(args)
+        if isinstance(args, list) and args[0] in JOBS:
+            run_job(args[0], args[1:])
         else:
             run_trainer(args)
-    except (ValueError, FloatingPointError) as error:
-        if os.environ.get(TRACEBACK) or not is_refusal(error):
-            raise
-        raise SystemExit(f"error: {error}") from error
-    except RuntimeError as error:
-        line = lost_rank(error)
+    except Exception as error:
+        line = one_line(error) or lost_rank(error)
         if os.environ.get(TRACEBACK) or line is None:
             raise
         raise SystemExit(f"error: {line}") from error
 
 
-def is_refusal(error: BaseException) -> bool:
-    """Whether this package raised an error itself, in its own words; what a library raised keeps its traceback."""
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+def check_command(args: ArgsType) -> None:
+    """Refuse a command that there is not, and none at all."""
+    if not isinstance(args, list):
+        return
+    commands = [*COMMANDS, *JOBS]
+    known = f"the commands are {', '.join(commands)}; each has its own --help"
+    if not args:
+        raise ValueError(f"no command: {known}")
+    if not args[0].startswith("-") and args[0] not in commands:
+        likely = f"; did you mean {SYNONYMS[args[0]]}?" if args[0] in SYNONYMS else nearest(args[0], commands)
+        raise ValueError(f"{args[0]}: there is no such command{likely or f': {known}'}")
 
 
 def run_trainer(args: ArgsType) -> None:
@@ -103,8 +109,9 @@ def run_trainer(args: ArgsType) -> None:
         SRPOModule,
         PromptData,
         args=args,
+        command=args[0] if isinstance(args, list) and args else None,
         seed_everything_default=0,
-        parser_class=ShortUsageParser,
+        parser_class=Parser,
         parser_kwargs={"epilog": f"Also, each with its own --help: {', '.join(JOBS)}."},
         save_config_callback=SaveConfigInRunFolder,
         auto_configure_optimizers=False,
@@ -116,7 +123,7 @@ def run_job(name: str, args: list[str]) -> None:
     job = JOBS[name]
     own = signature(job).parameters
     summary = (job.__doc__ or "").partition("\n")[0]
-    parser = ShortUsageParser(prog=f"srpo_lightning {name}", description=summary)
+    parser = Parser(prog=f"srpo_lightning {name}", description=summary)
     if "config" not in own:
         parser.add_argument("--config", action=ActionConfigFile, help="a file with the arguments below")
     parser.add_function_arguments(job, as_positional=False, sub_configs=True)
@@ -124,24 +131,26 @@ def run_job(name: str, args: list[str]) -> None:
     job(**{argument: values[argument] for argument in own})
 
 
-class ShortUsageParser(LightningArgumentParser):
-    """Puts an error's one line where the eye is, instead of after fifty lines of usage."""
-
-    def format_usage(self) -> str:
-        """Where help is, and nothing else."""
-        return f"usage: {self.prog} --help shows every option\n"
-
-
 class SRPOCLI(LightningCLI):
-    """LightningCLI plus: links, the run folder, and what `last` means."""
+    """LightningCLI plus: links, the run folder, and what `last` means.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        command: what is asked for, where the command line begins with it.
+    """
+
+    def __init__(self, *args: Any, command: str | None, **kwargs: Any) -> None:
+        self.command = command
         with ExitStack() as self.held:  # until the command has run, which the constructor does
             super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What is said once counts everywhere."""
         add_project_arguments(parser)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method, called on the object
+        """The command that is asked for alone, where it is known: the settings of each take long to collect."""
+        commands = super().subcommands()
+        return {self.command: commands[self.command]} if self.command in commands else commands
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -159,7 +168,8 @@ class SRPOCLI(LightningCLI):
             folder = Path(config.trainer.default_root_dir)
             folder = folder if self.config.subcommand == "fit" else folder / VALIDATION
             kwargs["logger"] = TensorBoardLogger(folder, name="logs", version="")
-        return super().instantiate_trainer(**kwargs)
+        with naming():
+            return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         chosen = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
@@ -173,12 +183,18 @@ class SRPOCLI(LightningCLI):
         last = [RunSettings(settings), *predictions, Progress()]
         return super()._instantiate_trainer(config, [*callbacks, *progress, *last])
 
+    def _parse_ckpt_path(self) -> None:
+        """Read no settings from a checkpoint: the configuration holds all of them."""
+
     refusal: str | None = None
     """Why this rank found no checkpoint, until the other ranks know."""
 
     def before_instantiate_classes(self) -> None:
         """Settle how devices are used and what to resume before anything is read."""
         config = self.config[self.config.subcommand]
+        for name in ("trainer", "model", "data", "checkpoint"):
+            if not isinstance(config[name], Namespace):
+                raise ValueError(f"{name}: expected its settings, found {config[name] or 'null'}")
         check_loops(config.trainer, self.config.subcommand)
         chosen = choose_strategy(config, devices_here(config.trainer))
         if chosen:
@@ -227,7 +243,8 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
         path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+        with complete_or_absent(path) as partial:
+            self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
 
 
 def is_first_rank() -> bool:
@@ -247,5 +264,6 @@ def devices_here(trainer: Namespace) -> int:
         return 1
     accelerator: type[Accelerator] = CUDAAccelerator if is_cuda else CPUAccelerator
     devices = accelerator.auto_device_count() if trainer.devices == "auto" else trainer.devices
-    parsed = accelerator.parse_devices(devices)
+    with naming(f"trainer.devices is {devices}"):
+        parsed = accelerator.parse_devices(devices)
     return parsed if isinstance(parsed, int) else len(parsed or ())

@@ -28,7 +28,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def saturation(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     """Mean HSV saturation of each image in [0, 1]: (max - min) / max over the channels, 0 for black."""
     high, low = images.amax(1), images.amin(1)
-    return torch.where(high > 0, (high - low) / high.clamp(min=1e-8), torch.zeros_like(high)).mean((-2, -1))
+    return torch.where(high <= 0, torch.zeros_like(high), (high - low) / high.clamp(min=1e-8)).mean((-2, -1))
 
 
 def brightness(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -46,7 +46,7 @@ def high_frequency(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     fine = (rows[:, None] > 0.25) | (columns > 0.25)
     power[:, 0, 0] = 0
     total = power.sum((-2, -1))
-    return torch.where(total > 0, (power * fine).sum((-2, -1)) / total.clamp(min=1e-12), torch.zeros_like(total))
+    return (power * fine).sum((-2, -1)) / total.clamp(min=1e-12)
 
 
 def luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B H W"]:
@@ -54,10 +54,20 @@ def luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B H W"]:
     return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
 
 
-def is_in_top(scores: Float[Tensor, "B T"], truth: Int[Tensor, " B"], k: int) -> Bool[Tensor, " B"]:
-    """Whether fewer than `k` texts score higher than the true one."""
+def is_in_top(scores: Float[Tensor, "B T"], truth: Int[Tensor, " B"], k: int) -> Float[Tensor, " B"]:
+    """1 where fewer than `k` texts score higher than the true one, 0 elsewhere; NaN where a score is none."""
     own = scores.gather(1, truth[:, None])
-    return (scores > own).sum(1) < k
+    return nan_where(scores.isnan().any(1), ((scores > own).sum(1) < k).float())
+
+
+def most_like(scores: Float[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """The number of the text with the highest score; NaN where a score is none."""
+    return nan_where(scores.isnan().any(1), scores.argmax(1).float())
+
+
+def nan_where(unknown: Bool[Tensor, " N"], values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Values but for those that nobody knows: a comparison with NaN is false, whichever way it is asked."""
+    return values.masked_fill(unknown, torch.nan)
 
 
 class Table(NamedTuple):
@@ -119,7 +129,7 @@ class SampleTable(Metric):
         self.features.append(functional.normalize(features.float(), dim=-1))
 
     def compute(self) -> Table:
-        """All samples so far, on the CPU."""
+        """All samples so far, on the CPU; torchmetrics takes the dimension from those of one, see `table`."""
         indices, values, features = (
             (torch.cat(list(state)) if isinstance(state, list) else state).cpu()
             for state in (self.indices, self.values, self.features)
@@ -130,6 +140,14 @@ class SampleTable(Metric):
         rows = order[first]
         columns = dict(zip(self.names, values[rows].unbind(1), strict=True))
         return Table(indices[rows], indices[rows] % self.num_prompts, columns, features[rows])
+
+    def table(self) -> Table:
+        """All samples so far, on the CPU."""
+        found: Table = self.compute()
+        rows = found.indices.numel()
+        columns = {name: column.reshape(rows) for name, column in found.columns.items()}
+        features = found.features.reshape(rows, found.features.numel() // rows)
+        return Table(found.indices.reshape(rows), found.groups.reshape(rows), columns, features)
 
 
 class Interval(NamedTuple):
@@ -149,14 +167,10 @@ class Interval(NamedTuple):
         """Whether there are bounds."""
         return not math.isnan(self.half)
 
-    def as_json(self) -> dict[str, float | None]:
-        """By name; JSON knows no NaN."""
-        return {name: None if math.isnan(number) else number for name, number in self._asdict().items()}
-
 
 def wins(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """1 where our sample scores higher than theirs from the same noise, 0 where lower, 1/2 where alike."""
-    return ((ours > theirs).double() + (ours >= theirs).double()) / 2
+    """1 where our sample scores higher than theirs from the same noise, 0 where lower, 1/2 where alike; or NaN."""
+    return nan_where(ours.isnan() | theirs.isnan(), ((ours > theirs).double() + (ours >= theirs).double()) / 2)
 
 
 def bootstrap_mean(

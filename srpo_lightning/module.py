@@ -22,6 +22,7 @@ from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
 from srpo_lightning.metrics import Evaluation
 from srpo_lightning.objectives.base import Objective, Rollout
+from srpo_lightning.one_line import naming
 from srpo_lightning.optimizers import InBackward, check_settings, whole
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
@@ -101,8 +102,11 @@ class SRPOModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Add none: the first that Lightning asks for, so the place to refuse settings before anything is read."""
-        trial = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        if self.lr_scheduler is not None and isinstance(self.lr_scheduler(trial), ReduceLROnPlateau):
+        with naming("model.optimizer"):
+            trial = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        with naming("model.lr_scheduler"):
+            scheduler = self.lr_scheduler and self.lr_scheduler(trial)
+        if isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError(
                 "model.lr_scheduler is ReduceLROnPlateau, which waits for a metric, but schedulers step once per "
                 "optimizer step: take one that counts steps, for instance torch.optim.lr_scheduler.CosineAnnealingLR, "

@@ -1,5 +1,6 @@
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -8,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from srpo_lightning.checkpoints import (
     INDEX,
     METADATA,
     AtomicCheckpointIO,
+    begin_folder,
     check_whole,
     checkpoint_path,
     checkpoints,
+    finish_folder,
     newest,
     remove,
 )
@@ -103,6 +107,21 @@ def test_a_folder_is_removed_although_a_kill_left_a_part_of_its_removal(tmp_path
         (folder / "part").touch()
     remove(tmp_path / "step-00000001.ckpt")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_finished_folder_has_the_modes_that_the_umask_says_whoever_wrote_its_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        partial = begin_folder(tmp_path / "out")
+        (partial / "ema").mkdir()
+        for file in (partial / "a.safetensors", partial / "ema" / "b.safetensors"):
+            save_file({"x": torch.zeros(1)}, file)
+        finish_folder(partial, tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.is_dir(): stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*")}
+    assert modes == {True: 0o777 & ~umask, False: 0o666 & ~umask}
 
 
 def cut(path: Path) -> None:

@@ -15,6 +15,7 @@ from srpo_lightning.metrics import (
     diversity,
     high_frequency,
     is_in_top,
+    most_like,
     prompt_diversity,
     saturation,
     wins,
@@ -65,6 +66,19 @@ def test_is_in_top_equals_looking_among_the_k_best(k):
     assert is_in_top(scores, truth, k).tolist() == expected
 
 
+def test_what_is_not_a_number_is_in_no_measure_a_number():
+    """Of a picture that is not, of scores of which one is not, and of what is compared with it."""
+    images = draw(2, 3, 4, 4)
+    images[1, 0, 1, 1] = math.nan
+    scores = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [0.0, math.nan]])
+    for found in (saturation(images), brightness(images), high_frequency(images)):
+        assert found.isnan().tolist() == [False, True]
+    for found in (is_in_top(scores, torch.tensor([1, 1, 1]), 1), most_like(scores)):
+        assert (found[0], found.isnan().tolist()) == (1, [False, True, True])
+    ours, theirs = torch.tensor([1.0, math.nan, 1.0]), torch.tensor([0.0, 0.0, math.nan])
+    assert wins(ours, theirs).isnan().tolist() == [False, True, True]
+
+
 def table_of(indices: list[int], metric: SampleTable | None = None) -> SampleTable:
     """Of which every number is known from its index."""
     metric = metric or SampleTable(["a", "b"], num_prompts=3)
@@ -75,7 +89,7 @@ def table_of(indices: list[int], metric: SampleTable | None = None) -> SampleTab
 
 def test_a_table_has_every_sample_once_in_order_whatever_the_batches_were():
     metric = table_of([4, 0, 2])
-    table = table_of([1, 0, 3], metric).compute()
+    table = table_of([1, 0, 3], metric).table()
     assert table.indices.tolist() == [0, 1, 2, 3, 4]
     assert table.groups.tolist() == [0, 1, 2, 0, 1]
     assert table.columns["a"].tolist() == [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8]
@@ -84,10 +98,20 @@ def test_a_table_has_every_sample_once_in_order_whatever_the_batches_were():
     assert table.where(table.columns["a"] > 0.3).indices.tolist() == [3, 4]
 
 
+@pytest.mark.parametrize("width", [0, 1, 3])
+def test_a_table_of_one_sample_has_its_dimensions(width):
+    """torchmetrics takes them from tensors of one number."""
+    metric = SampleTable(["a"], num_prompts=1)
+    metric.update(torch.tensor([0]), {"a": torch.ones(1)}, torch.ones(1, width))
+    table = metric.table()
+    assert [t.shape for t in (table.indices, table.groups, table.columns["a"])] == [(1,)] * 3
+    assert table.features.shape == (1, width)
+
+
 def test_a_table_starts_anew_after_reset():
     metric = table_of([5])
     metric.reset()
-    assert table_of([1, 2], metric).compute().indices.tolist() == [1, 2]
+    assert table_of([1, 2], metric).table().indices.tolist() == [1, 2]
 
 
 def test_wins_count_ties_half():
@@ -117,7 +141,6 @@ def test_one_prompt_has_no_interval():
     found = bootstrap_mean(draw(8), torch.zeros(8, dtype=torch.int64))
     assert not found.is_known
     assert found.value == pytest.approx(float(draw(8).double().mean()))
-    assert found.as_json() == {"value": found.value, "low": None, "high": None}
 
 
 @pytest.mark.parametrize(("count", "coverage"), [(3, 0.72), (8, 0.88), (12, 0.92)])

@@ -1,18 +1,20 @@
 """Evaluations beside each other: what was measured on the same prompts from the same noise, by other weights."""
 
 import json
-import math
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors.torch import load_file, save
 
 from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.markdown import escaped, markdown_table
 from srpo_lightning.metrics import QUANTILES, Interval, Table, bootstrap_mean, cmmd, diversity, prompt_diversity, wins
+from srpo_lightning.strict_json import strict_json
 
 BASE = "base"
 """The weights before training, by this name beside `policy` and `ema`."""
@@ -25,6 +27,10 @@ LABEL = "label"
 
 NOT_WON = (LABEL, "saturation", "brightness", "high_frequency")
 """Columns of which more is not better."""
+
+NO_SUM = b"00000000"
+PLACE_OF_SUM = re.compile(rb'"crc32":"([0-9a-f]{8})"')
+"""In the head of a table's file: the CRC-32 of the whole file, as it is with NO_SUM in this place."""
 
 
 def by_tag(table: Table, tags: Sequence[Sequence[str]]) -> dict[str, Table]:
@@ -54,9 +60,10 @@ def summary(table: Table, base: Table | None, labels: Sequence[str]) -> dict[str
         numbers |= {f"share/{name}": float((table.columns[LABEL] == i).float().mean()) for i, name in enumerate(labels)}
     has_features = table.features.shape[1] > 0
     if has_features:
-        numbers["diversity"] = diversity(table.features)
-        within = prompt_diversity(table.features, table.groups)
-        numbers |= {} if math.isnan(within) else {"prompt_diversity": within}
+        if len(table.features) > 1:
+            numbers["diversity"] = diversity(table.features)
+        if len(table.groups.unique()) < len(table.groups):
+            numbers["prompt_diversity"] = prompt_diversity(table.features, table.groups)
     if base is not None and are_paired(table, base):
         if has_features:
             numbers["drift"] = cmmd(table.features, base.features)
@@ -122,17 +129,17 @@ def write_comparison(path: Path, compared: Compared, head: Mapping[str, Any]) ->
         tag: {weights: {name: as_dict(m) for name, m in of.items()} for weights, of in by_weights.items()}
         for tag, by_weights in compared.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps({**head, "compared": content}, indent=2), encoding="utf-8")
     text = "\n".join(markdown(tag, by_weights) for tag, by_weights in compared.items())
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    for suffix, body in ((".json", strict_json({**head, "compared": content}, 2)), (".md", text)):
+        with complete_or_absent(path.with_suffix(suffix)) as partial:
+            partial.write_text(body, encoding="utf-8")
     return text
 
 
 def as_dict(measure: Measure) -> dict[str, Any]:
     """For JSON."""
-    win = measure.win and measure.win.as_json()
-    return {**measure._asdict(), "mean": measure.mean.as_json(), "win": win}
+    win = measure.win and measure.win._asdict()
+    return {**measure._asdict(), "mean": measure.mean._asdict(), "win": win}
 
 
 def markdown(tag: str, by_weights: Mapping[str, Mapping[str, Measure]]) -> str:
@@ -155,21 +162,45 @@ def markdown(tag: str, by_weights: Mapping[str, Mapping[str, Measure]]) -> str:
 
 
 def save_table(path: Path, table: Table, key: str) -> None:
-    """Keep a table, complete or absent, under what its numbers depend on."""
+    """Keep a table, complete or absent, under what its numbers depend on, with a sum of every byte of the file."""
     columns = {f"column/{name}": column.contiguous() for name, column in table.columns.items()}
     tensors = {"indices": table.indices, "groups": table.groups, "features": table.features, **columns}
+    blank = save(tensors, {"key": key, "columns": json.dumps(list(table.columns)), "crc32": NO_SUM.decode()})
     with complete_or_absent(path) as partial:
-        save_file(tensors, partial, {"key": key, "columns": json.dumps(list(table.columns))})
+        partial.write_bytes(PLACE_OF_SUM.sub(b'"crc32":"%08x"' % zlib.crc32(blank), blank, 1))
 
 
 def read_table(path: Path, key: str | None = None) -> Table | None:
-    """A table that was kept; None if there is none, or one under another key."""
+    """A table that was kept; None if there is none, or one under another key, or a damaged one where a key is given.
+
+    Raises:
+        ValueError: if it is damaged, and no key says how to measure it again.
+    """
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    if key is not None and metadata["key"] != key:
+    metadata = read_header(path)
+    if metadata is None and key is None:
+        raise ValueError(
+            f"table {path} is damaged, or an earlier version's: delete it, and measure it again with `validate`"
+        )
+    if metadata is None:
+        rank_zero_warn(f"table {path} is damaged, or an earlier version's: it is measured again")
+    if metadata is None or (key is not None and metadata["key"] != key):
         return None
     tensors = load_file(path)
     columns = {name: tensors[f"column/{name}"] for name in json.loads(metadata["columns"])}
     return Table(tensors["indices"], tensors["groups"], columns, tensors["features"])
+
+
+def read_header(path: Path) -> dict[str, str] | None:
+    """What a table says of itself; None if a byte of the file is not what was written."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    found = PLACE_OF_SUM.search(content, 8, min(end, len(content)))
+    if found is None:
+        return None
+    blank = content[: found.start(1)] + NO_SUM + content[found.end(1) :]
+    if zlib.crc32(blank) != int(found[1], 16):
+        return None
+    metadata: dict[str, str] = json.loads(content[8:end])["__metadata__"]
+    return metadata

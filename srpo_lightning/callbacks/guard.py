@@ -86,7 +86,9 @@ class OverOptimizationGuard(Callback):
     def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:
         """What is wrong with an evaluation; remembers it if it is the best so far."""
         (table, numbers), found = evaluation, []
-        if self.best is None or table.columns[HELD_OUT].mean() > self.best.columns[HELD_OUT].mean():
+        if not table.columns[HELD_OUT].isfinite().all():
+            found.append("held-out scores are not numbers")
+        elif self.best is None or table.columns[HELD_OUT].mean() > self.best.columns[HELD_OUT].mean():
             self.best, self.best_step = table, step
         else:
             fall = bootstrap_mean(table.columns[HELD_OUT] - self.best.columns[HELD_OUT], table.groups)

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.provenance import software
+from srpo_lightning.strict_json import strict_json
 
 SAMPLES = "samples"
 PREDICTIONS = "predictions"
+DRAWN_FROM = ("prompt", "seed", "guidance", "num_steps")
+"""What pictures that are compared have in common, by their records."""
+
 LABEL_PX = 14
 LETTER_PX = 6  # of Pillow's own font, on average
 
@@ -34,7 +39,7 @@ def write_picture(path: Path, picture: Image.Image, record: Mapping[str, Any]) -
     """Save a PNG, complete or absent, with what it is of in its metadata: `prompt` in words, all else in `srpo`."""
     info = PngInfo()
     info.add_itxt("prompt", str(record["prompt"]))
-    info.add_itxt("srpo", json.dumps({**record, "software": software()}, ensure_ascii=False))
+    info.add_itxt("srpo", strict_json({**record, "software": software()}))
     with complete_or_absent(path) as partial:  # two ranks may have drawn the same one
         picture.save(partial, format="PNG", pnginfo=info)
 
@@ -54,6 +59,23 @@ def record_if_whole(path: Path) -> dict[str, Any] | None:
         return read_record(path)
     except (OSError, SyntaxError, KeyError, ValueError, struct.error, Image.DecompressionBombError):
         return None
+
+
+def picture_if_whole(path: Path, of: Mapping[str, Any] | None = None) -> Image.Image | None:
+    """A picture that was written here; None if there is none, or a damaged one, which is said.
+
+    Args:
+        of: the record of what it is to stand beside; None too if it was drawn of something else.
+    """
+    if not path.is_file():
+        return None
+    record = record_if_whole(path)
+    if record is None:
+        rank_zero_warn(f"picture {path} is damaged: its place stays empty")
+    if record is None or (of and any(record.get(name) != of[name] for name in DRAWN_FROM)):
+        return None
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def contact_sheet(

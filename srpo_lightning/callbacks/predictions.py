@@ -1,6 +1,5 @@
 """What `predict` writes: a picture of every evaluation prompt, and which of them were there already."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.fingerprint import content_of, fingerprint
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.owners import PARTIAL, is_left
+from srpo_lightning.strict_json import strict_json
 
 DRAWN, KEPT, REDRAWN = "drawn", "kept", "drawn again"
 
@@ -109,7 +109,7 @@ def write_metadata(folder: Path) -> list[Record]:
     found = [(path, record_if_whole(path)) for path in sorted(folder.glob("step-*/*/*.png"))]
     records = [record | {"file": path.relative_to(folder).as_posix()} for path, record in found if record is not None]
     with complete_or_absent(folder / METADATA) as partial:
-        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+        partial.write_text("".join(strict_json(record) + "\n" for record in records), "utf-8")
     return records
 
 

@@ -1,6 +1,7 @@
 """Files of one JSON object per line, each with the `step` that it was written after."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from srpo_lightning.checkpoints import complete_or_absent
+from srpo_lightning.strict_json import strict_json
 
 Record: TypeAlias = dict[str, Any]
 
@@ -28,22 +30,46 @@ def recorded_in(trainer: Trainer) -> Path:
 
 
 def append(path: Path, *added: Record) -> None:
-    """Add lines."""
+    """Add lines, in the place of one that a kill has left unfinished; they are on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in added))
+    with path.open("ab") as stream:
+        stream.truncate(len(_whole_lines(path)))
+        stream.write("".join(strict_json(record) + "\n" for record in added).encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def read(path: Path) -> list[Record]:
-    """All lines, oldest first; none where there is no file. Line feeds alone end them: a prompt may hold U+2028."""
+    """All lines, oldest first, without a last one that a kill has left unfinished; none where there is no file.
+
+    Line feeds alone end them: a prompt may hold U+2028 and its like.
+
+    Raises:
+        ValueError: naming file and line, if one cannot be read.
+    """
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    found = []
+    for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            is_record = isinstance(record, dict) and isinstance(record["step"], int)
+        except (ValueError, KeyError):
+            is_record = False
+        if not is_record:
+            raise ValueError(f"line {number} of {path} is no record of a step: delete that line, or put the file right")
+        found.append(record)
+    return found
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Forget the records of later steps; at no moment is a part of the file there."""
-    kept = [record for record in read(path) if int(record["step"]) <= step]
+    """Forget the records of later steps, and an unfinished last line; at no moment is a part of the file there."""
+    kept = [record for record in read(path) if record["step"] <= step]
     if not kept:
         path.unlink()
         return

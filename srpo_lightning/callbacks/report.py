@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from srpo_lightning.callbacks.comparison import BASE, compare, write_comparison
-from srpo_lightning.callbacks.pictures import contact_sheet, sample_path
+from srpo_lightning.callbacks.pictures import contact_sheet, picture_if_whole, sample_path
 from srpo_lightning.callbacks.records import Record, recorded_in
 from srpo_lightning.callbacks.tracking import FILE, read_records
+from srpo_lightning.checkpoints import complete_or_absent
 from srpo_lightning.markdown import markdown_table
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.provenance import software
@@ -74,17 +75,20 @@ class Report(Callback):
             table += (
                 f"\n{sum(self._seconds) / len(self._seconds):.2f} seconds per step (mean of {len(self._seconds)})\n"
             )
-        (folder / "report.md").write_text(table, encoding="utf-8")
+        with complete_or_absent(folder / "report.md") as partial:
+            partial.write_text(table, encoding="utf-8")
         print(f"\n{table}")
         rows = {name: self._pictures(folder, record) for name, record in columns.items()}
-        if all(rows.values()):
-            contact_sheet(rows, self.scale).save(folder / "before_after.png")
+        if all(map(any, rows.values())):
+            shown = [i for i in range(self.num_columns) if any(row[i] for row in rows.values())]
+            rows = {name: [row[i] for i in shown] for name, row in rows.items()}
+            with complete_or_absent(folder / "before_after.png") as partial:
+                contact_sheet(rows, self.scale).save(partial, format="PNG")
             print(f"pictures: {folder / 'before_after.png'}")
 
-    def _pictures(self, folder: Path, record: Record) -> list[Image.Image]:
+    def _pictures(self, folder: Path, record: Record) -> list[Image.Image | None]:
         step, weights = int(record["step"]), str(record["weights"])
-        paths = [sample_path(folder, step, weights, index) for index in range(self.num_columns)]
-        return [Image.open(path).convert("RGB") for path in paths if path.is_file()]
+        return [picture_if_whole(sample_path(folder, step, weights, index)) for index in range(self.num_columns)]
 
 
 def in_order(weights: Iterable[str]) -> list[str]:

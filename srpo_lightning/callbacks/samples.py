@@ -20,6 +20,7 @@ from srpo_lightning.callbacks.pictures import (
     SAMPLES,
     as_picture,
     contact_sheet,
+    picture_if_whole,
     sample_path,
     write_picture,
 )
@@ -125,8 +126,10 @@ class SampleLogger(Recorder):
         if not module.trained_steps:
             self._base = {index: sample.picture for (_, index), sample in samples.items()}
         elif not self._base:  # a resumed run
-            paths = {index: sample_path(trainer.default_root_dir, 0, "policy", index) for index in shown}
-            self._base = {index: Image.open(path).convert("RGB") for index, path in paths.items() if path.is_file()}
+            for (_, index), sample in samples.items():
+                path = sample_path(trainer.default_root_dir, 0, "policy", index)
+                if index in shown and (picture := picture_if_whole(path, sample.record)):
+                    self._base[index] = picture
         for weights in dict.fromkeys([BASE, *(weights for weights, _ in samples)]):
             own = self._base if weights == BASE else {}
             own = own | {index: sample.picture for (kind, index), sample in samples.items() if kind == weights}

@@ -1,5 +1,6 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,12 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_table, save_table, summary
+from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_header, read_table, save_table, summary
 from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.fingerprint import fingerprint
@@ -26,6 +27,7 @@ from srpo_lightning.metrics import (
     brightness,
     high_frequency,
     is_in_top,
+    most_like,
     saturation,
 )
 from srpo_lightning.module import SRPOModule
@@ -162,7 +164,7 @@ class RewardTracking(Recorder):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the samples of all ranks together, log, and append to the file."""
         assert isinstance(pl_module, SRPOModule)
-        tables = {weights: table.compute() for weights, table in self.tables.items()}
+        tables = {weights: table.table() for weights, table in self.tables.items()}
         step = pl_module.trained_steps
         measured_base = tables.get(BASE) if step else tables.get("policy")
         if measured_base is not None:
@@ -181,6 +183,7 @@ class RewardTracking(Recorder):
             for weights, table in tables.items()
         }
         for weights in (name for name in self.tables if name != BASE):
+            warn_of_unknown(weights, tables[weights], step)
             self._record(trainer, pl_module, weights, *pl_module.evaluations[weights])
         seconds = time.perf_counter() - self._start_s
         for logger in trainer.loggers:
@@ -208,7 +211,7 @@ class RewardTracking(Recorder):
             self.top: is_in_top(self.judge.compare(images, candidates), truth, self.top_k),
         }
         if self.labels:
-            scores[LABEL] = self.judge.compare(images, self.labels).argmax(1)
+            scores[LABEL] = most_like(self.judge.compare(images, self.labels))
         scores |= {name: scorer(images, prompts) for name, scorer in self.scorers.items()}
         return scores | {HELD_OUT: sum(weight * scores[name] for name, weight in self.held_out.items())}
 
@@ -235,7 +238,8 @@ class RewardTracking(Recorder):
     def _keep_base(self, trainer: Trainer, module: SRPOModule, base: Table) -> None:
         """In the run folder, unless `validate` would replace the run's own by that of other prompts or settings."""
         key, path = self.key(trainer, module), base_path(trainer.default_root_dir)
-        is_others = path.is_file() and read_table(path, key) is None
+        header = read_header(path) if path.is_file() else None
+        is_others = header is not None and header["key"] != key
         save_table(base_path(recorded_in(trainer)) if is_others else path, base, key)
 
     def _record(
@@ -247,7 +251,9 @@ class RewardTracking(Recorder):
             logger.log_metrics({f"val/{weights}/{name}": value for name, value in numbers.items()}, step)
             if isinstance(logger, TensorBoardLogger):
                 for name in ("reward", "judge", "prompt", *self.scorers):
-                    logger.experiment.add_histogram(f"distribution/{weights}/{name}", table.columns[name], step)
+                    known = table.columns[name][table.columns[name].isfinite()]
+                    if len(known):  # TensorBoard has no histogram of nothing
+                        logger.experiment.add_histogram(f"distribution/{weights}/{name}", known, step)
         if trainer.is_global_zero:
             own = {} if trainer.state.fn == TrainerFn.FITTING else {"key": self.key(trainer, module)}
             append_record(folder, {"step": step, "weights": weights, **own, **numbers})
@@ -256,6 +262,17 @@ class RewardTracking(Recorder):
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)
+
+
+def warn_of_unknown(weights: str, table: Table, step: int) -> None:
+    """Say how many samples have a score that is not a number, of which every mean is none either."""
+    unknown = torch.stack([~column.isfinite() for column in table.columns.values()]).any(0)
+    if unknown.any():
+        rank_zero_warn(
+            f"step {step}: {int(unknown.sum())} of {len(unknown)} samples of {weights} have scores that are not "
+            f"numbers, sample {int(table.indices[unknown][0])} the first: look at the pictures; lower the learning "
+            "rate, or draw in a wider precision (trainer.precision)"
+        )
 
 
 def base_path(run_folder: str | Path) -> Path:
@@ -269,5 +286,6 @@ def append_record(run_folder: str | Path, record: Record) -> None:
 
 
 def read_records(run_folder: str | Path) -> list[Record]:
-    """All lines of the run's metrics file, oldest first."""
-    return records.read(Path(run_folder) / FILE)
+    """All lines of the run's metrics file, oldest first; what was not a number is NaN again."""
+    lines = records.read(Path(run_folder) / FILE)
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]

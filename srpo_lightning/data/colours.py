@@ -42,7 +42,7 @@ def as_seen(reference: str, limits: Limits = LIMITS) -> Image.Image:
 
 
 def size_as_seen(reference: str, limits: Limits = LIMITS) -> Size:
-    """Height and width of a picture as it is seen, of which the head alone is decoded.
+    """Height and width of a picture as it is seen.
 
     Raises:
         ValueError: see `as_seen`.

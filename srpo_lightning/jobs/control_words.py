@@ -1,6 +1,5 @@
 """`control-words`: how strongly a reward model tells two words apart, measured on pictures."""
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby, product
 from pathlib import Path
@@ -245,4 +244,4 @@ def _report(table: Sequence[Pair], scores: Float[Tensor, " N"], output: str | No
             "std": float(scores.std()),
             "pairs": [pair._asdict() for pair in table],
         }
-        Path(output).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        Path(output).write_text(strict_json(record, 2), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,9 @@ from srpo_lightning.objectives.base import Objective, Outcome, Rollout
 from srpo_lightning.objectives.reward_forms import Plain, RewardForm
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
+
+Level: TypeAlias = tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]
+"""Of a step: the noise level that it starts from, the one that it ends at, and its diffusion."""
 
 
 class Diffusion(ABC):
@@ -137,7 +141,7 @@ class GRPO(Objective):
         diffusion = self.diffusion(sigmas)
         states, log_probs = [noise], []
         for i in range(self.num_steps - 1):
-            mean, std = self.random_step(policy, states[-1], sigmas[i], sigmas[i + 1], diffusion[i], groups)
+            mean, std = self.random_step(policy, states[-1], (sigmas[i], sigmas[i + 1], diffusion[i]), groups)
             states.append(mean + std * self._noise(f"step {i}", shape, draws, groups))
             log_probs.append(flow.log_prob(states[-1], mean, std))
         velocity = policy(states[-1], sigmas[-2], groups, self.guidance)
@@ -158,8 +162,8 @@ class GRPO(Objective):
         rows = self.samples(rollout.turn, conditions.batch_size)
         groups, advantage, column = groups.take(rows), advantage[rows], torch.arange(len(rewards))[rows]
 
-        def step(x: Tensor, x_next: Tensor, reference: Tensor | None, *level: Tensor) -> tuple[Tensor, Tensor]:
-            mean, std = self.random_step(policy, x, *level, groups)
+        def step(x: Tensor, x_next: Tensor, level: Level, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+            mean, std = self.random_step(policy, x, level, groups)
             kl = mean.new_zeros(len(mean)) if reference is None else flow.normal_kl(mean, reference, std)
             return flow.log_prob(x_next, mean, std), kl
 
@@ -169,8 +173,8 @@ class GRPO(Objective):
             x, level, reference = states[here], (levels[here], levels[after], diffusion[here]), None
             if self.kl_weight:
                 with torch.no_grad(), policy.as_reference():
-                    reference, _ = self.random_step(policy, x, *level, groups)
-            log_prob, kl = checkpoint(step, x, states[after], reference, *level, use_reentrant=False)
+                    reference, _ = self.random_step(policy, x, level, groups)
+            log_prob, kl = checkpoint(step, x, states[after], level, reference, use_reentrant=False)
             ratio = (log_prob - rollout.log_probs[here]).exp()
             clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
             losses.append(-torch.minimum(ratio * advantage, clipped * advantage).mean() + self.kl_weight * kl.mean())
@@ -197,10 +201,9 @@ class GRPO(Objective):
         sigmas = policy.sigmas(self.num_steps, self.shift, conditions.size).to(like, non_blocking=True)
         return sigmas.unsqueeze(1).expand(-1, len(like))
 
-    def random_step(
-        self, policy: Policy, x: Tensor, sigma: Tensor, sigma_next: Tensor, diffusion: Tensor, conditions: Conditions
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the step of each sample from its level `sigma`."""
+    def random_step(self, policy: Policy, x: Tensor, level: Level, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the step of each sample."""
+        sigma, sigma_next, diffusion = level
         velocity = policy(x, sigma, conditions, self.guidance)
         return flow.random_step(x, velocity, sigma, sigma_next, diffusion)
 

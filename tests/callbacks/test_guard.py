@@ -1,5 +1,6 @@
 """The guard on evaluations that are made up: a score that rises, stays or falls by a known amount."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -96,3 +97,14 @@ def test_a_resumed_guard_goes_on_comparing_with_the_best():
     second.guard.load_state_dict(first.guard.state_dict())
     assert second.evaluate(2, evaluation(0.3, 2.0))
     assert second.guard.best_step == 0
+
+
+def test_scores_that_are_not_numbers_are_an_alarm_and_never_the_best():
+    run = Run(OverOptimizationGuard(patience=1))
+    assert run.evaluate(0, evaluation(math.nan, 0.0))
+    assert run.guard.best is None
+    run = Run(OverOptimizationGuard(patience=2))
+    for step, score in enumerate([0.5, math.nan, 0.4]):
+        stops = run.evaluate(step, evaluation(score, float(step)))
+    assert stops
+    assert run.guard.best_step == 0

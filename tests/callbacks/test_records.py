@@ -1,8 +1,13 @@
-"""A run's records hold each step once, however often the run was killed."""
+"""A run's records hold each step once, however often the run was killed, and whatever a kill or a disk did to files."""
+
+import random
 
 import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from srpo_lightning.callbacks import RewardTracking, RunCheckpoint, SampleLogger, records
+from srpo_lightning.callbacks.comparison import read_table
 from srpo_lightning.callbacks.samples import METADATA, SAMPLES
 from srpo_lightning.callbacks.tracking import FILE
 from srpo_lightning.checkpoints import checkpoint_path
@@ -26,8 +31,9 @@ def fit(models, features, run, *faults, **settings) -> None:
 
 
 def recorded(run) -> list[list]:
-    """The steps of both files."""
-    return [[r["step"] for r in records.read(run / file)] for file in (FILE, f"{SAMPLES}/{METADATA}")]
+    """The steps of both files, of the policy's weights."""
+    both = (records.read(run / file) for file in (FILE, f"{SAMPLES}/{METADATA}"))
+    return [[r["step"] for r in own if r["weights"] == "policy"] for own in both]
 
 
 def test_a_resumed_run_goes_on_from_the_records_up_to_its_checkpoint(models, features, tmp_path):
@@ -68,3 +74,54 @@ def test_records_are_dropped_by_their_steps_and_the_file_with_the_last(tmp_path)
     assert records.read(path) == [{"step": step, "word": "na\u00efve"} for step in (0, 1)]
     records.drop_after(path, -1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_line_separator_of_unicode_in_a_prompt_ends_no_line(tmp_path):
+    path, prompt = tmp_path / "records.jsonl", "a\u2028b\u0085c\x0bd"
+    records.append(path, {"step": 0, "prompt": prompt}, {"step": 1})
+    assert records.read(path) == [{"step": 0, "prompt": prompt}, {"step": 1}]
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 2, "wei', b"\0\0\0", b'{"step": 2}'])
+def test_an_unfinished_last_line_is_none_and_the_next_takes_its_place(tmp_path, tail):
+    path = tmp_path / "records.jsonl"
+    records.append(path, {"step": 0}, {"step": 1})
+    with path.open("ab") as stream:
+        stream.write(tail)
+    assert records.read(path) == [{"step": 0}, {"step": 1}]
+    records.append(path, {"step": 3})
+    assert records.read(path) == [{"step": 0}, {"step": 1}, {"step": 3}]
+    with path.open("ab") as stream:
+        stream.write(tail)
+    records.drop_after(path, 3)
+    assert path.read_bytes() == b'{"step": 0}\n{"step": 1}\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize("line", [b'{"step": 1', b"[1]", b'{"steq": 1}', b'{"step": "1"}', b"", b"\xff"])
+def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, line):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=f"^line 2 of {path} is no record of a step: delete that line"):
+        records.drop_after(path, 5)
+
+
+def test_a_resumed_run_mends_what_is_torn_measures_the_base_again_and_ends_like_the_unbroken_one(
+    models, features, tmp_path
+):
+    """Cut: both files of records, the base's table, and a picture of step 0, which is not there in the sheets."""
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for run, max_steps in ((whole, 4), (torn, 2)):
+        fit(models, features, run, max_steps=max_steps)
+    base, chance = torn / "tables" / "base.safetensors", random.Random(0)
+    before, *others = (base, torn / FILE, torn / SAMPLES / METADATA, torn / SAMPLES / "step-00000000/policy/00000.png")
+    measured = read_table(before).columns
+    for path in (before, *others):
+        if path.suffix == ".jsonl":
+            records.append(path, {"step": 3, "of": "a run that was killed"})
+        path.write_bytes(path.read_bytes()[: -chance.randint(1, 20)])
+    again = pytest.warns(UserWarning, match=f"table {base} is damaged, .*: it is measured again")
+    with again, pytest.warns(UserWarning, match="00000.png is damaged: its place stays empty"):
+        fit(models, features, torn, ckpt_path=checkpoint_path(torn, 2), logger=TensorBoardLogger(torn))
+    assert recorded(torn) == recorded(whole) == [[0, 1, 2, 3, 4]] * 2
+    for name, column in read_table(base).columns.items():
+        torch.testing.assert_close(column, measured[name], rtol=0, atol=1e-6)

@@ -228,7 +228,14 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
             read(path)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
-    assert size_as_seen(path, Limits(megapixels=144)) == (12_000, 12_000)
+
+
+def test_the_limit_of_pixels_can_be_raised(tmp_path):
+    path = str(tmp_path / "a.png")
+    Image.new("L", (1200, 1000)).save(path)
+    with pytest.raises(ValueError, match=r"has 1200 x 1000 pixels, more than data.max_picture_megapixels \(1\): raise"):
+        load_picture(Picture(path, (16, 16), Limits(megapixels=1)))
+    assert load_picture(Picture(path, (16, 16), Limits(megapixels=2))).shape == (3, 16, 16)
 
 
 def test_a_file_of_too_many_bytes_is_refused_unread_and_the_limit_can_be_raised(tmp_path):

@@ -1,6 +1,5 @@
 """The table in Markdown and everything as JSON."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,15 +100,15 @@ def write(report: Report, folder: Path) -> str:
         "sweeps": {name: [as_dict(curve) for curve in curves] for name, curves in report.sweeps.items()},
         "claims": [claim._asdict() for claim in report.claims],
     }
-    for name, body in (("table.md", text), ("results.json", json.dumps(content, indent=1))):
+    for name, body in (("table.md", text), ("results.json", strict_json(content, 1))):
         with complete_or_absent(folder / name) as partial:
             partial.write_text(body, encoding="utf-8")
     return text
 
 
-def means(curves: Sequence[Curve]) -> dict[str, dict[str, float | None]]:
-    """Every number at the end over the seeds, for JSON, which knows no NaN."""
-    return {name: last_of(curves, name).as_json() for name in curves[0].last}
+def means(curves: Sequence[Curve]) -> dict[str, dict[str, float]]:
+    """Every number at the end over the seeds, for JSON."""
+    return {name: last_of(curves, name)._asdict() for name in curves[0].last}
 
 
 def as_dict(curve: Curve) -> dict[str, Any]:
