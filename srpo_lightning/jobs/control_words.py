@@ -18,6 +18,7 @@ from srpo_lightning.data.files import rows
 from srpo_lightning.data.picture_files import OPENED, PICTURES, is_hidden
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.rewards import Reward
+from srpo_lightning.strict_json import strict_json
 
 INVENTED = ("Blorfy", "Quandish", "Trevolic", "Zumbral")  # words that no model has met
 
