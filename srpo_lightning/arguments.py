@@ -103,7 +103,8 @@ def read_config(path: str) -> Namespace:
     try:
         values = parser.parse_path(path)
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{path}: {explain(str(error), parser.settings)}") from error
+        told = explain(str(error), parser.settings)
+        raise ValueError(told if path in told else f"{path}: {told}") from error
     check_values(values.as_dict(), OWNERS)
     return values
 

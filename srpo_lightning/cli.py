@@ -23,13 +23,13 @@ from srpo_lightning.agreement import lost_rank
 from srpo_lightning.arguments import COMMANDS, Parser, add_project_arguments, choose_strategy
 from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
-from srpo_lightning.callbacks.effects import check_effects, check_single
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
 from srpo_lightning.checkpoints import AtomicCheckpointIO, check_whole, checkpoints, complete_or_absent
 from srpo_lightning.data import PromptData
+from srpo_lightning.effects import check_effects, check_single
 from srpo_lightning.jobs.benchmark import benchmark
 from srpo_lightning.jobs.cache import cache
 from srpo_lightning.jobs.control_words import control_words
@@ -98,6 +98,8 @@ def check_command(args: ArgsType) -> None:
     known = f"the commands are {', '.join(commands)}; each has its own --help"
     if not args:
         raise ValueError(f"no command: {known}")
+    if args[0].startswith("-") and args[0] not in ("-h", "--help"):
+        raise ValueError(f"{args[0]} comes before the command, which is first: {known}")
     if not args[0].startswith("-") and args[0] not in commands:
         likely = f"; did you mean {SYNONYMS[args[0]]}?" if args[0] in SYNONYMS else nearest(args[0], commands)
         raise ValueError(f"{args[0]}: there is no such command{likely or f': {known}'}")
@@ -187,6 +189,15 @@ class SRPOCLI(LightningCLI):
         last = [RunSettings(settings), *predictions, Progress()]
         return super()._instantiate_trainer(config, [*callbacks, *progress, *last])
 
+    def _set_seed(self) -> None:
+        seed = self.config[self.config.subcommand].seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 1 << 32:
+            raise ValueError(
+                f"seed_everything is {str(seed).lower()}: every random number follows from it, give a whole number "
+                f"from 0 to {(1 << 32) - 1}"
+            )
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Read no settings from a checkpoint: the configuration holds all of them."""
 
@@ -199,6 +210,8 @@ class SRPOCLI(LightningCLI):
         for name in ("trainer", "model", "data", "checkpoint"):
             if not isinstance(config[name], Namespace):
                 raise ValueError(f"{name}: expected its settings, found {config[name] or 'null'}")
+        if not config.trainer.default_root_dir:
+            raise ValueError("trainer.default_root_dir is empty: give the folder of the run, for instance runs/first")
         check_loops(config.trainer, self.config.subcommand)
         chosen = choose_strategy(config, devices_here(config.trainer))
         if chosen:
@@ -216,7 +229,7 @@ class SRPOCLI(LightningCLI):
 
     def _find_checkpoint(self, config: Namespace) -> None:
         folder = config.trainer.default_root_dir
-        if config.ckpt_path:
+        if config.ckpt_path is not None:
             found = find_checkpoint(config.ckpt_path, folder, config.checkpoint.monitor, config.checkpoint.mode)
             rank_zero_info(f"--ckpt_path {config.ckpt_path}: {found}")
             check_whole(found, content=is_first_rank())
@@ -251,7 +264,7 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
         path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
-        with complete_or_absent(path) as partial:
+        with naming("this configuration cannot be written down"), complete_or_absent(path) as partial:
             self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
 
 

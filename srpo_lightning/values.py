@@ -47,6 +47,8 @@ def _check_null(name: str, settings: Mapping[str, Any], owner: Callable[..., Any
     for key, value in settings.items():
         if value is None and key in hints and hints[key] is not Any and type(None) not in get_args(hints[key]):
             default = parameters[key].default
+            if default is Parameter.empty:
+                raise ValueError(f"{name}.{key} is missing: {getattr(owner, '__name__', owner)} needs it")
             if default is not None:
                 raise ValueError(f"{name}.{key} is null, which means nothing there: leave it away ({default!r} then)")
         _check_class(f"{name}.{key}", value)

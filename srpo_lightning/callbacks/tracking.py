@@ -111,6 +111,14 @@ class RewardTracking(Recorder):
         if taken:
             raise ValueError(f"metrics has {', '.join(taken)}, which is logged already: choose another name")
         unknown = self.held_out.keys() - {"judge", "prompt", self.top, *self.scorers}
+        if len(labels) == 1 or len(set(labels)) < len(labels):
+            raise ValueError(f"labels is {list(labels)}: give two or more, all different, or none")
+        if self.candidates and top_k >= len(self.candidates):
+            raise ValueError(
+                f"top_k is {top_k} of {len(self.candidates)} candidates: every picture would be right; set it below"
+            )
+        if self.held_out and not any(self.held_out.values()):
+            raise ValueError("held_out has weights of 0 alone: give at least one score another, for instance judge: 1")
         if unknown or not self.held_out:
             raise ValueError(
                 f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among judge, prompt, {self.top} and "

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
 from srpo_lightning.callbacks.checkpoint import RunCheckpoint
@@ -19,6 +21,7 @@ from srpo_lightning.module import SRPOModule
 from srpo_lightning.one_line import nearest
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.weighted import WeightedReward
+from srpo_lightning.strategies import ShardedStrategy
 
 ADD_TRACKING = "add srpo_lightning.callbacks.RewardTracking to trainer.callbacks"
 
@@ -38,18 +41,20 @@ def check_effects(command: str, trainer: Trainer, module: SRPOModule, data: Prom
         ValueError: naming the setting and the cure.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+    _check_strategy(trainer.strategy)
     tracking = _first(callbacks, RewardTracking)
     if tracking is not None and command != "predict":
         _check_judge(tracking, module.reward)
     if command in ("validate", "test") and tracking is None:
         raise ValueError(f"{command} measures nothing without RewardTracking: {ADD_TRACKING}, or draw with `predict`")
     if command == "fit":
-        evaluates = trainer.limit_val_batches != 0
+        idle = why_nothing_is_evaluated(trainer)
         weights = evaluated_weights(_first(callbacks, EMA))
         numbers = tracking.numbers(data.eval_samples_per_prompt) if tracking else []
         names = [f"{kind}/{name}" for kind in weights for name in numbers]
-        _check_monitor(_first(callbacks, RunCheckpoint), tracking, names, evaluates)
-        _check_guard(_first(callbacks, OverOptimizationGuard), tracking, weights, evaluates)
+        _check_monitor(_first(callbacks, RunCheckpoint), tracking, names, idle)
+        _check_guard(_first(callbacks, OverOptimizationGuard), tracking, weights, idle)
+        _check_other_monitors(callbacks, names)
         _check_report(_first(callbacks, Report), tracking, _first(callbacks, SampleLogger))
         if data.offline_ratio:
             module.objective.check_pictures()
@@ -61,6 +66,43 @@ def evaluated_weights(ema: EMA | None) -> list[str]:
     if ema is None:
         return ["policy"]
     return {"both": ["policy", "ema"], "ema": ["ema"], "policy": ["policy"]}[ema.evaluate]
+
+
+def why_nothing_is_evaluated(trainer: Trainer) -> str | None:
+    """The setting for which no evaluation comes while training, with the cure; None where one comes."""
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if trainer.limit_val_batches == 0:
+        return "trainer.limit_val_batches is 0, leave it away"
+    if every is not None and not isinstance(trainer.limit_train_batches, int):
+        return (
+            "trainer.check_val_every_n_epoch counts epochs, and the stream of training prompts has no end: set it to "
+            "null and trainer.val_check_interval to the micro-batches between evaluations"
+        )
+    num_batches = trainer.max_steps * trainer.accumulate_grad_batches
+    if every is None and isinstance(interval, int) and 0 < num_batches < interval:
+        return f"trainer.val_check_interval is {interval}, of {num_batches} micro-batches: lower it"
+    return None
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    """Others have no part that divides the policy or compares ranks, or start processes that this module cannot."""
+    is_known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy)
+    if not is_known or isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"trainer.strategy is {type(strategy).__name__}, which this project is not made for: leave it at auto, or "
+            "take ddp, srpo_lightning.strategies.ReplicatedStrategy or srpo_lightning.strategies.ShardedStrategy"
+        )
+
+
+def _check_other_monitors(callbacks: Iterable[Callback], names: list[str]) -> None:
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(callback, RunCheckpoint) or not isinstance(monitor, str) or monitor.startswith("train/"):
+            continue
+        logged = [f"val/{name}" for name in names]
+        if monitor not in logged:
+            near = nearest(monitor, logged) or "; val/policy/held_out is one that is, with RewardTracking"
+            raise ValueError(f"{type(callback).__name__}.monitor is {monitor}, which nothing logs{near}")
 
 
 def _first(callbacks: Iterable[Callback], kind: type[Kind]) -> Kind | None:
@@ -81,7 +123,7 @@ def check_single(callbacks: Iterable[Callback]) -> None:
 
 
 def _check_monitor(
-    checkpoint: RunCheckpoint | None, tracking: RewardTracking | None, names: list[str], evaluates: bool
+    checkpoint: RunCheckpoint | None, tracking: RewardTracking | None, names: list[str], idle: str | None
 ) -> None:
     if checkpoint is None:
         return
@@ -93,7 +135,7 @@ def _check_monitor(
                     "is best: set that to a number of RewardTracking, for instance policy/held_out"
                 )
         return
-    _check_evaluations(f"checkpoint.monitor is {checkpoint.monitor}", tracking, evaluates)
+    _check_evaluations(f"checkpoint.monitor is {checkpoint.monitor}", tracking, idle)
     if checkpoint.monitor not in names:
         own = dict.fromkeys(name.partition("/")[2] for name in names)
         kinds = dict.fromkeys(name.partition("/")[0] for name in names)
@@ -102,11 +144,11 @@ def _check_monitor(
 
 
 def _check_guard(
-    guard: OverOptimizationGuard | None, tracking: RewardTracking | None, weights: list[str], evaluates: bool
+    guard: OverOptimizationGuard | None, tracking: RewardTracking | None, weights: list[str], idle: str | None
 ) -> None:
     if guard is None:
         return
-    _check_evaluations("OverOptimizationGuard watches evaluations", tracking, evaluates)
+    _check_evaluations("OverOptimizationGuard watches evaluations", tracking, idle)
     assert tracking is not None
     if guard.weights not in weights:
         raise ValueError(
@@ -120,11 +162,11 @@ def _check_guard(
         )
 
 
-def _check_evaluations(what: str, tracking: RewardTracking | None, evaluates: bool) -> None:
+def _check_evaluations(what: str, tracking: RewardTracking | None, idle: str | None) -> None:
     if tracking is None:
         raise ValueError(f"{what}, which RewardTracking measures, and it is not there: {ADD_TRACKING}")
-    if not evaluates:
-        raise ValueError(f"{what}, but trainer.limit_val_batches is 0, and nothing is evaluated: leave that away")
+    if idle:
+        raise ValueError(f"{what}, but while training there is none: {idle}")
 
 
 def _check_report(report: Report | None, tracking: RewardTracking | None, samples: SampleLogger | None) -> None:
