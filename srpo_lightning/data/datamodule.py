@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from srpo_lightning.agreement import digest
 from srpo_lightning.batch import Conditions, Size
 from srpo_lightning.data.chunks import key_of
-from srpo_lightning.data.columns import check_size
+from srpo_lightning.data.columns import Prompt, check_size
 from srpo_lightning.data.features import FeatureCache
 from srpo_lightning.data.images import LatentCache, Picture, latent_key
 from srpo_lightning.data.order import Order, Pick, Rows, Segment, SliceSampler, StepSampler, streams_of
 from srpo_lightning.data.picture_files import LIMITS, Limits
 from srpo_lightning.data.preparation import Preparation
-from srpo_lightning.data.prompts import Prompt, PromptSet, Sources
+from srpo_lightning.data.prompts import PromptSet, Sources
 from srpo_lightning.data.records import Records
 from srpo_lightning.data.selection import select
 from srpo_lightning.policies.image import FluxImageEncoder
@@ -97,6 +97,8 @@ class PromptData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if sizes == []:
+            raise ValueError("data.sizes is []: give at least one [width, height], or leave it away")
         for number, (own_width, own_height) in enumerate(sizes or []):
             check_size(own_width, own_height, f"data.sizes[{number}]")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size

@@ -86,6 +86,11 @@ def select(
             "data.evaluation and data.validation_fraction both say what is held out: give a prompt file to the one, or "
             "to the other a part of the training prompts such as 0.05"
         )
+    if images is not None and not offline_ratio:
+        raise ValueError(
+            "data.images is given, but data.offline_ratio is 0, so that no step trains on these pictures: set it to "
+            "their share of the steps, for instance 0.5, or leave data.images away"
+        )
     sources = [(read_prompts(source).unique(), source.weight) for source in listed(train)]
     named = sources if images is None else [(read_prompts(s).unique(), s.weight) for s in listed(images)]
     if validation_fraction:
