@@ -135,6 +135,11 @@ class PromptData(LightningDataModule):
         return [text for source in self.selection.train for text in source.prompts.prompts]
 
     @property
+    def trained_prompts(self) -> list[str]:
+        """The same, and the captions of real pictures."""
+        return [text for own in self.selection.sets for text in own.prompts]
+
+    @property
     def eval_prompts(self) -> list[str]:
         """The evaluation prompts."""
         return self.selection.evaluation.prompts
@@ -200,7 +205,7 @@ class PromptData(LightningDataModule):
     @cached_property
     def records(self) -> "Records":
         """What is trained on, to tell it from other prompts."""
-        return Records.of([text for own in self.selection.sets for text in own.prompts], self._order())
+        return Records.of(self.trained_prompts, self._order())
 
     @cached_property
     def described(self) -> dict[str, tuple[str, str]]:
