@@ -241,8 +241,9 @@ class SRPOCLI(LightningCLI):
             )
 
     def after_instantiate_classes(self) -> None:
-        """Everything knows its settings, nothing is read."""
+        """Everything knows its settings; nothing is read but then the prompts."""
         check_effects(self.config.subcommand, self.trainer, self.model, self.datamodule)
+        self.datamodule.read(trains=self.config.subcommand == "fit")
 
     def before_fit(self) -> None:
         """Refuse what cannot fit, once per node, while nothing of the models but their shapes is known."""
