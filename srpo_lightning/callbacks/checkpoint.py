@@ -19,6 +19,7 @@ from srpo_lightning.agreement import lost_rank
 from srpo_lightning.callbacks.records import EVALUATION_DUE
 from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
+from srpo_lightning.full_disk import FullDiskError
 from srpo_lightning.module import SRPOModule
 
 
@@ -29,7 +30,8 @@ class RunCheckpoint(Checkpoint):
     when resumed. Only whole states are saved: a run interrupted in the middle of a micro-batch keeps the checkpoints
     that it has, and one interrupted between the micro-batches of a step saves the state before that step. SIGTERM, a
     cluster's preemption, lets all ranks finish the optimizer step, save, and exit with status 143, so that the job can
-    be queued again with `--ckpt_path last`.
+    be queued again with `--ckpt_path last`. A checkpoint that finds no room on the disk is left out, and training goes
+    on; the last one ends the run.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.
@@ -93,7 +95,7 @@ class RunCheckpoint(Checkpoint):
         self._is_save_due = trainer.global_step % self.every_n_steps == 0 or self._is_time(trainer)
         self._is_evaluation_due = is_evaluation_due(trainer)
         if self._is_save_due and not self._is_evaluation_due:
-            self._save(trainer)
+            self._save(trainer, can_wait=True)
         self._leave_if_terminated(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,7 +123,7 @@ class RunCheckpoint(Checkpoint):
             if self._saved_step == trainer.global_step:  # an evaluation that a clock asked for a moment later
                 self._saved_step, self._is_save_due = -1, True
             if self.monitor or self._is_save_due:
-                self._save(trainer)
+                self._save(trainer, can_wait=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the result."""
@@ -130,8 +132,12 @@ class RunCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between steps: after skipped steps, which left the last good weights, or in an evaluation."""
         is_between = self._between_steps and (trainer.training or self._is_evaluation_due)
-        if is_between and not lost_rank(exception):
+        if not is_between or lost_rank(exception) or isinstance(exception, FullDiskError):
+            return
+        try:
             self._save_last_step(trainer, pl_module)
+        except FullDiskError as error:
+            rank_zero_warn(f"what was trained since the last checkpoint is lost: {error}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that was resumed with nothing left to train."""
@@ -195,12 +201,20 @@ class RunCheckpoint(Checkpoint):
         is_late = time.monotonic() - self._saved_at_s >= 60 * self.every_n_minutes
         return trainer.strategy.reduce_boolean_decision(is_late, all=False)  # the ranks' clocks differ
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, can_wait: bool = False) -> None:
         if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
         path = checkpoint_path(trainer.default_root_dir, trainer.global_step)
-        trainer.save_checkpoint(path, weights_only=False)
+        self._saved_at_s = time.monotonic()
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except FullDiskError as error:
+            self._saved_step = -1
+            if not can_wait:
+                raise
+            rank_zero_warn(f"training goes on without a checkpoint of step {trainer.global_step}: {error}")
+            return
         self._prune(trainer)
         rank_zero_info(f"checkpoint: {path}")
         self._saved_at_s = time.monotonic()
