@@ -363,7 +363,7 @@ def test_what_does_not_fit_together_is_refused_with_the_cure(models, trained, tm
         run, output, "--ckpt_path", str(checkpoint_path(trained("lora"), 2))
     )
     (tmp_path / "broken.ckpt").write_bytes(b"half")
-    assert "cannot be read as a checkpoint: give another" in refused(
+    assert "is damaged: broken.ckpt is cut off" in refused(
         run, output, "--ckpt_path", str(tmp_path / "broken.ckpt")
     )
     assert "is no checkpoint (meta.pt is missing)" in refused(run, output, "--ckpt_path", str(tmp_path))
