@@ -15,6 +15,12 @@ from srpo_lightning.data import PromptData
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.one_line import explain, naming
 from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
+from srpo_lightning.values import check_values
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+OWNERS = {"trainer": Trainer, "model": SRPOModule, "data": PromptData, "checkpoint": RunCheckpoint}
+"""The classes whose arguments a configuration has without naming them."""
 
 
 class Parser(LightningArgumentParser):
@@ -40,7 +46,10 @@ class Parser(LightningArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]  # overloaded
         """What cannot be read at all is no traceback either."""
         with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
-            return super().parse_args(*args, **kwargs)
+            values = super().parse_args(*args, **kwargs)
+        plain = values.as_dict()
+        check_values(plain.get(str(plain.get("subcommand")), plain), OWNERS)
+        return values
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
         """What a class refuses is told by its name."""
@@ -73,7 +82,6 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
                 "class_path": "torch.optim.AdamW",
                 "init_args": {"lr": 5e-6, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 1e-4},
             },
-            "trainer.plugins": [{"class_path": "srpo_lightning.checkpoints.AtomicCheckpointIO"}],
         }
     )
 
@@ -93,9 +101,12 @@ def read_config(path: str) -> Namespace:
     parser.add_lightning_class_args(PromptData, "data")
     add_project_arguments(parser)
     try:
-        return parser.parse_path(path)
+        values = parser.parse_path(path)
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{path}: {explain(str(error), parser.settings)}") from error
+        told = explain(str(error), parser.settings)
+        raise ValueError(told if path in told else f"{path}: {told}") from error
+    check_values(values.as_dict(), OWNERS)
+    return values
 
 
 def sharded(shard_size: int, replicate_size: int = 1) -> Namespace:

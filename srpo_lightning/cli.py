@@ -16,19 +16,21 @@ from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAcce
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from srpo_lightning.agreement import lost_rank
-from srpo_lightning.arguments import Parser, add_project_arguments, choose_strategy
+from srpo_lightning.arguments import COMMANDS, Parser, add_project_arguments, choose_strategy
 from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
-from srpo_lightning.checkpoints import check_whole, checkpoints, complete_or_absent
+from srpo_lightning.checkpoints import AtomicCheckpointIO, check_whole, checkpoints, complete_or_absent
 from srpo_lightning.data import PromptData
+from srpo_lightning.effects import check_effects, check_single
 from srpo_lightning.jobs.benchmark import benchmark
 from srpo_lightning.jobs.cache import cache
 from srpo_lightning.jobs.control_words import control_words
@@ -51,8 +53,6 @@ JOBS: dict[str, Callable[..., None]] = {
 }
 
 CONFIG = "config.yaml"
-
-COMMANDS = ("fit", "validate", "test", "predict")
 
 SYNONYMS = {"train": "fit", "eval": "validate", "evaluate": "validate", "sample": "predict", "generate": "predict"}
 """What other programs call these."""
@@ -101,6 +101,8 @@ def check_command(args: ArgsType) -> None:
     known = f"the commands are {', '.join(commands)}; each has its own --help"
     if not args:
         raise ValueError(f"no command: {known}")
+    if args[0].startswith("-") and args[0] not in ("-h", "--help"):
+        raise ValueError(f"{args[0]} comes before the command, which is first: {known}")
     if not args[0].startswith("-") and args[0] not in commands:
         likely = f"; did you mean {SYNONYMS[args[0]]}?" if args[0] in SYNONYMS else nearest(args[0], commands)
         raise ValueError(f"{args[0]}: there is no such command{likely or f': {known}'}")
@@ -118,6 +120,7 @@ def run_trainer(args: ArgsType) -> None:
         parser_kwargs={"epilog": f"Also, each with its own --help: {', '.join(JOBS)}."},
         save_config_callback=SaveConfigInRunFolder,
         auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # nothing reads settings from a checkpoint
     )
 
 
@@ -182,9 +185,21 @@ class SRPOCLI(LightningCLI):
         predictions = [Predictions(self.config.predict.output)] if self.config.subcommand == "predict" else []
         settings = settings_of(self.config[self.config.subcommand].as_dict())
         agreement = Agreement(settings, self.config[self.config.subcommand].ckpt_path, self.refusal)
-        config = config | {"callbacks": [agreement, *filter(None, chosen)]}  # before any that reads weights
+        check_single([*filter(None, chosen), *callbacks])
+        plugins = with_atomic_checkpoints(config.get("plugins"))
+        # Agreement comes before any that reads weights.
+        config = config | {"callbacks": [agreement, *filter(None, chosen)], "plugins": plugins}
         last = [RunSettings(settings), *predictions, Progress()]
         return super()._instantiate_trainer(config, [*callbacks, *progress, *last])
+
+    def _set_seed(self) -> None:
+        seed = self.config[self.config.subcommand].seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 1 << 32:
+            raise ValueError(
+                f"seed_everything is {str(seed).lower()}: every random number follows from it, give a whole number "
+                f"from 0 to {(1 << 32) - 1}"
+            )
+        super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
         """Read no settings from a checkpoint: the configuration holds all of them."""
@@ -198,6 +213,8 @@ class SRPOCLI(LightningCLI):
         for name in ("trainer", "model", "data", "checkpoint"):
             if not isinstance(config[name], Namespace):
                 raise ValueError(f"{name}: expected its settings, found {config[name] or 'null'}")
+        if not config.trainer.default_root_dir:
+            raise ValueError("trainer.default_root_dir is empty: give the folder of the run, for instance runs/first")
         check_loops(config.trainer, self.config.subcommand)
         chosen = choose_strategy(config, devices_here(config.trainer))
         if chosen:
@@ -215,7 +232,7 @@ class SRPOCLI(LightningCLI):
 
     def _find_checkpoint(self, config: Namespace) -> None:
         folder = config.trainer.default_root_dir
-        if config.ckpt_path:
+        if config.ckpt_path is not None:
             found = find_checkpoint(config.ckpt_path, folder, config.checkpoint.monitor, config.checkpoint.mode)
             rank_zero_info(f"--ckpt_path {config.ckpt_path}: {found}")
             check_whole(found, content=is_first_rank())
@@ -225,6 +242,10 @@ class SRPOCLI(LightningCLI):
                 f"{config.trainer.default_root_dir} holds a run already: resume it with --ckpt_path last, name another "
                 "folder with --trainer.default_root_dir, or delete it"
             )
+
+    def after_instantiate_classes(self) -> None:
+        """Everything knows its settings, nothing is read."""
+        check_effects(self.config.subcommand, self.trainer, self.model, self.datamodule)
 
     def before_fit(self) -> None:
         """Refuse what cannot fit, once per node, while nothing of the models but their shapes is known."""
@@ -246,8 +267,25 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
         path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
-        with complete_or_absent(path) as partial:
+        with naming("this configuration cannot be written down"), complete_or_absent(path) as partial:
             self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
+
+
+def with_atomic_checkpoints(plugins: Any) -> list[Any]:
+    """The trainer's plugins, and what writes checkpoints whole or not at all.
+
+    Raises:
+        ValueError: if one of them writes checkpoints in another way.
+    """
+    chosen = plugins if isinstance(plugins, list) else [plugins] if plugins else []
+    for plugin in chosen:
+        if isinstance(plugin, CheckpointIO) and not isinstance(plugin, AtomicCheckpointIO):
+            raise ValueError(
+                f"trainer.plugins has {type(plugin).__name__}, which would write checkpoints that a kill can leave in "
+                "part: leave it away, or derive it from srpo_lightning.checkpoints.AtomicCheckpointIO"
+            )
+    own = [] if any(isinstance(plugin, CheckpointIO) for plugin in chosen) else [AtomicCheckpointIO()]
+    return [*chosen, *own]
 
 
 def is_first_rank() -> bool:

@@ -5,6 +5,19 @@ from typing import Any
 FOLDER_OF_TRIAL = "fast_dev_run"
 """Where, in the run folder, a run of a few batches to try a configuration writes."""
 
+LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "limit_predict_batches": 0,
+    "log_every_n_steps": 0,
+    "max_steps": -1,
+    "min_steps": 0,
+    "num_nodes": 1,
+    "val_check_interval": 0,
+}
+"""Numbers below which Lightning stumbles, or does another thing than is meant."""
+
 
 def check_loops(trainer: Any, command: str) -> None:
     """Refuse settings that Lightning would not understand here, or would take for something else.
@@ -20,6 +33,10 @@ def check_loops(trainer: Any, command: str) -> None:
     """
     if trainer.fast_dev_run:
         return  # which sets its own limits
+    for name, least in LEAST.items():
+        value = getattr(trainer, name)
+        if isinstance(value, int | float) and value < least:
+            raise ValueError(f"trainer.{name} is {value}: expected {least} or more")
     evaluation = "data.num_eval_prompts, which says how many prompts every evaluation has"
     whole: dict[str, tuple[Any, ...]] = {"limit_val_batches": (None, 0, 1.0), "limit_test_batches": (None, 0, 1.0)}
     for name, allowed in whole.items():
@@ -39,6 +56,20 @@ def check_loops(trainer: Any, command: str) -> None:
 
 
 def _check_training(trainer: Any, evaluation: str) -> None:
+    for name in ("max_steps", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(
+                f"trainer.{name} is 0: nothing would be trained; `validate` measures the weights as they are"
+            )
+    if trainer.max_steps > 0 and (trainer.min_steps or 0) > trainer.max_steps:
+        raise ValueError(
+            f"trainer.min_steps is {trainer.min_steps}, more than trainer.max_steps, {trainer.max_steps}: leave it away"
+        )
+    if trainer.use_distributed_sampler:
+        raise ValueError(
+            "trainer.use_distributed_sampler is true: Lightning would put its own order in the place of the stream of "
+            "prompts, which is divided over ranks already; leave it at false"
+        )
     limit, accumulate = trainer.limit_train_batches, int(trainer.accumulate_grad_batches)
     if trainer.num_sanity_val_steps not in (None, 0, -1):
         raise ValueError(
@@ -46,6 +77,12 @@ def _check_training(trainer: Any, evaluation: str) -> None:
             f"later ones are compared with; set it to -1 for all of it, or to 0 for none, and {evaluation}"
         )
     between = trainer.val_check_interval
+    if trainer.check_val_every_n_epoch is None and (not between or isinstance(between, float)):
+        found = "null" if between is None else between
+        raise ValueError(
+            f"trainer.val_check_interval is {found} while trainer.check_val_every_n_epoch is null: set it to the whole "
+            "number of micro-batches between evaluations"
+        )
     if isinstance(between, int) and between % accumulate and trainer.limit_val_batches != 0:
         raise ValueError(
             f"trainer.val_check_interval is {between} micro-batches, which trainer.accumulate_grad_batches, "

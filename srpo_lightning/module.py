@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
@@ -27,6 +27,9 @@ from srpo_lightning.optimizers import InBackward, check_settings, whole
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.timing import Moment, now, seconds_between
+
+LONGEST_TRIAL = 10_000
+"""Steps of a schedule that are gone through before anything is read, in some hundredths of a second."""
 
 
 class SRPOModule(LightningModule):
@@ -60,7 +63,7 @@ class SRPOModule(LightningModule):
         ),
         lr_scheduler: LRSchedulerCallable | None = None,
         num_sample_steps: PositiveInt = 28,
-        sample_guidance: float = 3.5,
+        sample_guidance: NonNegativeFloat = 3.5,
         seed: int = 0,
         max_skipped_steps: NonNegativeInt = 5,
         optimizer_in_backward: bool = False,
@@ -103,15 +106,21 @@ class SRPOModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Add none: the first that Lightning asks for, so the place to refuse settings before anything is read."""
         with naming("model.optimizer"):
-            trial = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
+            trial = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
+            trial.step()  # whether it can be, as Lightning calls it
         with naming("model.lr_scheduler"):
-            scheduler = self.lr_scheduler and self.lr_scheduler(trial)
+            scheduler = self.lr_scheduler(trial) if self.lr_scheduler is not None else None
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError(
                 "model.lr_scheduler is ReduceLROnPlateau, which waits for a metric, but schedulers step once per "
                 "optimizer step: take one that counts steps, for instance torch.optim.lr_scheduler.CosineAnnealingLR, "
                 "or OverOptimizationGuard with action lower_learning_rate"
             )
+        if scheduler is not None:
+            with naming("model.lr_scheduler"):
+                for _ in range(max(1, min(self.trainer.max_steps, LONGEST_TRIAL))):
+                    trial.step()  # without gradients
+                    scheduler.step()
         check_settings(self.trainer, self.policy.dtype, trial, in_backward=self.optimizer_in_backward)
         return []
 
@@ -137,7 +146,8 @@ class SRPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Trainable parameters only; the scheduler counts optimizer steps."""
-        optimizer = self.optimizer([p for _, p in self.trainable_parameters()])
+        with naming("model.optimizer"):
+            optimizer = self.optimizer([p for _, p in self.trainable_parameters()])
         if self.in_backward:
             self.in_backward.remove()
         self.in_backward = InBackward(optimizer, self.clip_norm_per_parameter) if self.optimizer_in_backward else None

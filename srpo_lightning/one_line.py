@@ -43,6 +43,8 @@ KINDS = {
     "bool": "true or false",
     "list": "a list",
     "Iterable": "a list",
+    "Sequence": "a list",
+    "tuple": "a list",
     "dict": "a mapping",
     "NoneType": "null",
     "PositiveInt": "a whole number above 0",
@@ -81,11 +83,12 @@ def explain(message: str, settings: Iterable[str]) -> str:
     for pattern, words in WHOLE:
         if whole := re.search(pattern, message):
             return _joined(whole.expand(words))
-    leaves, value = _leaves(message)
+    leaves, values = _leaves(message)
     if not leaves:
         return _joined(message)
     depth = max(leaf.path.count(".") for leaf in leaves)
     deepest = [leaf for leaf in leaves if leaf.path.count(".") == depth]
+    value = values.get(deepest[0].path)
     found = f", found {'null' if value == 'None' else value}" if value is not None else ""
     expected = list(dict.fromkeys(words for leaf in deepest for words in _expected(leaf.text)))
     for leaf in deepest:
@@ -93,8 +96,9 @@ def explain(message: str, settings: Iterable[str]) -> str:
             return named
     for leaf in deepest:
         if not _expected(leaf.text) and not UNKNOWN_CLASS.match(leaf.text):
-            path = leaf.path.removesuffix(".init_args")
-            return f"{path}: {_joined(leaf.text)}" if path else _joined(message)
+            path = _of_class(leaf.path)
+            is_tree = any(NOISE.match(line.strip()) for line in message.splitlines())
+            return f"{path}: {_joined(leaf.text)}" if path else _joined(leaf.text if is_tree else message)
     if len(expected) < len(deepest) and any(UNKNOWN_CLASS.match(leaf.text) for leaf in deepest):
         expected.insert(0, "a class_path")
     if "a number" in expected:
@@ -108,9 +112,13 @@ WHOLE = (
     (r"Key \"([\w.]+)\.\w+\" not found in namespace", r"\1: expected its settings, found null"),
     (r"(?:File does not exist|Path is not a file): '(.*)'", r"\1: there is no such file"),
     (r"Problems parsing config: (?s:(.*))", r"the configuration is no YAML: \1"),
+    (r"Unexpected config: *$", "the configuration is empty"),
     (r"Unexpected config: (.*)", r"the configuration is no mapping of settings: \1"),
     (r"^Linked \"(.*)\" must be given via \"(.*)\"", r"\1 follows \2: set that"),
-    (r"^the following arguments are required: (.*)", r"give --config FILE, or these settings, which are missing: \1"),
+    (r"^the following arguments are required: (.*model\.policy.*)",
+     r"these settings are missing: \1 (give them, or --config FILE)"),
+    (r"^the following arguments are required: (.*)", r"these settings are missing: \1"),
+    (r"^unrecognized arguments: ([^- ]\S*)", r"\1: names of settings begin with --; a file of them is --config \1"),
 )  # fmt: skip
 """Messages that are no tree."""
 
@@ -124,10 +132,11 @@ NOISE = re.compile(
 LONGEST_VALUE = 100
 
 
-def _leaves(message: str) -> tuple[list[Leaf], str | None]:
-    """The leaves of the tree, and the value that was found; leaves that say nothing are left out."""
+def _leaves(message: str) -> tuple[list[Leaf], dict[str, str]]:
+    """The leaves of the tree, and the values that were found by their path; leaves that say nothing are left out."""
     branches: list[tuple[int, str, str]] = []  # indentation, key, class
-    leaves, value = [], None
+    leaves: list[Leaf] = []
+    values: dict[str, str] = {}
     for line in filter(str.strip, message.splitlines()):
         text = line.strip().removeprefix("- ")
         indent = len(line) - len(text)
@@ -135,20 +144,22 @@ def _leaves(message: str) -> tuple[list[Leaf], str | None]:
         if CALLABLE.match(text) and (named := re.search(r"class_path'?[=:] ?'([^']+)'", message)):
             branches.append((indent, "", named[1]))
         text = CALLABLE.sub("", text).partition(". Got value: Namespace(")[0]
-        if (found := VALUE.search(text)) and "Namespace(" not in found[1]:
-            value = found[1] if len(found[1]) <= LONGEST_VALUE else f"{found[1][:LONGEST_VALUE]} ..."
-        text = VALUE.sub("", text)
         while branch := BRANCH.match(text):
             branches.append((indent, branch[1] or "", branch[2] or ""))
             text = text[branch.end() :]
+        path = ".".join(key or "init_args" for _, key, _ in branches)
+        given = re.search(r"invalid literal .*: '(.*)'|(\S*[^\s:]) does not conform", text)
+        if given:
+            values[path] = given[1] or given[2]
+        if (found := VALUE.search(text)) and "Namespace(" not in found[1]:
+            own = found[1] if len(found[1]) <= LONGEST_VALUE else f"{found[1][:LONGEST_VALUE]} ..."
+            values.setdefault(path, own)
+        text = VALUE.sub("", text)
         if text and not NOISE.match(text):
-            path = ".".join(key or "init_args" for _, key, _ in branches)
             owner = next((name for _, _, name in reversed(branches) if name), "")
             leaves.append(Leaf(path, owner, bool(branches) and not branches[-1][1], text))
-    if given := re.search(r"invalid literal .*: '(.*)'|(\S+) does not conform", message):
-        value = given[1] or given[2]
     named_leaves = [leaf for leaf in leaves if leaf.owner != "lightning.Callback"]  # tried where no class is given
-    return named_leaves or leaves, value
+    return named_leaves or leaves, values
 
 
 def _expected(text: str) -> list[str]:
@@ -194,10 +205,14 @@ def _unknown(leaf: Leaf, settings: set[str], is_only: bool) -> str | None:
         near = nearest(name, class_names())
         if near or is_only or "." in name:
             cure = near or "; give a class_path that can be imported, module.Class"
-            return f"{leaf.path.removesuffix('.init_args')} is {name}: there is no such class{cure}"
+            return f"{_of_class(leaf.path)} is {name}: there is no such class{cure}"
     elif found := re.match("the following arguments are required: (.*)", leaf.text):
-        return f"{leaf.path.removesuffix('.init_args')}: {_last(leaf.owner)} needs {found[1]}"
+        return f"{_of_class(leaf.path)}: {_last(leaf.owner)} needs {found[1]}"
     return None
+
+
+def _of_class(path: str) -> str:
+    return re.sub(r"(?:^|\.)init_args$", "", path)
 
 
 def _last(class_path: str) -> str:
@@ -255,10 +270,8 @@ def naming(setting: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except AssertionError:  # ours: no user's doing
-        raise
     except Exception as error:
-        if is_own(error):
+        if is_own(error) and isinstance(error, ValueError | AssertionError):  # in our words, or no user's doing
             raise
         frames = [frame for frame, _ in walk_tb(error.__traceback__)]
         name = setting or next(filter(None, map(_class_of, frames)), None)
@@ -284,7 +297,7 @@ def one_line(error: BaseException) -> str | None:
         return f"the disk is full ({_joined(error)}): {CURE}"
     if isinstance(error, MisconfigurationException):
         return f"{_joined(str(error))} ({TRACEBACK}=1 shows where)"
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         cure = "`estimate` says what fits; smaller are data.batch_size, model.policy.init_args.height and width"
         return f"{_joined(str(error).partition('. ')[0])}: {cure} ({TRACEBACK}=1 shows where)"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

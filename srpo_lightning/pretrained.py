@@ -69,7 +69,7 @@ def part(pretrained: str, subfolder: str, filename: str) -> str:
         fetched: str = hf_hub_download(pretrained, filename, subfolder=subfolder or None)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
-            f"pretrained is {pretrained!r}, which is neither a folder here ({folder.resolve()}) nor a hub model that "
+            f"{pretrained!r} is neither a folder here ({folder.resolve()}) nor a hub model that "
             f"could be fetched ({type(error).__name__}): give the path of a downloaded model folder, or a hub id "
             "(for a gated model such as black-forest-labs/FLUX.1-dev log in with `hf auth login` first)"
         ) from error

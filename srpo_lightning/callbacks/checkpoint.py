@@ -276,6 +276,8 @@ def find_checkpoint(ckpt_path: str, run_folder: str | Path, monitor: str | None,
         if not best:
             raise ValueError(f"--ckpt_path best: no checkpoint in {run_folder} was evaluated in checkpoint.monitor")
         return best[0]
+    if not ckpt_path:
+        raise ValueError("--ckpt_path is empty: it is `last`, `best`, or the path of a checkpoint")
     if not Path(ckpt_path).exists():
         raise ValueError(f"--ckpt_path {ckpt_path} does not exist: `last` takes the newest of {run_folder}")
     return Path(ckpt_path)

@@ -43,6 +43,8 @@ def append(path: Path, *added: Record) -> None:
 def read(path: Path) -> list[Record]:
     """All lines, oldest first, without a last one that a kill has left unfinished; none where there is no file.
 
+    Line feeds alone end them: a prompt may hold U+2028 and its like.
+
     Raises:
         ValueError: naming file and line, if one cannot be read.
     """

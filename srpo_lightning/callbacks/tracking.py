@@ -15,7 +15,16 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, LABEL, read_header, read_table, save_table, summary
+from srpo_lightning.callbacks.comparison import (
+    BASE,
+    HELD_OUT,
+    LABEL,
+    NOT_WON,
+    read_header,
+    read_table,
+    save_table,
+    summary,
+)
 from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.fingerprint import fingerprint
@@ -102,6 +111,14 @@ class RewardTracking(Recorder):
         if taken:
             raise ValueError(f"metrics has {', '.join(taken)}, which is logged already: choose another name")
         unknown = self.held_out.keys() - {"judge", "prompt", self.top, *self.scorers}
+        if len(labels) == 1 or len(set(labels)) < len(labels):
+            raise ValueError(f"labels is {list(labels)}: give two or more, all different, or none")
+        if self.candidates and top_k >= len(self.candidates):
+            raise ValueError(
+                f"top_k is {top_k} of {len(self.candidates)} candidates: every picture would be right; set it below"
+            )
+        if self.held_out and not any(self.held_out.values()):
+            raise ValueError("held_out has weights of 0 alone: give at least one score another, for instance judge: 1")
         if unknown or not self.held_out:
             raise ValueError(
                 f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among judge, prompt, {self.top} and "
@@ -117,6 +134,19 @@ class RewardTracking(Recorder):
     def columns(self) -> list[str]:
         """What every sample gets a number of."""
         return [*(name for name in OWN_COLUMNS if name != LABEL or self.labels), self.top, *self.scorers]
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the judge has features of images, by which diversity and drift are measured."""
+        return isinstance(self.judge, ClipReward)
+
+    def numbers(self, samples_per_prompt: int) -> list[str]:
+        """The names of what is written of each kind of weights, once it is compared with the base."""
+        scores = [name for name in self.columns if name != LABEL]
+        features = ["diversity", "drift"] if self.has_features else []
+        features += ["prompt_diversity"] if features and samples_per_prompt > 1 else []
+        wins = [f"win/{name}" for name in scores if name not in NOT_WON]
+        return [*scores, *(f"share/{label}" for label in self.labels), *features, *wins]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
@@ -157,7 +187,7 @@ class RewardTracking(Recorder):
             images = images.float()
             scores = self.scores(pl_module, images, batch.prompts)
             features = images.new_empty(len(images), 0)
-            if isinstance(self.judge, ClipReward):
+            if isinstance(self.judge, ClipReward):  # has_features
                 features = self.judge.image_features(images)
             self.tables[weights].update(batch.indices, scores, features)
 

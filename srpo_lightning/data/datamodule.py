@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from srpo_lightning.agreement import digest
 from srpo_lightning.batch import Conditions, Size
 from srpo_lightning.data.chunks import key_of
-from srpo_lightning.data.columns import check_size
+from srpo_lightning.data.columns import Prompt, check_size
 from srpo_lightning.data.features import FeatureCache
 from srpo_lightning.data.images import LatentCache, Picture, latent_key
 from srpo_lightning.data.order import Order, Pick, Rows, Segment, SliceSampler, StepSampler, streams_of
+from srpo_lightning.data.picture_files import LIMITS, Limits
 from srpo_lightning.data.preparation import Preparation
-from srpo_lightning.data.prompts import Prompt, PromptSet, Sources
+from srpo_lightning.data.prompts import PromptSet, Sources
 from srpo_lightning.data.records import Records
 from srpo_lightning.data.selection import select
 from srpo_lightning.policies.image import FluxImageEncoder
@@ -51,6 +52,8 @@ class PromptData(LightningDataModule):
         width: the same.
         cache_dir: where text features and latents are kept between runs; on s3://, gs:// or hf:// they are only read.
         mirror_dir: where chunks that come from there are kept on this machine, as many as were read.
+        max_picture_megapixels: real pictures of more are refused before they are decoded.
+        max_picture_megabytes: files of real pictures that are larger are refused before they are read.
         max_prompts_to_encode: the most that fit encodes by itself; beyond it says how to run `cache`.
         max_sequence_length: T5 tokens per prompt; None: what the tokenizer states, at most 512.
         text_dtype: what features are computed and kept in.
@@ -81,6 +84,8 @@ class PromptData(LightningDataModule):
         width: PositiveInt = 1024,
         cache_dir: str = ".cache/features",
         mirror_dir: str = ".cache/mirror",
+        max_picture_megapixels: PositiveInt = LIMITS.megapixels,
+        max_picture_megabytes: PositiveInt = LIMITS.megabytes,
         max_prompts_to_encode: NonNegativeInt = 2000,
         max_sequence_length: PositiveInt | None = None,
         text_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -92,6 +97,8 @@ class PromptData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if sizes == []:
+            raise ValueError("data.sizes is []: give at least one [width, height], or leave it away")
         for number, (own_width, own_height) in enumerate(sizes or []):
             check_size(own_width, own_height, f"data.sizes[{number}]")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -105,7 +112,8 @@ class PromptData(LightningDataModule):
         self.sampler: StepSampler | None = None
         self.records_before: Records | None = None
         picture_sizes = self.sizes or [(height, width)]
-        self.selection = select(train, evaluation, validation_fraction, images, offline_ratio, picture_sizes)
+        limits = Limits(max_picture_megapixels, max_picture_megabytes)
+        self.selection = select(train, evaluation, validation_fraction, images, offline_ratio, picture_sizes, limits)
         self.selection = self.selection._replace(evaluation=self.selection.evaluation[:num_eval_prompts])
         dtype = getattr(torch, text_dtype)
         encoder = FluxTextEncoder(pretrained, max_sequence_length, dtype, text_device, text_quantize)

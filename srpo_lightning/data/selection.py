@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from srpo_lightning.batch import Size
-from srpo_lightning.data.images import Picture, nearest, picture_size
+from srpo_lightning.data.colours import size_as_seen
+from srpo_lightning.data.images import Picture, nearest
+from srpo_lightning.data.picture_files import LIMITS, Limits
 from srpo_lightning.data.prompts import PromptSet, Sources, listed, read_prompts
 
 
@@ -63,6 +65,7 @@ def select(
     images: Sources | None,
     offline_ratio: float,
     sizes: Sequence[Size],
+    limits: Limits = LIMITS,
 ) -> Selection:
     """Read, clean and split the sources of a run.
 
@@ -73,6 +76,7 @@ def select(
         images: captions of real pictures; None: the training records that name one.
         offline_ratio: the share of steps that need them.
         sizes: that real pictures are brought to.
+        limits: up to where real pictures are read.
 
     Raises:
         ValueError: with the cure, if the settings contradict each other, or nothing is left.
@@ -81,6 +85,11 @@ def select(
         raise ValueError(
             "data.evaluation and data.validation_fraction both say what is held out: give a prompt file to the one, or "
             "to the other a part of the training prompts such as 0.05"
+        )
+    if images is not None and not offline_ratio:
+        raise ValueError(
+            "data.images is given, but data.offline_ratio is 0, so that no step trains on these pictures: set it to "
+            "their share of the steps, for instance 0.5, or leave data.images away"
         )
     sources = [(read_prompts(source).unique(), source.weight) for source in listed(train)]
     named = sources if images is None else [(read_prompts(s).unique(), s.weight) for s in listed(images)]
@@ -97,7 +106,9 @@ def select(
     else:
         assert evaluation is not None
         held_out = PromptSet.of([read_prompts(source) for source in listed(evaluation)]).unique()
-    real, pictures = _pictures(named, sizes) if offline_ratio else ([], [])
+    if images is not None:
+        _refuse_without_picture([prompts for prompts, _ in named])
+    real, pictures = _pictures(named, sizes, limits) if offline_ratio else ([], [])
     trained = {text for prompts, _ in sources for text in prompts.prompts}
     return Selection(
         [Selected(prompts, prompts.sizes, weight) for prompts, weight in sources],
@@ -108,14 +119,28 @@ def select(
     )
 
 
-def _pictures(named: Sequence[tuple[PromptSet, float]], sizes: Sequence[Size]) -> tuple[list[Selected], list[Picture]]:
+def _refuse_without_picture(named: Sequence[PromptSet]) -> None:
+    for prompts in named:
+        missing = len(prompts) - len(prompts.with_pictures())
+        if missing:
+            first = next(record.text for record in prompts if record.image is None)
+            raise ValueError(
+                f"data.images: {missing} of {len(prompts)} records name no picture, the first is {first[:80]!r}: "
+                "give it one, or move such records to data.train"
+            )
+
+
+def _pictures(
+    named: Sequence[tuple[PromptSet, float]], sizes: Sequence[Size], limits: Limits
+) -> tuple[list[Selected], list[Picture]]:
     real, pictures = [], []
     for prompts, weight in named:
         with_picture = prompts.with_pictures()
         if len(with_picture):
             own = [
-                Picture(str(record.image), record.size or nearest(picture_size(str(record.image)), sizes))
+                Picture(image, record.size or nearest(size_as_seen(image, limits), sizes), limits)
                 for record in with_picture
+                for image in [str(record.image)]
             ]
             pictures += own
             real.append(Selected(with_picture, [picture.size for picture in own], weight))

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -60,9 +60,24 @@ class Objective(Recorded, ABC):
     def check_updates(self, updates_per_rollout: int) -> None:  # most objectives take any
         """Refuse a number of training steps on each rollout that the objective cannot divide it into."""
 
+    def check_pictures(self) -> None:  # many objectives take real pictures in the place of a rollout's end
+        """Refuse real pictures, which data.offline_ratio gives, before anything is read."""
+
     @abstractmethod
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What the objective rewards in finished images, under `reward` or under a judge that was never trained on."""
+
+
+def refuse_pictures(objective: Objective) -> NoReturn:
+    """Say that an objective learns from the policy's own trajectories alone.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"{type(objective).__name__} learns from the policy's own trajectories, and data.offline_ratio gives real "
+        "pictures in their place: leave it and data.images out, or train with SRPO or DirectAlign"
+    )
 
 
 class Pull(NamedTuple):

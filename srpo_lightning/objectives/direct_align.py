@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from srpo_lightning import flow
@@ -74,8 +74,8 @@ class DirectAlign(Objective):
         form: RewardForm | None = None,
         inversion: bool = False,
         num_rollout_steps: PositiveInt = 25,
-        rollout_guidance: float = 1.0,
-        guidance: float = 3.5,
+        rollout_guidance: NonNegativeFloat = 1.0,
+        guidance: NonNegativeFloat = 3.5,
         shift: PositiveFloat | None = 3.0,
         num_schedule_steps: PositiveInt = 50,
         window: tuple[NonNegativeInt, PositiveInt] = (5, 25),

@@ -4,7 +4,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +46,7 @@ class DRaFT(TrajectoryObjective):
         num_steps: PositiveInt = 25,
         num_trained_steps: PositiveInt = 1,
         num_variants: NonNegativeInt = 0,
-        guidance: float = 3.5,
+        guidance: NonNegativeFloat = 3.5,
         shift: PositiveFloat | None = None,
         margin: float | None = None,
         shared_noise: bool = False,
@@ -119,7 +119,7 @@ class DRTune(TrajectoryObjective):
         num_steps: PositiveInt = 25,
         num_trained_steps: PositiveInt = 3,
         early_stop: ClosedUnitInterval = 0.4,
-        guidance: float = 3.5,
+        guidance: NonNegativeFloat = 3.5,
         shift: PositiveFloat | None = None,
         margin: float | None = None,
         shared_noise: bool = False,

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
-from srpo_lightning.objectives.base import Objective, Outcome, Rollout
+from srpo_lightning.objectives.base import Objective, Outcome, Rollout, refuse_pictures
 from srpo_lightning.objectives.reward_forms import Plain, RewardForm
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
@@ -103,7 +103,7 @@ class GRPO(Objective):
         max_advantage: PositiveFloat = 5.0,
         kl_weight: NonNegativeFloat = 0.0,
         split_groups: bool = True,
-        guidance: float = 3.5,
+        guidance: NonNegativeFloat = 3.5,
         shift: PositiveFloat | None = 3.0,
         shared_noise: bool = True,
         reward_batch_size: PositiveInt | None = None,
@@ -129,11 +129,15 @@ class GRPO(Objective):
         self.shared_noise = shared_noise
         self.reward_batch_size = reward_batch_size
 
+    def check_pictures(self) -> None:
+        """They have no trajectory."""
+        refuse_pictures(self)
+
     @torch.no_grad()
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
         """G random trajectories of each prompt, [G B], with the log-probability of every random step."""
         if conditions.x0 is not None:
-            raise ValueError("GRPO learns from the policy's own trajectories: leave data.images out")
+            self.check_pictures()
         groups = conditions.repeat(self.group_size)
         shape = (conditions.batch_size, *policy.latent_shape(conditions.size))
         noise = self._noise("start", shape, draws, groups, same=self.shared_noise)

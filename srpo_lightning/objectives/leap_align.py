@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from srpo_lightning import flow
@@ -45,7 +45,7 @@ class LeapAlign(TrajectoryObjective):
         num_steps: PositiveInt = 25,
         input_gradient: ClosedUnitInterval = 0.3,
         min_distance: PositiveFloat = 0.1,
-        guidance: float = 3.5,
+        guidance: NonNegativeFloat = 3.5,
         shift: PositiveFloat | None = None,
         margin: float | None = None,
         shared_noise: bool = False,

@@ -1,6 +1,6 @@
 """ReFL for flow matching (ImageReward, arXiv 2304.05977)."""
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from srpo_lightning import flow
@@ -36,7 +36,7 @@ class ReFL(TrajectoryObjective):
         form: RewardForm | None = None,
         num_steps: PositiveInt = 40,
         late_steps: tuple[NonNegativeInt, NonNegativeInt] = (30, 39),
-        guidance: float = 3.5,
+        guidance: NonNegativeFloat = 3.5,
         shift: PositiveFloat | None = None,
         margin: float | None = 2.0,
         shared_noise: bool = False,

@@ -55,8 +55,7 @@ class Plain(RewardForm):
     """
 
     def __init__(self, template: str = "{prompt}") -> None:
-        if "{prompt}" not in template:
-            raise ValueError(f"template is {template!r}: it must contain {{prompt}}")
+        check_template(template, "prompt")
         self.template = template
 
     def __call__(
@@ -75,6 +74,21 @@ class Plain(RewardForm):
         """The score under the prompt."""
         scores: Tensor = reward(images, [self.template.format(prompt=prompt) for prompt in prompts])
         return scores
+
+
+def check_template(template: str, *names: str) -> None:
+    """Refuse a template that lacks one of the names in braces, or has others.
+
+    Raises:
+        ValueError: naming what it must contain.
+    """
+    expected = " and ".join(f"{{{name}}}" for name in names)
+    try:
+        template.format(**dict.fromkeys(names, ""))
+    except (LookupError, ValueError, AttributeError) as error:
+        raise ValueError(f"template is {template!r}: in braces it may have {expected} alone ({error})") from error
+    if not all(f"{{{name}}}" in template for name in names):
+        raise ValueError(f"template is {template!r}: it must contain {expected}")
 
 
 @dataclass
@@ -110,8 +124,14 @@ class Relative(RewardForm):
         for side, words in vars(control_words).items():
             if not words or not all(word.strip() for word in words):
                 raise ValueError(f"control_words.{side} is {words}: give at least one word, none of them empty")
-        if "{prompt}" not in template or "{word}" not in template:
-            raise ValueError(f"template is {template!r}: it must contain {{word}} and {{prompt}}")
+        negative = {word.strip().casefold() for word in control_words.negative}
+        both = [word for word in control_words.positive if word.strip().casefold() in negative]
+        if both:
+            raise ValueError(
+                f"control_words has {', '.join(both)} as positive and as negative: with itself a word has no contrast "
+                "and nothing to train towards; leave it out on one side"
+            )
+        check_template(template, "word", "prompt")
         self.control_words = control_words
         self.word_choice = word_choice
         self.template = template

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
@@ -43,8 +43,8 @@ class SRPO(DirectAlign):
         word_choice: Literal["cycle", "random"] = "cycle",
         template: str = "{word}. {prompt}",
         num_rollout_steps: PositiveInt = 25,
-        rollout_guidance: float = 1.0,
-        guidance: float = 3.5,
+        rollout_guidance: NonNegativeFloat = 1.0,
+        guidance: NonNegativeFloat = 3.5,
         shift: PositiveFloat | None = 3.0,
         num_schedule_steps: PositiveInt = 50,
         window: tuple[NonNegativeInt, PositiveInt] = (5, 25),

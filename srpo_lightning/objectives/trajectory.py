@@ -9,13 +9,13 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
-from srpo_lightning.objectives.base import Objective, Outcome, Rollout, reward_gradient, surrogate
+from srpo_lightning.objectives.base import Objective, Outcome, Rollout, refuse_pictures, reward_gradient, surrogate
 from srpo_lightning.objectives.reward_forms import Plain, RewardForm
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
@@ -38,7 +38,7 @@ class TrajectoryObjective(Objective):
         self,
         form: RewardForm | None = None,
         num_steps: PositiveInt = 25,
-        guidance: float = 3.5,
+        guidance: NonNegativeFloat = 3.5,
         shift: PositiveFloat | None = None,
         margin: float | None = None,
         shared_noise: bool = False,
@@ -70,14 +70,15 @@ class TrajectoryObjective(Objective):
             draws: of the step.
         """
 
+    def check_pictures(self) -> None:
+        """They have no trajectory."""
+        refuse_pictures(self)
+
     @torch.no_grad()
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
         """The trajectory, as far as it runs without gradient."""
         if conditions.x0 is not None:
-            raise ValueError(
-                f"{type(self).__name__} learns from the policy's own trajectories, and data.images gives pictures in "
-                "their place: leave it out, or train with SRPO or DirectAlign"
-            )
+            self.check_pictures()
         shape = (conditions.batch_size, *policy.latent_shape(conditions.size))
         noise = draws.noise(shape, shared=self.shared_noise).to(conditions.prompt_embeds.device, non_blocking=True)
         states, sigmas = [noise], self.sigmas(policy, conditions, noise)

@@ -11,9 +11,13 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from srpo_lightning.fingerprint import ends
 from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits, keep_in_8_bits
+from srpo_lightning.one_line import naming
 from srpo_lightning.pretrained import load_whole, part, read_json, unreadable_is_refused
 
 Quantize: TypeAlias = Literal["none", "int8", "nf4"]
+
+MOST_TOKENS = 512
+"""T5 tokens that FLUX reads of a prompt, as FluxPipeline has it."""
 
 CLIP_IMAGES = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 """What a folder may hold of a whole CLIP, which FLUX does not read."""
@@ -49,13 +53,20 @@ class FluxTextEncoder:
     ) -> None:
         if quantize != "none":
             check_bitsandbytes()
+        if max_sequence_length is not None and max_sequence_length > MOST_TOKENS:
+            raise ValueError(
+                f"data.max_sequence_length is {max_sequence_length}: FLUX reads {MOST_TOKENS} tokens at most, set it "
+                "to that or less"
+            )
+        with naming(f"data.text_device is {device}"):
+            torch.device(device)
         part(pretrained, "text_encoder_2", "config.json")
         self.pretrained, self.dtype, self.device = pretrained, dtype, device
         self.quantize = quantize
         with unreadable_is_refused(pretrained):
             self.clip_tokenizer = CLIPTokenizer.from_pretrained(pretrained, subfolder="tokenizer")
             self.t5_tokenizer = T5TokenizerFast.from_pretrained(pretrained, subfolder="tokenizer_2")
-        self.max_sequence_length = max_sequence_length or min(int(self.t5_tokenizer.model_max_length), 512)
+        self.max_sequence_length = max_sequence_length or min(int(self.t5_tokenizer.model_max_length), MOST_TOKENS)
         self._encoders: tuple[CLIPTextModel, T5EncoderModel] | None = None
 
     def num_tokens(self, prompts: list[str]) -> list[int]:
@@ -122,6 +133,8 @@ class FluxTextEncoder:
 
     def _load(self) -> tuple[CLIPTextModel, T5EncoderModel]:
         if self._encoders is None:
+            with naming(f"data.text_device is {self.device}"):
+                torch.empty(0, device=self.device)
             clip = load_whole(CLIPTextModel, self.pretrained, "text_encoder", CLIP_IMAGES, dtype=self.dtype)
             t5 = load_whole(T5EncoderModel, self.pretrained, "text_encoder_2", dtype=self.dtype)
             if self.quantize == "int8":

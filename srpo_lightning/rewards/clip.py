@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
@@ -36,9 +37,9 @@ class ClipReward(Reward):
         self,
         pretrained: str,
         processor: str | None = None,
-        logit_scale_divisor: float | None = None,
+        logit_scale_divisor: PositiveFloat | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        cache_size: int = 16384,
+        cache_size: NonNegativeInt = 16384,
     ) -> None:
         super().__init__()
         self.pretrained = pretrained
@@ -180,9 +181,9 @@ class PickScore(ClipReward):
         self,
         pretrained: str = "yuvalkirstain/PickScore_v1",
         processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        logit_scale_divisor: float | None = 1.0,
+        logit_scale_divisor: PositiveFloat | None = 1.0,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        cache_size: int = 16384,
+        cache_size: NonNegativeInt = 16384,
         clamp: bool = True,
     ) -> None:
         super().__init__(pretrained, processor, logit_scale_divisor, dtype, cache_size)

@@ -9,6 +9,7 @@ from typing import Literal
 import ftfy
 import torch
 from jaxtyping import Float
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -45,9 +46,9 @@ class HPSv2(ClipReward):
         filename: str = "HPS_v2.1_compressed.pt",
         processor: str | None = None,
         fit: Literal["crop", "pad"] = "crop",
-        logit_scale_divisor: float | None = None,
+        logit_scale_divisor: PositiveFloat | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        cache_size: int = 16384,
+        cache_size: NonNegativeInt = 16384,
     ) -> None:
         self.is_converted = (Path(pretrained).expanduser() / "config.json").is_file()
         if processor is None:

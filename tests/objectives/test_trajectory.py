@@ -287,7 +287,7 @@ def test_scoring_in_micro_batches_changes_nothing():
 @each
 def test_pictures_in_place_of_trajectories_are_refused(objective):
     conditions = toy.batch()._replace(x0=torch.zeros(2, *toy.SHAPE))
-    with pytest.raises(ValueError, match=r"data.images .* leave it out"):
+    with pytest.raises(ValueError, match=r"data.offline_ratio .* leave it and data.images out"):
         objective.rollout(toy.Field(), conditions, Draws(0))
 
 

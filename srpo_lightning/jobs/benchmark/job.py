@@ -55,6 +55,7 @@ def benchmark(
     Raises:
         ValueError: if a run failed, after all others are done.
     """
+    check_filled(fit=fit.values, rows=rows, learning_rates=learning_rates, seeds=seeds)
     plan = Plan(fit.values, present(rows), learning_rates, seeds, forwards, evaluations, Path(folder))
     if quick:
         plan = plan._replace(seeds=seeds[:1], forwards=forwards // QUICK, evaluations=1, folder=Path(f"{folder}_quick"))
@@ -68,6 +69,17 @@ def benchmark(
     print(show(results, plan.folder / "pictures.png"))
     if runner.failed:
         raise ValueError(f"{len(runner.failed)} runs failed, the table is without them; the same command tries again")
+
+
+def check_filled(**settings: Any) -> None:
+    """Refuse a plan in which nothing would be run.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name, value in settings.items():
+        if not value:
+            raise ValueError(f"{name} is empty: give at least one, or there is nothing to compare")
 
 
 def carry_out(plan: Plan, runner: Runner, labels: Sequence[str], trains: bool) -> tuple[Results, Results]:

@@ -9,6 +9,7 @@ from srpo_lightning.jobs.benchmark.claims import Claim
 from srpo_lightning.jobs.benchmark.results import Curve, Results, last_of, mean_over_seeds, with_half
 from srpo_lightning.markdown import Markdown, escaped, markdown_table
 from srpo_lightning.provenance import software
+from srpo_lightning.strict_json import strict_json
 
 MIB = 2**20
 
