@@ -137,7 +137,8 @@ class RunCheckpoint(Checkpoint):
             rank_zero_warn(f"what was trained since the last checkpoint is lost: {error}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that was resumed with nothing left to train."""
+        """A run that was resumed with nothing left to train, after a kill in the middle of its last save."""
+        self._prune(trainer)
         if self._is_evaluation_due and trainer.enable_validation:
             rank_zero_warn(
                 f"the evaluation of step {trainer.global_step} did not end before the run did, and there is no step "
