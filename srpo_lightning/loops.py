@@ -78,9 +78,10 @@ def _check_training(trainer: Any, evaluation: str) -> None:
         )
     between = trainer.val_check_interval
     if trainer.check_val_every_n_epoch is None and (not between or isinstance(between, float)):
+        found = "null" if between is None else between
         raise ValueError(
-            f"trainer.val_check_interval is {'null' if between is None else between} while trainer.check_val_every_n_epoch is null: set it to the "
-            "whole number of micro-batches between evaluations"
+            f"trainer.val_check_interval is {found} while trainer.check_val_every_n_epoch is null: set it to the whole "
+            "number of micro-batches between evaluations"
         )
     if isinstance(between, int) and between % accumulate and trainer.limit_val_batches != 0:
         raise ValueError(

@@ -3,6 +3,7 @@
 jsonargparse explains an error by an indented tree: keys and classes as branches, what was expected as leaves.
 """
 
+import argparse
 import difflib
 import inspect
 import re
@@ -291,6 +292,8 @@ def one_line(error: BaseException) -> str | None:
     """What a user is told of an error that is their own doing; None for any other, whose traceback is needed."""
     if isinstance(error, (ValueError, FloatingPointError)) and is_own(error):
         return _joined(str(error))
+    if isinstance(error, argparse.ArgumentError):
+        return explain(str(error), ())
     if isinstance(error, MisconfigurationException):
         return f"{_joined(str(error))} ({TRACEBACK}=1 shows where)"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

@@ -259,5 +259,5 @@ def test_a_setting_that_cannot_work_is_refused_with_its_cure(settings, cure):
 
 
 def test_pictures_in_place_of_trajectories_are_refused():
-    with pytest.raises(ValueError, match=r"leave data\.images out"):
+    with pytest.raises(ValueError, match=r"leave it and data\.images out"):
         sampled(GRPO(**SETTINGS), toy.batch()._replace(x0=torch.zeros(2, 1, 1)))
