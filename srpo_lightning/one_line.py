@@ -3,6 +3,7 @@
 jsonargparse explains an error by an indented tree: keys and classes as branches, what was expected as leaves.
 """
 
+import argparse
 import difflib
 import inspect
 import re
@@ -295,6 +296,8 @@ def one_line(error: BaseException) -> str | None:
         return _joined(str(error))
     if is_full(error):
         return f"the disk is full ({_joined(error)}): {CURE}"
+    if isinstance(error, argparse.ArgumentError):
+        return explain(str(error), ())
     if isinstance(error, MisconfigurationException):
         return f"{_joined(str(error))} ({TRACEBACK}=1 shows where)"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
