@@ -68,10 +68,13 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         ValueError: naming the setting.
     """
     check_values(settings, OWNERS)
-    if "model" in settings and "data" in settings and settings["data"].get("pretrained") is None:
+    if "model" not in settings or "data" not in settings:
+        return
+    policy = settings["model"]["policy"]
+    if policy.get("init_args", {}).get("pretrained") is None and settings["data"].get("pretrained") is None:
         raise ValueError(
             f"model.policy.init_args.pretrained is missing: data reads the text encoders from there, so that the "
-            f"constructor of {settings['model']['policy']['class_path']} needs an argument of this name"
+            f"constructor of {policy['class_path']} needs an argument of this name"
         )
 
 
