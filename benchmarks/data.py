@@ -24,7 +24,7 @@ from jsonargparse import auto_cli
 from torch.utils.data import DataLoader
 
 from srpo_lightning.data.chunks import to_planes
-from srpo_lightning.data.datamodule import PromptDataset, collate
+from srpo_lightning.data.dataset import PromptDataset, collate
 from srpo_lightning.data.features import FeatureCache
 from srpo_lightning.data.order import Order, Segment, StepSampler, Stream
 from srpo_lightning.data.prompts import Prompt, PromptSet, read_prompts

@@ -1,6 +1,7 @@
 """The command line: LightningCLI with one module, one data module and one fixed run folder; jobs without a model."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -83,6 +84,8 @@ def main(args: ArgsType = None) -> None:
             run_job(args[0], args[1:])
         else:
             run_trainer(args)
+    except KeyboardInterrupt as error:  # before the first step: nothing is lost
+        raise SystemExit(128 + signal.SIGINT) from error
     except Exception as error:
         line = one_line(error) or lost_rank(error)
         if os.environ.get(TRACEBACK) or line is None:
@@ -241,8 +244,9 @@ class SRPOCLI(LightningCLI):
             )
 
     def after_instantiate_classes(self) -> None:
-        """Everything knows its settings, nothing is read."""
+        """Everything knows its settings; nothing is read but then the prompts."""
         check_effects(self.config.subcommand, self.trainer, self.model, self.datamodule)
+        self.datamodule.read(trains=self.config.subcommand == "fit")
 
     def before_fit(self) -> None:
         """Refuse what cannot fit, once per node, while nothing of the models but their shapes is known."""

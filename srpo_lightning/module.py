@@ -22,6 +22,7 @@ from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
 from srpo_lightning.metrics import Evaluation
 from srpo_lightning.objectives.base import Objective, Rollout
+from srpo_lightning.objectives.readings import check_readings
 from srpo_lightning.one_line import naming
 from srpo_lightning.optimizers import InBackward, check_settings, whole
 from srpo_lightning.policies.base import Policy
@@ -130,6 +131,13 @@ class SRPOModule(LightningModule):
         self.policy.load(getattr(strategy, "shard", None))
         self.reward.load()
         self.compare_weights()
+
+    def on_fit_start(self) -> None:
+        """Say what of the prompts the reward does not read, and refuse what would train nothing."""
+        form = vars(self.objective).get("form")
+        prompts = getattr(getattr(self.trainer, "datamodule", None), "trained_prompts", ())
+        for line in check_readings(form, self.reward, prompts) if form is not None else ():
+            self.print(line)
 
     def compare_weights(self) -> None:
         """Refuse ranks with other weights; DDP would give all of them the first rank's, without a word."""

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from srpo_lightning.full_disk import CURE, is_full
+
 TRACEBACK = "SRPO_TRACEBACK"
 """The environment variable that shows where a refusal comes from."""
 
@@ -294,6 +296,8 @@ def one_line(error: BaseException) -> str | None:
         return _joined(str(error))
     if isinstance(error, argparse.ArgumentError):
         return explain(str(error), ())
+    if is_full(error):
+        return f"the disk is full ({_joined(error)}): {CURE}"
     if isinstance(error, MisconfigurationException):
         return f"{_joined(str(error))} ({TRACEBACK}=1 shows where)"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from srpo_lightning.checkpoints import complete_or_absent
+from srpo_lightning.full_disk import room_for
 from srpo_lightning.strict_json import strict_json
 
 Record: TypeAlias = dict[str, Any]
@@ -32,7 +33,7 @@ def recorded_in(trainer: Trainer) -> Path:
 def append(path: Path, *added: Record) -> None:
     """Add lines, in the place of one that a kill has left unfinished; they are on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as stream:
+    with room_for(path), path.open("ab") as stream:
         stream.truncate(len(_whole_lines(path)))
         stream.write("".join(strict_json(record) + "\n" for record in added).encode())
         stream.flush()
@@ -41,6 +42,8 @@ def append(path: Path, *added: Record) -> None:
 
 def read(path: Path) -> list[Record]:
     """All lines, oldest first, without a last one that a kill has left unfinished; none where there is no file.
+
+    Line feeds alone end them: a prompt may hold U+2028 and its like.
 
     Raises:
         ValueError: naming file and line, if one cannot be read.

@@ -248,7 +248,7 @@ class RewardTracking(Recorder):
     def key(self, trainer: Trainer, module: SRPOModule) -> str:
         """What the numbers of the base depend on, as a hash."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        prompts = data.selection.evaluation
+        prompts = data.evaluation
         what = {
             "drawn by": [module.policy, module.seed, module.num_sample_steps, module.sample_guidance],
             "precision": trainer.precision,

@@ -1,7 +1,7 @@
 """Tensors by key in litdata's chunks: compressed without loss, with checksums, there whole or not at all.
 
 A folder holds `chunk-*.bin` files and, once it is whole, `manifest.json`, which says what the tensors are, which keys
-lie in which chunk, and every chunk's size and SHA-256, and `index.json`, with which litdata's StreamingDataset reads
+lie in which chunk, and every chunk's size and sums, and `index.json`, with which litdata's StreamingDataset reads
 the folder too. Each item is a dictionary of byte planes: a tensor's bytes, first all the first ones, then all the
 second ones, because those compress better apart, and litdata cannot store bfloat16.
 
@@ -14,11 +14,11 @@ import importlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,60 +26,13 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from srpo_lightning.checkpoints import complete_or_absent, sync
+from srpo_lightning.checkpoints import sync
+from srpo_lightning.crc import crc32
+from srpo_lightning.data.manifest import COMPRESSION, CONFIG, INDEX, LITDATA, Chunk, sha256, write_record
 
 Item: TypeAlias = Mapping[str, Tensor]
 Planes: TypeAlias = npt.NDArray[np.uint8]
-Description: TypeAlias = dict[str, str | int]
-
-MANIFEST, INDEX = "manifest.json", "index.json"
-COMPRESSION = "zstd:1"  # on byte planes higher levels gain nothing and take ten times as long
-CURE = "write it again with `python -m srpo_lightning cache --config CONFIG`"
 INSTALL = "pip install --no-deps 'litdata>=0.2.76,<0.3'"
-
-
-class Chunk(NamedTuple):
-    """A file of items.
-
-    Args:
-        filename: within the folder.
-        num_bytes: its size.
-        sha256: of its bytes.
-        keys: of its items, in order.
-        dtypes: of each item's tensors, by name.
-        litdata: what litdata's index says of it.
-        config: what litdata's index says of all.
-    """
-
-    filename: str
-    num_bytes: int
-    sha256: str
-    keys: list[str]
-    dtypes: dict[str, str]
-    litdata: dict[str, Any]
-    config: dict[str, Any]
-
-
-class Manifest(NamedTuple):
-    """What a whole folder says of itself.
-
-    Args:
-        description: what the tensors were computed with.
-        chunks: in the order of litdata's index.
-    """
-
-    description: Description
-    chunks: list[Chunk]
-
-    @property
-    def num_items(self) -> int:
-        """Items in all chunks."""
-        return sum(len(chunk.keys) for chunk in self.chunks)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all chunks."""
-        return sum(chunk.num_bytes for chunk in self.chunks)
 
 
 def check_litdata() -> None:
@@ -132,7 +85,9 @@ def write_chunk(folder: Path, items: Sequence[tuple[str, Item]]) -> Chunk:
         written = Path(scratch) / entry["filename"]
         sync(written)
         checksum = sha256(written)
-        config = {name: value for name, value in index["config"].items() if name not in ("item_loader", "chunk_size")}
+        config = {name: index["config"].get(name) for name in (*CONFIG, "data_format", "data_spec", "types")}
+        with written.open("rb") as stream:
+            crc = crc32(stream, written.stat().st_size)
         keys = [key for key, _ in items]
         filename = f"chunk-{key_of(checksum, *keys)[:16]}.bin"  # equal tensors may go by other keys elsewhere
         chunk = Chunk(
@@ -141,74 +96,13 @@ def write_chunk(folder: Path, items: Sequence[tuple[str, Item]]) -> Chunk:
             checksum,
             keys,
             {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in items[0][1].items()},
-            entry | {"filename": filename},
+            {name: entry.get(name) for name in LITDATA} | {"filename": filename},
             config | {"chunk_size": None},
+            crc,
         )
         written.replace(folder / chunk.filename)
-    _write_json(folder / Path(chunk.filename).with_suffix(".json"), chunk._asdict())
+    write_record(folder, chunk)
     return chunk
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a whole folder.
-
-    Raises:
-        ValueError: with the cure, if it is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        body, checksum = content["manifest"], content["sha256"]
-        chunks = [Chunk(**chunk) for chunk in body["chunks"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete its folder and {CURE}") from error
-    if _checksum(body) != checksum:
-        raise ValueError(f"{path} is damaged (its checksum differs): delete its folder and {CURE}")
-    return Manifest(body["description"], chunks)
-
-
-def finished_chunks(folder: Path) -> list[Chunk]:
-    """Chunks that are whole: those of the manifest, and those written since, each key once."""
-    chunks = read_manifest(folder / MANIFEST).chunks if (folder / MANIFEST).is_file() else []
-    known = {chunk.filename for chunk in chunks}
-    for record in sorted(folder.glob("chunk-*.json")):
-        chunk = Chunk(**json.loads(record.read_text(encoding="utf-8")))
-        if chunk.filename not in known:
-            chunks.append(chunk)
-    keys: set[str] = set()
-    kept = []
-    for chunk in chunks:
-        if not keys.issuperset(chunk.keys):
-            keys.update(chunk.keys)
-            kept.append(chunk)
-    return kept
-
-
-def publish(folder: Path, description: Description, chunks: Iterable[Chunk]) -> Manifest:
-    """Make a folder whole: from now on it is read. Chunk files that are not named go."""
-    manifest = Manifest(description, list(chunks))
-    body = {
-        "description": description,
-        "count": manifest.num_items,
-        "bytes": manifest.num_bytes,
-        "chunks": [chunk._asdict() for chunk in manifest.chunks],
-    }
-    config = manifest.chunks[0].config if manifest.chunks else {}
-    index = {"chunks": [chunk.litdata for chunk in manifest.chunks], "config": config, "updated_at": _checksum(body)}
-    _write_json(folder / INDEX, index)
-    _write_json(folder / MANIFEST, {"manifest": body, "sha256": _checksum(body)})
-    named = {chunk.filename for chunk in manifest.chunks}
-    for file in folder.glob("chunk-*"):
-        if file.name not in named:
-            file.unlink()
-    return manifest
-
-
-def damage(path: Path, chunk: Chunk) -> str | None:
-    """What is wrong with a chunk's file, as far as its size tells."""
-    if not path.is_file():
-        return "is missing"
-    size = path.stat().st_size
-    return None if size == chunk.num_bytes else f"has {size} bytes, expected {chunk.num_bytes}"
 
 
 @contextmanager
@@ -227,23 +121,3 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while part := stream.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with complete_or_absent(path) as partial:
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        sync(partial)
-    sync(path.parent)

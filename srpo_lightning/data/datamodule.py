@@ -1,8 +1,8 @@
 """Prompts and pictures in, batches of conditions out, in an order that is a function of (seed, step, rank)."""
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,22 +10,22 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from srpo_lightning.agreement import digest
 from srpo_lightning.batch import Conditions, Size
-from srpo_lightning.data.chunks import key_of
-from srpo_lightning.data.columns import Prompt, check_size
+from srpo_lightning.data.columns import check_size
+from srpo_lightning.data.dataset import PromptDataset, collate
 from srpo_lightning.data.features import FeatureCache
-from srpo_lightning.data.images import LatentCache, Picture, latent_key
+from srpo_lightning.data.images import LatentCache, Picture
 from srpo_lightning.data.order import Order, Pick, Rows, Segment, SliceSampler, StepSampler, streams_of
+from srpo_lightning.data.picture_files import LIMITS, Limits
 from srpo_lightning.data.preparation import Preparation
 from srpo_lightning.data.prompts import PromptSet, Sources
 from srpo_lightning.data.records import Records
-from srpo_lightning.data.selection import select
+from srpo_lightning.data.selection import Selection, check_held_out, select, select_evaluation
 from srpo_lightning.policies.image import FluxImageEncoder
-from srpo_lightning.policies.text import FluxTextEncoder, TextFeatures
+from srpo_lightning.policies.text import FluxTextEncoder
 
 
 class PromptData(LightningDataModule):
@@ -51,6 +51,8 @@ class PromptData(LightningDataModule):
         width: the same.
         cache_dir: where text features and latents are kept between runs; on s3://, gs:// or hf:// they are only read.
         mirror_dir: where chunks that come from there are kept on this machine, as many as were read.
+        max_picture_megapixels: real pictures of more are refused before they are decoded.
+        max_picture_megabytes: files of real pictures that are larger are refused before they are read.
         max_prompts_to_encode: the most that fit encodes by itself; beyond it says how to run `cache`.
         max_sequence_length: T5 tokens per prompt; None: what the tokenizer states, at most 512.
         text_dtype: what features are computed and kept in.
@@ -81,6 +83,8 @@ class PromptData(LightningDataModule):
         width: PositiveInt = 1024,
         cache_dir: str = ".cache/features",
         mirror_dir: str = ".cache/mirror",
+        max_picture_megapixels: PositiveInt = LIMITS.megapixels,
+        max_picture_megabytes: PositiveInt = LIMITS.megabytes,
         max_prompts_to_encode: NonNegativeInt = 2000,
         max_sequence_length: PositiveInt | None = None,
         text_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -106,9 +110,14 @@ class PromptData(LightningDataModule):
         self.segments: list[Segment] = []
         self.sampler: StepSampler | None = None
         self.records_before: Records | None = None
-        picture_sizes = self.sizes or [(height, width)]
-        self.selection = select(train, evaluation, validation_fraction, images, offline_ratio, picture_sizes)
-        self.selection = self.selection._replace(evaluation=self.selection.evaluation[:num_eval_prompts])
+        check_held_out(evaluation, validation_fraction)
+        self.num_eval_prompts = num_eval_prompts
+        self._held_out = partial(select_evaluation, train, evaluation, validation_fraction)
+        self._all = partial(
+            select,
+            *(train, evaluation, validation_fraction, images, offline_ratio),
+            *(self.sizes or [(height, width)], Limits(max_picture_megapixels, max_picture_megabytes)),
+        )
         dtype = getattr(torch, text_dtype)
         encoder = FluxTextEncoder(pretrained, max_sequence_length, dtype, text_device, text_quantize)
         self.cache = FeatureCache(cache_dir, encoder, mirror_dir)
@@ -119,9 +128,47 @@ class PromptData(LightningDataModule):
         )
         encoder_of_pictures = self.image_encoder and self.image_encoder.description()
         self.latents = LatentCache(cache_dir, encoder_of_pictures, mirror_dir) if encoder_of_pictures else None
-        self.preparation = Preparation(
-            self.selection, self.cache, self.latents, self.image_encoder, text_batch_size, max_prompts_to_encode
+        self.text_batch_size, self.max_prompts_to_encode = text_batch_size, max_prompts_to_encode
+
+    @cached_property
+    def selection(self) -> Selection:
+        """All records, read when first asked for: to evaluate, neither training prompts nor pictures need be there."""
+        return self._cut(self._all())
+
+    @cached_property
+    def to_evaluate(self) -> Selection:
+        """The records without what is trained on."""
+        if "selection" in vars(self):
+            return Selection([], [], [], self.selection.evaluation, 0)
+        return self._cut(self._held_out())
+
+    @property
+    def evaluation(self) -> PromptSet:
+        """The held-out records."""
+        return self.to_evaluate.evaluation
+
+    def read(self, trains: bool) -> Selection:
+        """Read what a run needs, once, and refuse what cannot be read.
+
+        Args:
+            trains: also what is trained on.
+        """
+        return self.selection if trains else self.to_evaluate
+
+    @property
+    def preparation(self) -> Preparation:
+        """Of what this run needs."""
+        latents, encoder = (self.latents, self.image_encoder) if self._trains else (None, None)
+        return Preparation(
+            self.read(self._trains), self.cache, latents, encoder, self.text_batch_size, self.max_prompts_to_encode
         )
+
+    @property
+    def _trains(self) -> bool:
+        return self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+
+    def _cut(self, selection: Selection) -> Selection:
+        return selection._replace(evaluation=selection.evaluation[: self.num_eval_prompts])
 
     @property
     def train_prompts(self) -> list[str]:
@@ -129,19 +176,23 @@ class PromptData(LightningDataModule):
         return [text for source in self.selection.train for text in source.prompts.prompts]
 
     @property
+    def trained_prompts(self) -> list[str]:
+        """The same, and the captions of real pictures."""
+        return [text for own in self.selection.sets for text in own.prompts]
+
+    @property
     def eval_prompts(self) -> list[str]:
         """The evaluation prompts."""
-        return self.selection.evaluation.prompts
+        return self.evaluation.prompts
 
     @property
     def eval_tags(self) -> list[list[str]]:
         """The tags of each evaluation prompt."""
-        return [self.selection.evaluation[i].tags or [] for i in range(len(self.selection.evaluation))]
+        return [record.tags or [] for record in self.evaluation]
 
     def prepare_data(self) -> None:
         """Compute missing features (once per node) and report what was skipped or cut."""
-        trains = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        self.preparation._replace(selection=self.selection if trains else self.selection.to_evaluate).run()
+        self.preparation.run()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless stream; a resumed run goes on where the checkpoint was written."""
@@ -159,14 +210,14 @@ class PromptData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Each rank takes every world-size-th evaluation prompt of each size."""
-        own = self.selection.evaluation.sizes
+        own = self.evaluation.sizes
         rows: dict[Size | None, list[int]] = {}
         for number in range(len(own) * self.eval_samples_per_prompt):
             index = number % len(own)
             size = own[index] or (self.sizes[index % len(self.sizes)] if self.sizes else None)
             rows.setdefault(size, []).append(number)
         sampler = SliceSampler(rows, self.eval_batch_size, *self._ranks())
-        return self._loader([self.selection.evaluation], sampler, [])
+        return self._loader([self.evaluation], sampler, [])
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -194,17 +245,17 @@ class PromptData(LightningDataModule):
     @cached_property
     def records(self) -> "Records":
         """What is trained on, to tell it from other prompts."""
-        return Records.of([text for own in self.selection.sets for text in own.prompts], self._order())
+        return Records.of(self.trained_prompts, self._order())
 
     @cached_property
     def described(self) -> dict[str, tuple[str, str]]:
         """The prompts and pictures of this process, by name: what is equal where they are equal, and their number."""
-        held_out = self.selection.evaluation
-        return {
-            "training prompts": (str(self.records), f"{sum(map(len, self.selection.sets))} of them"),
-            "evaluation prompts": (digest(map(repr, held_out)), f"{len(held_out)} of them"),
-            "pictures": (digest(map(repr, self.selection.pictures)), f"{len(self.selection.pictures)} of them"),
-        }
+        facts = {"evaluation prompts": (digest(map(repr, self.evaluation)), f"{len(self.evaluation)} of them")}
+        if self._trains:
+            pictures = self.selection.pictures
+            facts["training prompts"] = (str(self.records), f"{len(self.trained_prompts)} of them")
+            facts["pictures"] = (digest(map(repr, pictures)), f"{len(pictures)} of them")
+        return facts
 
     def _order(self) -> Order:
         first = 0
@@ -239,82 +290,3 @@ class PromptData(LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-
-class Item(NamedTuple):
-    """A sample of a batch.
-
-    Args:
-        prompt: its record.
-        features: of its text.
-        number: of the sample in its list; evaluation passes over the list several times.
-        size: of its picture.
-        seed: of its evaluation sample.
-        x0: [L, C] latents of its real picture.
-    """
-
-    prompt: Prompt
-    features: TextFeatures
-    number: int
-    size: Size | None
-    seed: int | None
-    x0: Tensor | None
-
-
-class PromptDataset(Dataset[Item]):
-    """Records of several sets, counted through, with their features.
-
-    Args:
-        sets: of records; the samples of evaluation count through them again and again.
-        cache: open.
-        latents: open; None: there are none.
-        pictures: the pictures of the last records.
-    """
-
-    def __init__(
-        self,
-        sets: Sequence[PromptSet],
-        cache: FeatureCache,
-        latents: LatentCache | None,
-        pictures: Sequence[Picture],
-    ) -> None:
-        self.sets, self.cache, self.latents = sets, cache, latents
-        self.starts = np.cumsum([0, *(len(own) for own in sets)])
-        self.rows = np.concatenate([cache.find([key_of(text) for text in own.prompts]) for own in sets])
-        assert (self.rows >= 0).all(), "prepared before"
-        self.first_picture = len(self.rows) - len(pictures)
-        self.picture_rows = latents.find([latent_key(picture) for picture in pictures]) if latents else None
-
-    def __getitem__(self, pick: Pick) -> Item:
-        row = pick.row % len(self.rows)
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        prompt = self.sets[number][int(row - self.starts[number])]
-        x0 = None
-        if pick.is_real:
-            assert self.latents is not None
-            assert self.picture_rows is not None
-            x0 = self.latents.latents(int(self.picture_rows[row - self.first_picture]))
-        seed = prompt.seed if pick.row == row else None  # a second sample of a prompt is another picture
-        position = int(pick.row - (self.first_picture if pick.is_real else 0))
-        return Item(prompt, self.cache.features(int(self.rows[row])), position, pick.size, seed, x0)
-
-
-def collate(items: list[Item]) -> Conditions:
-    """Stack items to a batch."""
-    prompts = [item.prompt for item in items]
-    latents = [item.x0 for item in items if item.x0 is not None]
-    return Conditions(
-        [prompt.text for prompt in prompts],
-        torch.stack([item.features.prompt_embeds for item in items]),
-        torch.stack([item.features.pooled_prompt_embeds for item in items]),
-        torch.tensor([item.number for item in items]),
-        items[0].size,
-        torch.stack(latents) if latents else None,
-        _if_any([item.seed for item in items]),
-        _if_any([prompt.negative_prompt for prompt in prompts]),
-        [prompt.tags or [] for prompt in prompts] if any(prompt.tags for prompt in prompts) else None,
-    )
-
-
-def _if_any(values: list[Any]) -> list[Any] | None:
-    return values if any(value is not None for value in values) else None

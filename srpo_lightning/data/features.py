@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from srpo_lightning.data.chunks import CURE, Item, key_of
+from srpo_lightning.data.chunks import Item, key_of
+from srpo_lightning.data.manifest import CURE
 from srpo_lightning.data.store import ChunkStore, per_chunk
 from srpo_lightning.policies.text import FluxTextEncoder, TextFeatures
 

@@ -1,18 +1,18 @@
 """Real pictures: brought to a size of the run, and kept as the latents that the VAE makes of them."""
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from srpo_lightning.batch import Size
 from srpo_lightning.data.chunks import Item, key_of
-from srpo_lightning.data.picture_files import read_picture
+from srpo_lightning.data.colours import as_seen
+from srpo_lightning.data.picture_files import LIMITS, Limits, read_picture
 from srpo_lightning.data.store import ChunkStore, per_chunk
 
 Pixels = Float[Tensor, "3 H W"]
@@ -26,10 +26,12 @@ class Picture(NamedTuple):
     Args:
         image: its path, or its place in a .tar.
         size: height and width to bring it to.
+        limits: up to where it is read.
     """
 
     image: str
     size: Size
+    limits: Limits = LIMITS
 
 
 class LatentCache(ChunkStore):
@@ -68,40 +70,18 @@ def encoded(pictures: Sequence[Any], encode: EncodeImages) -> list[Item]:
 
 def latent_key(picture: Picture) -> str:
     """A function of the picture's bytes and size: a file that is written anew is encoded anew."""
-    return key_of(read_picture(picture.image), "{} {}".format(*picture.size))
+    return key_of(read_picture(picture.image, picture.limits), "{} {}".format(*picture.size))
 
 
 def load_picture(picture: Picture) -> Pixels:
-    """A picture in [0, 1], [3, H, W]: upright, on white where it is transparent, scaled and cropped to its size.
+    """A picture in [0, 1], [3, H, W], as a viewer shows it, scaled and cropped to its size.
 
     Raises:
-        ValueError: naming the file, if it is no picture.
+        ValueError: naming the file and the cure, if it is no picture, or one that is not shown in one way.
     """
-    try:
-        with Image.open(io.BytesIO(read_picture(picture.image))) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"picture {picture.image} cannot be read ({error}): replace it or leave it out") from error
-    white = Image.new("RGBA", upright.size, "white")
     height, width = picture.size
-    whole = Image.alpha_composite(white, upright).convert("RGB")
-    fitted = ImageOps.fit(whole, (width, height), Image.Resampling.BICUBIC)
+    fitted = ImageOps.fit(as_seen(picture.image, picture.limits), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1) / 255
-
-
-def picture_size(image: str) -> Size:
-    """Height and width of a picture as it is seen: upright.
-
-    Raises:
-        ValueError: naming the file, if it is no picture.
-    """
-    try:
-        with Image.open(io.BytesIO(read_picture(image))) as opened:
-            turned = opened.getexif().get(0x0112, 1) >= 5
-            width, height = opened.size
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"picture {image} cannot be read ({error}): replace it or leave it out") from error
-    return (width, height) if turned else (height, width)
 
 
 def nearest(size: Size, sizes: Sequence[Size]) -> Size:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from srpo_lightning.batch import Size
-from srpo_lightning.data.images import Picture, nearest, picture_size
+from srpo_lightning.data.colours import size_as_seen
+from srpo_lightning.data.images import Picture, nearest
+from srpo_lightning.data.picture_files import LIMITS, Limits
 from srpo_lightning.data.prompts import PromptSet, Sources, listed, read_prompts
 
 
@@ -45,15 +47,41 @@ class Selection(NamedTuple):
         return [source.prompts for source in (*self.train, *self.images)]
 
     @property
-    def to_evaluate(self) -> "Selection":
-        """Without what is trained on."""
-        return self._replace(train=[], images=[], pictures=[], num_in_both=0)
-
-    @property
     def texts(self) -> list[str]:
         """Everything that is to be encoded, each once."""
         sets = [*self.sets, self.evaluation]
         return list(dict.fromkeys(text for own in sets for text in own.prompts))
+
+
+def check_held_out(evaluation: Sources | None, validation_fraction: float) -> None:
+    """Refuse two ways to hold prompts out, or none, before any is read.
+
+    Raises:
+        ValueError: with the cure.
+    """
+    if (evaluation is None) == (validation_fraction == 0):
+        raise ValueError(
+            "data.evaluation and data.validation_fraction both say what is held out: give a prompt file to the one, or "
+            "to the other a part of the training prompts such as 0.05"
+        )
+
+
+def select_evaluation(train: Sources, evaluation: Sources | None, validation_fraction: float) -> Selection:
+    """Read what is evaluated alone; the training prompts are looked at where it is a part of them, pictures never.
+
+    Args:
+        train: prompts.
+        evaluation: held-out prompts.
+        validation_fraction: of the training prompts, where there are no others to evaluate.
+
+    Raises:
+        ValueError: with the cure, if the sources cannot be read, or nothing is left.
+    """
+    if evaluation is not None:
+        held_out = PromptSet.of([read_prompts(source) for source in listed(evaluation)]).unique()
+    else:
+        held_out = _split([read_prompts(source).unique() for source in listed(train)], validation_fraction)[1]
+    return Selection([], [], [], held_out, 0)
 
 
 def select(
@@ -63,6 +91,7 @@ def select(
     images: Sources | None,
     offline_ratio: float,
     sizes: Sequence[Size],
+    limits: Limits = LIMITS,
 ) -> Selection:
     """Read, clean and split the sources of a run.
 
@@ -73,39 +102,27 @@ def select(
         images: captions of real pictures; None: the training records that name one.
         offline_ratio: the share of steps that need them.
         sizes: that real pictures are brought to.
+        limits: up to where real pictures are read.
 
     Raises:
-        ValueError: with the cure, if the settings contradict each other, or nothing is left.
+        ValueError: with the cure, if the sources cannot be read, or nothing is left.
     """
-    if (evaluation is None) == (validation_fraction == 0):
-        raise ValueError(
-            "data.evaluation and data.validation_fraction both say what is held out: give a prompt file to the one, or "
-            "to the other a part of the training prompts such as 0.05"
-        )
-    if images is not None and not offline_ratio:
-        raise ValueError(
-            "data.images is given, but data.offline_ratio is 0, so that no step trains on these pictures: set it to "
-            "their share of the steps, for instance 0.5, or leave data.images away"
-        )
-    sources = [(read_prompts(source).unique(), source.weight) for source in listed(train)]
-    named = sources if images is None else [(read_prompts(s).unique(), s.weight) for s in listed(images)]
-    if validation_fraction:
-        parts = [prompts.split(validation_fraction) for prompts, _ in sources]
-        held_out = PromptSet.of([validation for _, validation in parts]).unique()
-        sources = [(own, weight) for (own, _), (_, weight) in zip(parts, sources, strict=True)]
-        named = [(prompts.split(validation_fraction)[0], weight) for prompts, weight in named]
-        if not len(held_out) or not all(len(prompts) for prompts, _ in sources):
-            raise ValueError(
-                f"data.validation_fraction {validation_fraction} leaves {len(held_out)} prompts to evaluate and "
-                f"{sum(len(prompts) for prompts, _ in sources)} to train: choose another, or give data.evaluation"
-            )
+    sources = [read_prompts(source).unique() for source in listed(train)]
+    weights = [source.weight for source in listed(train)]
+    named = sources if images is None else [read_prompts(source).unique() for source in listed(images)]
+    weights_of_named = weights if images is None else [source.weight for source in listed(images)]
+    if images is not None:
+        _refuse_without_picture(named)
+    if evaluation is None:
+        sources, held_out = _split(sources, validation_fraction)
+        named = [prompts.split(validation_fraction)[0] for prompts in named]
     else:
-        assert evaluation is not None
-        held_out = PromptSet.of([read_prompts(source) for source in listed(evaluation)]).unique()
-    real, pictures = _pictures(named, sizes) if offline_ratio else ([], [])
-    trained = {text for prompts, _ in sources for text in prompts.prompts}
+        held_out = select_evaluation(train, evaluation, validation_fraction).evaluation
+    own = list(zip(named, weights_of_named, strict=True))
+    real, pictures = _pictures(own, sizes, limits) if offline_ratio else ([], [])
+    trained = {text for prompts in sources for text in prompts.prompts}
     return Selection(
-        [Selected(prompts, prompts.sizes, weight) for prompts, weight in sources],
+        [Selected(prompts, prompts.sizes, weight) for prompts, weight in zip(sources, weights, strict=True)],
         real,
         pictures,
         held_out,
@@ -113,14 +130,39 @@ def select(
     )
 
 
-def _pictures(named: Sequence[tuple[PromptSet, float]], sizes: Sequence[Size]) -> tuple[list[Selected], list[Picture]]:
+def _split(sources: Sequence[PromptSet], fraction: float) -> tuple[list[PromptSet], PromptSet]:
+    parts = [prompts.split(fraction) for prompts in sources]
+    train, held_out = [own for own, _ in parts], PromptSet.of([validation for _, validation in parts]).unique()
+    if not len(held_out) or not all(map(len, train)):
+        raise ValueError(
+            f"data.validation_fraction {fraction} leaves {len(held_out)} prompts to evaluate and "
+            f"{sum(map(len, train))} to train: choose another, or give data.evaluation"
+        )
+    return train, held_out
+
+
+def _refuse_without_picture(named: Sequence[PromptSet]) -> None:
+    for prompts in named:
+        missing = len(prompts) - len(prompts.with_pictures())
+        if missing:
+            first = next(record.text for record in prompts if record.image is None)
+            raise ValueError(
+                f"data.images: {missing} of {len(prompts)} records name no picture, the first is {first[:80]!r}: "
+                "give it one, or move such records to data.train"
+            )
+
+
+def _pictures(
+    named: Sequence[tuple[PromptSet, float]], sizes: Sequence[Size], limits: Limits
+) -> tuple[list[Selected], list[Picture]]:
     real, pictures = [], []
     for prompts, weight in named:
         with_picture = prompts.with_pictures()
         if len(with_picture):
             own = [
-                Picture(str(record.image), record.size or nearest(picture_size(str(record.image)), sizes))
+                Picture(image, record.size or nearest(size_as_seen(image, limits), sizes), limits)
                 for record in with_picture
+                for image in [str(record.image)]
             ]
             pictures += own
             real.append(Selected(with_picture, [picture.size for picture in own], weight))

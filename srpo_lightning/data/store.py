@@ -14,23 +14,20 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from srpo_lightning.data.chunks import (
+from srpo_lightning.data.chunks import Item, check_litdata, from_planes, write_chunk, writing
+from srpo_lightning.data.manifest import (
     CURE,
     INDEX,
     MANIFEST,
     Chunk,
     Description,
-    Item,
     Manifest,
-    check_litdata,
+    check_index,
     damage,
+    damage_of_content,
     finished_chunks,
-    from_planes,
     publish,
     read_manifest,
-    sha256,
-    write_chunk,
-    writing,
 )
 
 CHUNK_BYTES = 64 << 20  # of tensors, before compression
@@ -81,8 +78,12 @@ class ChunkStore:
         path = self.folder / MANIFEST
         if not path.is_file():
             return self._set(Manifest(self.description, []))
-        manifest = read_manifest(path)
-        self._check_description(path, manifest)
+        try:
+            manifest = read_manifest(path)
+            self._check_description(path, manifest)
+            check_index(self.folder / INDEX, manifest)
+        except ValueError as error:
+            raise ValueError(f"{error}, and upload it to {self.remote}" if self.remote else str(error)) from error
         if self.remote:
             return self._set(manifest)
         whole = []
@@ -183,10 +184,7 @@ class ChunkStore:
         path = self.folder / chunk.filename
         if self.remote:
             self._fetch(chunk.filename)
-        problem = damage(path, chunk)
-        if problem is None and sha256(path) != chunk.sha256:
-            problem = "has other bytes than were written (its SHA-256 differs)"
-        if problem:
+        if problem := damage_of_content(path, chunk):
             cure = f"delete it, it is fetched again from {self.remote}" if self.remote else f"delete it, and {CURE}"
             raise ValueError(f"{path} {problem}: {cure}")
 

@@ -102,7 +102,7 @@ def text_work(data: PromptData, texts: Sequence[str]) -> tuple[Wanted, Callable[
 
     def work(missing: Wanted) -> Work:
         groups = in_groups(missing, cache.items_per_chunk)
-        return Work("prompts", cache, cache.encoder, groups, cache.item_bytes, data.preparation.batch_size)
+        return Work("prompts", cache, cache.encoder, groups, cache.item_bytes, data.text_batch_size)
 
     return [(key_of(text), text) for text in texts], work
 
@@ -121,7 +121,7 @@ def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable
         groups = []
         for size in dict.fromkeys(picture.size for _, picture in missing):
             groups += in_groups([item for item in missing if item[1].size == size], per_chunk(item_bytes))
-        return Work("pictures", store, encoder, groups, item_bytes, data.preparation.batch_size)
+        return Work("pictures", store, encoder, groups, item_bytes, data.text_batch_size)
 
     yield store, [(latent_key(picture), picture) for picture in pictures], work
 

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from jsonargparse.typing import PositiveInt
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from srpo_lightning.batch import Size
+from srpo_lightning.data.colours import as_seen, size_as_seen
 from srpo_lightning.data.files import rows
+from srpo_lightning.data.picture_files import OPENED, PICTURES, is_hidden
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.rewards import Reward
 from srpo_lightning.strict_json import strict_json
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 INVENTED = ("Blorfy", "Quandish", "Trevolic", "Zumbral")  # words that no model has met
 
 NO_AUC = "these tell how much a pair moves the score, not whether it means what you think: give --against for that"
@@ -130,9 +131,10 @@ class Measured(NamedTuple):
 
 def read_pictures(folder: str, prompts: str) -> list[Picture]:
     """The pictures of a folder, in the order of their names, with their prompts."""
-    paths = sorted(path for path in Path(folder).expanduser().glob("*") if path.suffix.lower() in SUFFIXES)
+    files = Path(folder).expanduser().glob("*")
+    paths = sorted(path for path in files if path.suffix.lower() in PICTURES and not is_hidden(path.name))
     if len(paths) < 2:
-        raise ValueError(f"{folder} holds {len(paths)} pictures ({', '.join(SUFFIXES)}): two is the least, better 100")
+        raise ValueError(f"{folder} holds {len(paths)} pictures ({', '.join(OPENED)}): two is the least, better 100")
     by_file = _by_file(Path(prompts).expanduser())
     if by_file is not None:
         missing = [str(path) for path in paths if path.resolve() not in by_file]
@@ -207,15 +209,14 @@ def _with_gradient(
 def _batches(pictures: Sequence[Picture], batch_size: int) -> Iterator[tuple[Tensor, list[str]]]:
     """Pictures of one size together, [B, 3, H, W] in [0, 1]."""
 
-    def size(picture: Picture) -> tuple[int, int]:
-        with Image.open(picture.path) as image:
-            return image.size
+    def size(picture: Picture) -> Size:
+        return size_as_seen(str(picture.path))
 
     for _, group in groupby(sorted(pictures, key=size), key=size):
         alike = list(group)
         for start in range(0, len(alike), batch_size):
             batch = alike[start : start + batch_size]
-            images = [np.array(Image.open(picture.path).convert("RGB")) for picture in batch]
+            images = [np.array(as_seen(str(picture.path))) for picture in batch]
             yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, [picture.prompt for picture in batch]
 
 

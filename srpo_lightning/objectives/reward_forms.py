@@ -43,6 +43,10 @@ class RewardForm(Recorded, ABC):
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What it rewards in finished pictures, without chance."""
 
+    def texts_of(self, prompt: str) -> tuple[list[str], list[str]]:
+        """All that the reward may read of a prompt: towards which, and away from which it is to move."""
+        return [prompt], []
+
     def check(self, reward: Reward) -> None:  # most forms take any
         """Refuse a reward that the form cannot use."""
 
@@ -74,6 +78,10 @@ class Plain(RewardForm):
         """The score under the prompt."""
         scores: Tensor = reward(images, [self.template.format(prompt=prompt) for prompt in prompts])
         return scores
+
+    def texts_of(self, prompt: str) -> tuple[list[str], list[str]]:
+        """The prompt in its template."""
+        return [self.template.format(prompt=prompt)], []
 
 
 def check_template(template: str, *names: str) -> None:
@@ -172,6 +180,14 @@ class Relative(RewardForm):
         shares = [1 / len(positive)] * len(positive) + [-1 / len(negative)] * len(negative)
         coefficients = torch.tensor(shares, device=images.device).expand(len(images), -1)
         return reward.contrast(images, texts, coefficients) + reward.plain(images, prompts)
+
+    def texts_of(self, prompt: str) -> tuple[list[str], list[str]]:
+        """The prompt under each word."""
+        words = self.control_words
+        towards, away = (
+            [text for word in own for text in self._under(word, [prompt])] for own in (words.positive, words.negative)
+        )
+        return towards, away
 
     def check(self, reward: Reward) -> None:
         """Refuse a reward that no words can steer."""

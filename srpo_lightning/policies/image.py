@@ -17,8 +17,8 @@ Images: TypeAlias = Float[Tensor, "B 3 H W"]
 Packed: TypeAlias = Float[Tensor, "B L C"]
 
 
-READING = 2
-"""Raised whenever the same file comes to other pixels (data/images.py), so that no latents of before are taken."""
+READING = 3
+"""Raised whenever the same file comes to other pixels (data/colours.py), so that no latents of before are taken."""
 
 
 class FluxImageEncoder:

@@ -1,9 +1,9 @@
 """What a reward model is: a frozen, differentiable judge of images under texts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,18 @@ Images: TypeAlias = Float[Tensor, "B 3 H W"]
 Scores: TypeAlias = Float[Tensor, " B"]
 
 
+class Reading(NamedTuple):
+    """What a reward reads of a text.
+
+    Args:
+        tokens: where they are equal, so is the score.
+        is_cut: whether they are not all of the text.
+    """
+
+    tokens: Hashable
+    is_cut: bool
+
+
 class Reward(Recorded, nn.Module, ABC):
     """Scores images under texts; higher is better; differentiable with respect to the images.
 
@@ -25,6 +37,9 @@ class Reward(Recorded, nn.Module, ABC):
 
     reads_text: bool = True
     """Whether the text counts. Where it does not there is nothing to contrast, and SRPO alone cannot use the reward."""
+
+    max_tokens: int | None = None
+    """The most tokens of a text that are read, once the weights are; None: all of them."""
 
     word_lists: ClassVar[Mapping[str, WordList]] = MappingProxyType({})
     """Control words to start from, by what they steer towards."""
@@ -83,6 +98,14 @@ class Reward(Recorded, nn.Module, ABC):
     def compare(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "B T"]:
         """The score of every image under every text."""
         return self.scores(images, [[text] * len(images) for text in texts])
+
+    def reading(self, text: str) -> Reading:
+        """What is read of a text; a reward whose `max_tokens` is a number says where it cuts."""
+        return Reading(text, is_cut=False)
+
+    def readers(self) -> list[tuple["Reward", bool]]:
+        """The rewards in this one that read texts, and whether control words steer by them."""
+        return [(self, True)] if self.reads_text else []
 
     def train(self, mode: bool = True) -> "Reward":
         """Stay in evaluation mode: a reward is frozen."""

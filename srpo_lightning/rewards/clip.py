@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
 from srpo_lightning.pretrained import load_whole, read_json, unreadable_is_refused
-from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns
+from srpo_lightning.rewards.base import Images, Reading, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED
 
@@ -83,10 +83,20 @@ class ClipReward(Reward):
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids between start and end of text, the last place kept for the end."""
-        assert self.clip is not None, "load() comes first"
-        length = self.clip.config.text_config.max_position_embeddings
-        ids: list[int] = self.tokenizer(self.clean(text), truncation=True, max_length=length).input_ids
+        ids: list[int] = self.tokenizer(self.clean(text), truncation=True, max_length=self.max_tokens).input_ids
         return ids
+
+    @property
+    def max_tokens(self) -> int:  # type: ignore[override]  # the model's own
+        """The length of the model's position table, start and end included."""
+        assert self.clip is not None, "load() comes first"
+        return int(self.clip.config.text_config.max_position_embeddings)
+
+    def reading(self, text: str) -> Reading:
+        """The tokens, and whether there are more."""
+        ids = self.tokenizer(self.clean(text)).input_ids
+        is_cut = len(ids) > self.max_tokens
+        return Reading(tuple(self.tokenize(text) if is_cut else ids), is_cut)
 
     def forward(self, images: Images, texts: Sequence[str]) -> Scores:
         """Cosine of each image with its text, scaled."""

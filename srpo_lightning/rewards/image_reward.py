@@ -20,7 +20,7 @@ from transformers import (
 
 from srpo_lightning.pretrained import load_exactly, part, read_json, read_weights, unreadable_is_refused, weights_file
 from srpo_lightning.rewards.aesthetic import HIDDEN, Head
-from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns
+from srpo_lightning.rewards.base import Images, Reading, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED
 
@@ -95,6 +95,7 @@ class ImageReward(Reward):
     """
 
     word_lists = PUBLISHED
+    max_tokens = MAX_TOKENS
 
     def __init__(
         self,
@@ -146,6 +147,11 @@ class ImageReward(Reward):
             states = self.model.text_encoder(**tokens, encoder_hidden_states=patches).last_hidden_state
             columns.append(self.model.mlp(states[:, 0].to(pixels.dtype)))
         return (torch.stack(columns, dim=1) - MEAN) / STD
+
+    def reading(self, text: str) -> Reading:
+        """The tokens, and whether there are more."""
+        kept = self.tokenizer(text, truncation=True, max_length=MAX_TOKENS).input_ids
+        return Reading(tuple(kept), len(self.tokenizer(text).input_ids) > MAX_TOKENS)
 
     def tokenize(self, texts: Sequence[str]) -> BatchEncoding:
         """Token ids and attention mask, [B, 35] each."""

@@ -85,6 +85,11 @@ class WeightedReward(Reward):
                 "term that reads text with `plain: false`"
             )
 
+    def readers(self) -> list[tuple[Reward, bool]]:
+        """Those of all terms."""
+        found = ((term in self.steering, reader) for term in self.terms for reader in term.reward.readers())
+        return [(reward, is_steered and own) for own, (reward, is_steered) in found]
+
     def plain(self, images: Images, prompts: Sequence[str]) -> Scores:
         """The other terms, under the bare prompts."""
         return self._sum(images, self.other, lambda term, x: _normal(term, term.reward(x, prompts)))

@@ -128,7 +128,9 @@ def test_what_is_held_out_is_said_once(models, features, evaluation, fraction):
 
 def test_a_fraction_that_leaves_nothing_is_refused(models, features):
     with pytest.raises(ValueError, match="leaves 0 prompts to evaluate and 7 to train: choose another"):
-        PromptData(str(models.train), str(models.pipeline), validation_fraction=1e-9, cache_dir=str(features))
+        PromptData(str(models.train), str(models.pipeline), validation_fraction=1e-9, cache_dir=str(features)).read(
+            trains=True
+        )
 
 
 def test_a_size_of_a_list_is_drawn_for_each_step_and_all_prompts_come(models, features):
@@ -197,7 +199,7 @@ def test_training_records_that_name_pictures_need_no_second_source(models, featu
 
 def test_offline_steps_without_pictures_are_refused(models, features):
     with pytest.raises(ValueError, match=r"no record names one: give data.images"):
-        new_data(models, features, str(models.train), offline_ratio=0.5)
+        new_data(models, features, str(models.train), offline_ratio=0.5).read(trains=True)
 
 
 def report(data: PromptData, caplog) -> str:

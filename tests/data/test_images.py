@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from srpo_lightning.data.images import LatentCache, Picture, latent_key, load_picture, nearest, picture_size
+from srpo_lightning.data.colours import size_as_seen
+from srpo_lightning.data.images import LatentCache, Picture, latent_key, load_picture, nearest
 from srpo_lightning.policies.flux import pack
 from srpo_lightning.policies.image import FluxImageEncoder
 from tests import tiny
@@ -43,7 +44,7 @@ def test_a_picture_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # taken on its side: what is left is up
     path = save(tmp_path / "a.jpg", halves(64, 32), exif=exif, quality=100)
-    assert picture_size(path) == (64, 32)
+    assert size_as_seen(path) == (64, 32)
     pixels = load_picture(Picture(path, (64, 32)))
     assert pixels[0, :28].mean() > 0.95
     assert pixels[2, 36:].mean() > 0.95
@@ -63,7 +64,7 @@ def test_grey_pictures_have_three_channels(tmp_path):
 @pytest.mark.parametrize("content", [b"no picture", b""])
 def test_a_damaged_picture_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
-    for read in (lambda path: load_picture(Picture(path, (16, 16))), picture_size):
+    for read in (lambda path: load_picture(Picture(path, (16, 16))), size_as_seen):
         with pytest.raises(ValueError, match=r"a.png cannot be read .*replace it"):
             read(str(tmp_path / "a.png"))
 

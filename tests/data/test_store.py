@@ -11,7 +11,8 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srpo_lightning.data.chunks import MANIFEST, from_planes, key_of, to_planes
+from srpo_lightning.data.chunks import from_planes, key_of, to_planes
+from srpo_lightning.data.manifest import MANIFEST
 from srpo_lightning.data.store import ChunkStore, per_chunk
 
 DESCRIPTION = {"model": "m", "sequence_length": 12, "fingerprint": "f" * 64}
