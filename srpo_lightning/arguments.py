@@ -1,6 +1,7 @@
 """What a configuration file may hold beside its classes' own arguments, for every command that reads one."""
 
 import argparse
+from collections.abc import Mapping
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any, NoReturn
@@ -48,13 +49,30 @@ class Parser(LightningArgumentParser):
         with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
             values = super().parse_args(*args, **kwargs)
         plain = values.as_dict()
-        check_values(plain.get(str(plain.get("subcommand")), plain), OWNERS)
+        check_settings(plain.get(str(plain.get("subcommand")), plain))
         return values
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
         """What a class refuses is told by its name."""
         with naming():
             return super().instantiate_classes(*args, **kwargs)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse what a parser lets pass.
+
+    Args:
+        settings: of a command, as nested mappings.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    check_values(settings, OWNERS)
+    if "model" in settings and "data" in settings and settings["data"].get("pretrained") is None:
+        raise ValueError(
+            f"model.policy.init_args.pretrained is missing: data reads the text encoders from there, so that the "
+            f"constructor of {settings['model']['policy']['class_path']} needs an argument of this name"
+        )
 
 
 def add_project_arguments(parser: LightningArgumentParser) -> None:
@@ -105,7 +123,7 @@ def read_config(path: str) -> Namespace:
     except (jsonargparse.ArgumentError, TypeError) as error:
         told = explain(str(error), parser.settings)
         raise ValueError(told if path in told else f"{path}: {told}") from error
-    check_values(values.as_dict(), OWNERS)
+    check_settings(values.as_dict())
     return values
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from srpo_lightning.full_disk import room_for
 from srpo_lightning.owners import PARTIAL, discard, is_left, partial_path
 from srpo_lightning.pretrained import UNPICKLING, check_archive
 from srpo_lightning.sharded_checkpoint import INDEX, SUMS, SafeReader, TensorsOnly, damage, foreign_object
@@ -177,16 +178,29 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     """A name beside a file's own to write to, which becomes it when it is on the disk; each process has one of its own.
 
     What fails leaves nothing.
+
+    Raises:
+        FullDiskError: in one line, where there is no room.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
+        with room_for(path, partial):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            sync(partial)
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def complete_or_absent_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder, which stays to be looked at if what is done in it fails for another reason than room."""
+    partial = partial_path(path)
+    with room_for(path, partial):
+        yield begin_folder(path)
+        finish_folder(partial, path)
 
 
 def begin_folder(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """The command line: LightningCLI with one module, one data module and one fixed run folder; jobs without a model."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -83,6 +84,8 @@ def main(args: ArgsType = None) -> None:
             run_job(args[0], args[1:])
         else:
             run_trainer(args)
+    except KeyboardInterrupt as error:  # before the first step: nothing is lost
+        raise SystemExit(128 + signal.SIGINT) from error
     except Exception as error:
         line = one_line(error) or lost_rank(error)
         if os.environ.get(TRACEBACK) or line is None:

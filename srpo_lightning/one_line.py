@@ -3,6 +3,7 @@
 jsonargparse explains an error by an indented tree: keys and classes as branches, what was expected as leaves.
 """
 
+import argparse
 import difflib
 import inspect
 import re
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from srpo_lightning.full_disk import CURE, is_full
 
 TRACEBACK = "SRPO_TRACEBACK"
 """The environment variable that shows where a refusal comes from."""
@@ -291,6 +294,10 @@ def one_line(error: BaseException) -> str | None:
     """What a user is told of an error that is their own doing; None for any other, whose traceback is needed."""
     if isinstance(error, (ValueError, FloatingPointError)) and is_own(error):
         return _joined(str(error))
+    if is_full(error):
+        return f"the disk is full ({_joined(error)}): {CURE}"
+    if isinstance(error, argparse.ArgumentError):
+        return explain(str(error), ())
     if isinstance(error, MisconfigurationException):
         return f"{_joined(str(error))} ({TRACEBACK}=1 shows where)"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

@@ -1,6 +1,7 @@
 """FSDP2 as a Lightning strategy: parameters sharded block by block, checkpoints complete or absent. And DDP."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed import all_gather_object
+from torch.distributed import all_gather_object, get_world_size
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,6 +24,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from srpo_lightning.checkpoints import METADATA, begin_folder, finish_folder
+from srpo_lightning.full_disk import FullDiskError, room_for
+from srpo_lightning.owners import partial_path
 from srpo_lightning.sharded_checkpoint import INDEX, SafeReader, read_into, sums_of, write_sums
 
 PARAMETER_LIKE = ("ema",)
@@ -111,17 +114,21 @@ class ShardedStrategy(ModelParallelStrategy):
         if storage_options is not None:
             raise TypeError("ShardedStrategy writes to folders and takes no storage_options")
         path = Path(self.broadcast(str(filepath)))
-        partial = Path(self.broadcast(str(begin_folder(path)) if self.is_global_zero else ""))
+        partial = Path(self.broadcast(str(partial_path(path))))
+        with full_for_all(path, partial):
+            if self.is_global_zero:
+                begin_folder(path)
         sharded = {"state_dict": checkpoint.pop("state_dict")}
         sharded |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
         sharded |= {key: checkpoint.pop(key) for key in PARAMETER_LIKE if key in checkpoint}
-        save(sharded, checkpoint_id=partial)
+        with full_for_all(path, partial):
+            save(sharded, checkpoint_id=partial)
         sums = self._gathered(sums_of(partial.glob(f"__{self.global_rank}_*")))
-        if self.is_global_zero:
-            torch.save(checkpoint, partial / METADATA)
-            write_sums(partial, sums | sums_of([partial / METADATA, partial / INDEX]))
-            finish_folder(partial, path)
-        self.barrier()
+        with full_for_all(path, partial):
+            if self.is_global_zero:
+                torch.save(checkpoint, partial / METADATA)
+                write_sums(partial, sums | sums_of([partial / METADATA, partial / INDEX]))
+                finish_folder(partial, path)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Each rank reads its part, whatever number of ranks wrote it."""
@@ -178,6 +185,29 @@ class ReplicatedStrategy(DDPStrategy):
 
     def __init__(self, timeout_minutes: PositiveFloat = TIMEOUT_MINUTES) -> None:
         super().__init__(timeout=timedelta(minutes=timeout_minutes))
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """The first rank writes; if it finds no room, all know."""
+        path = Path(filepath)
+        with full_for_all(path, partial_path(path)):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+
+@contextmanager
+def full_for_all(path: Path, partial: Path) -> Iterator[None]:
+    """Writing of which one rank may find no room: every rank raises FullDiskError then, and none waits for another."""
+    failure = None
+    try:
+        with room_for(path, partial):
+            yield
+    except FullDiskError as error:
+        failure = str(error)
+    failures = [failure] * get_world_size()
+    all_gather_object(failures, failure)
+    if any(failures):
+        raise FullDiskError(next(filter(None, failures)))
 
 
 def _distributed_like(parameter: Tensor, whole: Tensor) -> Tensor:

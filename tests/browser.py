@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.processes import LIMIT_S
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
@@ -25,5 +27,5 @@ def visit(url: str, folder: Path, width: int = 1280, height: int = 900) -> tuple
         "--dump-dom",
         f"--screenshot={picture}",
     )
-    page = subprocess.run([str(CHROMIUM), *arguments, url], capture_output=True, text=True, timeout=120, check=True)
+    page = subprocess.run([str(CHROMIUM), *arguments, url], capture_output=True, text=True, timeout=LIMIT_S, check=True)
     return page.stdout, Image.open(picture).convert("RGB")

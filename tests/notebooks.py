@@ -29,7 +29,7 @@ def executed(notebook: Path, run: Path) -> nbformat.NotebookNode:
             "NUM_PROMPTS": "2",
         }
         node = nbformat.read(copies / notebook.name, as_version=4)
-        client = NotebookClient(node, timeout=300, resources={"metadata": {"path": str(copies)}})
+        client = NotebookClient(node, timeout=1200, resources={"metadata": {"path": str(copies)}})
         with mock.patch.dict(os.environ, environment):
             return client.execute()
 

@@ -25,6 +25,7 @@ from srpo_lightning.checkpoints import (
     remove,
 )
 from srpo_lightning.owners import PARTIAL, partial_path
+from tests.processes import LIMIT_S
 
 SAVE_FOREVER = """
 import itertools, sys, torch
@@ -64,7 +65,7 @@ def test_a_kill_while_writing_leaves_every_checkpoint_whole(tmp_path):
         run = tmp_path / str(delay_s)
         process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(run)])
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + LIMIT_S
             while len(checkpoints(run)) < 2 or not list(run.rglob(f"*{PARTIAL}-*")):
                 assert time.monotonic() < deadline
                 assert process.poll() is None

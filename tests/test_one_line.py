@@ -91,8 +91,8 @@ def test_what_a_class_refuses_is_told_by_its_name_and_our_own_words_stay():
 
 def test_a_librarys_refusal_and_a_files_are_one_line_and_other_errors_keep_their_traceback():
     assert one_line(raised(MisconfigurationException("a\n  b"))) == "a b (SRPO_TRACEBACK=1 shows where)"
-    full = raised(OSError(errno.ENOSPC, "No space left on device", "/run/x.ckpt"))
-    assert one_line(full) == "/run/x.ckpt: No space left on device (SRPO_TRACEBACK=1 shows where)"
+    locked = raised(OSError(errno.EROFS, "Read-only file system", "/run/x.ckpt"))
+    assert one_line(locked) == "/run/x.ckpt: Read-only file system (SRPO_TRACEBACK=1 shows where)"
     assert one_line(raised(torch.OutOfMemoryError("out of memory. Tried"))).startswith("out of memory: `estimate`")
     assert one_line(raised(RuntimeError("a kernel"))) is None
     assert one_line(raised(ValueError("of a library"))) is None

@@ -2,7 +2,6 @@
 
 import math
 import signal
-import threading
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -13,12 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from srpo_lightning.agreement import lost_rank
 from srpo_lightning.callbacks.records import EVALUATION_DUE
+from srpo_lightning.callbacks.stop_signals import StopSignals
 from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
+from srpo_lightning.full_disk import FullDiskError
 from srpo_lightning.module import SRPOModule
 
 
@@ -28,8 +28,9 @@ class RunCheckpoint(Checkpoint):
     A step that is also evaluated is saved after its evaluation; a run that ends before one that was due begins with it
     when resumed. Only whole states are saved: a run interrupted in the middle of a micro-batch keeps the checkpoints
     that it has, and one interrupted between the micro-batches of a step saves the state before that step. SIGTERM, a
-    cluster's preemption, lets all ranks finish the optimizer step, save, and exit with status 143, so that the job can
-    be queued again with `--ckpt_path last`.
+    cluster's preemption, and Ctrl-C let all ranks finish the optimizer step, or the batch of an evaluation, save, and
+    exit with status 143 and 130, to go on with `--ckpt_path last`; a second Ctrl-C ends the process at once. A
+    checkpoint that finds no room on the disk is left out, and training goes on; the last one ends the run.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.
@@ -63,16 +64,14 @@ class RunCheckpoint(Checkpoint):
         self._between_steps = False
         self._is_save_due = self._is_evaluation_due = False
         self._last_step = 0
-        self._is_terminated = False
-        self._handler: Any = None
+        self._signals = StopSignals()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run has its first step saved already (its number is not restored before this hook)."""
         self._saved_step = self._last_step = trainer.global_step
         self._saved_at_s = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            # In the place of Lightning's, which talks to the other ranks from within the signal handler.
-            self._handler = signal.signal(signal.SIGTERM, self._terminate)
+        self._signals = StopSignals()
+        self._signals.install(trainer.world_size == 1, trainer.is_global_zero)
         if self._is_evaluation_due and trainer.enable_validation:
             evaluate(trainer)
 
@@ -93,8 +92,8 @@ class RunCheckpoint(Checkpoint):
         self._is_save_due = trainer.global_step % self.every_n_steps == 0 or self._is_time(trainer)
         self._is_evaluation_due = is_evaluation_due(trainer)
         if self._is_save_due and not self._is_evaluation_due:
-            self._save(trainer)
-        self._leave_if_terminated(trainer, pl_module)
+            self._save(trainer, can_wait=True)
+        self._leave_if_asked(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was due until now is due until it ends."""
@@ -112,7 +111,7 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """A cluster's patience may not last for all of an evaluation."""
         if self._is_evaluation_due:
-            self._leave_if_terminated(trainer, pl_module)
+            self._leave_if_asked(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was just evaluated, if it is time or the best are to be kept."""
@@ -121,7 +120,7 @@ class RunCheckpoint(Checkpoint):
             if self._saved_step == trainer.global_step:  # an evaluation that a clock asked for a moment later
                 self._saved_step, self._is_save_due = -1, True
             if self.monitor or self._is_save_due:
-                self._save(trainer)
+                self._save(trainer, can_wait=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the result."""
@@ -130,11 +129,16 @@ class RunCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between steps: after skipped steps, which left the last good weights, or in an evaluation."""
         is_between = self._between_steps and (trainer.training or self._is_evaluation_due)
-        if is_between and not lost_rank(exception):
+        if not is_between or lost_rank(exception) or isinstance(exception, FullDiskError):
+            return
+        try:
             self._save_last_step(trainer, pl_module)
+        except FullDiskError as error:
+            rank_zero_warn(f"what was trained since the last checkpoint is lost: {error}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that was resumed with nothing left to train."""
+        """A run that was resumed with nothing left to train, after a kill in the middle of its last save."""
+        self._prune(trainer)
         if self._is_evaluation_due and trainer.enable_validation:
             rank_zero_warn(
                 f"the evaluation of step {trainer.global_step} did not end before the run did, and there is no step "
@@ -162,21 +166,19 @@ class RunCheckpoint(Checkpoint):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signal back."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
+        """Give the signals back."""
+        self._signals.restore()
 
-    def _terminate(self, *_: Any) -> None:
-        self._is_terminated = True
-
-    def _leave_if_terminated(self, trainer: Trainer, module: LightningModule) -> None:
+    def _leave_if_asked(self, trainer: Trainer, module: LightningModule) -> None:
         if self._is_evaluation_due and trainer.global_step == trainer.max_steps:
             return  # the little that is left comes first: a resumed run would have no step to do it after
-        if trainer.strategy.reduce_boolean_decision(self._is_terminated, all=False):
-            rank_zero_info("SIGTERM: saving and leaving; go on with --ckpt_path last")
-            self._save_last_step(trainer, module)
-            raise SIGTERMException(128 + signal.SIGTERM)
+        wish, of_any = self._signals.wish, trainer.strategy.reduce_boolean_decision
+        if not of_any(wish is not None, all=False):
+            return
+        wish = signal.SIGINT if of_any(wish == signal.SIGINT, all=False) else signal.SIGTERM
+        self._save_last_step(trainer, module)
+        rank_zero_info(f"{wish.name}: step {trainer.global_step} is saved; go on with --ckpt_path last")
+        raise SystemExit(128 + wish)
 
     def _save_last_step(self, trainer: Trainer, module: LightningModule) -> None:
         if self._position is None:
@@ -195,12 +197,20 @@ class RunCheckpoint(Checkpoint):
         is_late = time.monotonic() - self._saved_at_s >= 60 * self.every_n_minutes
         return trainer.strategy.reduce_boolean_decision(is_late, all=False)  # the ranks' clocks differ
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, can_wait: bool = False) -> None:
         if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
         path = checkpoint_path(trainer.default_root_dir, trainer.global_step)
-        trainer.save_checkpoint(path, weights_only=False)
+        self._saved_at_s = time.monotonic()
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except FullDiskError as error:
+            self._saved_step = -1
+            if not can_wait:
+                raise
+            rank_zero_warn(f"training goes on without a checkpoint of step {trainer.global_step}: {error}")
+            return
         self._prune(trainer)
         rank_zero_info(f"checkpoint: {path}")
         self._saved_at_s = time.monotonic()

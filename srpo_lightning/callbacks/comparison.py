@@ -28,8 +28,9 @@ LABEL = "label"
 NOT_WON = (LABEL, "saturation", "brightness", "high_frequency")
 """Columns of which more is not better."""
 
+HEADER = "table"
 NO_SUM = b"00000000"
-PLACE_OF_SUM = re.compile(rb'"crc32":"([0-9a-f]{8})"')
+PLACE_OF_SUM = re.compile(rb'\\"crc32\\": \\"([0-9a-f]{8})\\"')
 """In the head of a table's file: the CRC-32 of the whole file, as it is with NO_SUM in this place."""
 
 
@@ -165,9 +166,12 @@ def save_table(path: Path, table: Table, key: str) -> None:
     """Keep a table, complete or absent, under what its numbers depend on, with a sum of every byte of the file."""
     columns = {f"column/{name}": column.contiguous() for name, column in table.columns.items()}
     tensors = {"indices": table.indices, "groups": table.groups, "features": table.features, **columns}
-    blank = save(tensors, {"key": key, "columns": json.dumps(list(table.columns)), "crc32": NO_SUM.decode()})
+    header = {"key": key, "columns": list(table.columns), "crc32": NO_SUM.decode()}
+    blank = save(tensors, {HEADER: json.dumps(header)})  # of several entries the order would be another each time
+    found = PLACE_OF_SUM.search(blank)
+    assert found is not None
     with complete_or_absent(path) as partial:
-        partial.write_bytes(PLACE_OF_SUM.sub(b'"crc32":"%08x"' % zlib.crc32(blank), blank, 1))
+        partial.write_bytes(blank[: found.start(1)] + b"%08x" % zlib.crc32(blank) + blank[found.end(1) :])
 
 
 def read_table(path: Path, key: str | None = None) -> Table | None:
@@ -178,21 +182,21 @@ def read_table(path: Path, key: str | None = None) -> Table | None:
     """
     if not path.is_file():
         return None
-    metadata = read_header(path)
-    if metadata is None and key is None:
+    header = read_header(path)
+    if header is None and key is None:
         raise ValueError(
             f"table {path} is damaged, or an earlier version's: delete it, and measure it again with `validate`"
         )
-    if metadata is None:
+    if header is None:
         rank_zero_warn(f"table {path} is damaged, or an earlier version's: it is measured again")
-    if metadata is None or (key is not None and metadata["key"] != key):
+    if header is None or (key is not None and header["key"] != key):
         return None
     tensors = load_file(path)
-    columns = {name: tensors[f"column/{name}"] for name in json.loads(metadata["columns"])}
+    columns = {name: tensors[f"column/{name}"] for name in header["columns"]}
     return Table(tensors["indices"], tensors["groups"], columns, tensors["features"])
 
 
-def read_header(path: Path) -> dict[str, str] | None:
+def read_header(path: Path) -> dict[str, Any] | None:
     """What a table says of itself; None if a byte of the file is not what was written."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
@@ -202,5 +206,5 @@ def read_header(path: Path) -> dict[str, str] | None:
     blank = content[: found.start(1)] + NO_SUM + content[found.end(1) :]
     if zlib.crc32(blank) != int(found[1], 16):
         return None
-    metadata: dict[str, str] = json.loads(content[8:end])["__metadata__"]
-    return metadata
+    header: dict[str, Any] = json.loads(json.loads(content[8:end])["__metadata__"][HEADER])
+    return header

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.callbacks.ema import EMA
-from srpo_lightning.checkpoints import begin_folder, finish_folder
+from srpo_lightning.checkpoints import complete_or_absent_folder
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.optimizers import whole
 from srpo_lightning.policies import FluxPolicy
@@ -65,11 +65,10 @@ class LoraExport(Checkpoint):  # Lightning calls these last: the average has fol
         averages = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), {})  # type: ignore[attr-defined]
         weights = _whole(dict(module.trainable_parameters())), _whole(averages)
         if trainer.is_global_zero:
-            partial = begin_folder(folder)
-            for tensors, place in zip(weights, (partial, partial / "ema"), strict=True):
-                if tensors:
-                    save_lora(transformer, tensors, place)
-            finish_folder(partial, folder)
+            with complete_or_absent_folder(folder) as partial:
+                for tensors, place in zip(weights, (partial, partial / "ema"), strict=True):
+                    if tensors:
+                        save_lora(transformer, tensors, place)
         trainer.strategy.barrier()
         rank_zero_info(f"adapter: {folder}")
 

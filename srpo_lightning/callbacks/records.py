@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from srpo_lightning.checkpoints import complete_or_absent
+from srpo_lightning.full_disk import room_for
 from srpo_lightning.strict_json import strict_json
 
 Record: TypeAlias = dict[str, Any]
@@ -32,7 +33,7 @@ def recorded_in(trainer: Trainer) -> Path:
 def append(path: Path, *added: Record) -> None:
     """Add lines, in the place of one that a kill has left unfinished; they are on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as stream:
+    with room_for(path), path.open("ab") as stream:
         stream.truncate(len(_whole_lines(path)))
         stream.write("".join(strict_json(record) + "\n" for record in added).encode())
         stream.flush()

@@ -23,7 +23,7 @@ from srpo_lightning.data.picture_files import LIMITS, Limits
 from srpo_lightning.data.preparation import Preparation
 from srpo_lightning.data.prompts import PromptSet, Sources
 from srpo_lightning.data.records import Records
-from srpo_lightning.data.selection import Selection, check_held_out, select, select_evaluation
+from srpo_lightning.data.selection import Selection, check_sources, select, select_evaluation
 from srpo_lightning.policies.image import FluxImageEncoder
 from srpo_lightning.policies.text import FluxTextEncoder
 
@@ -110,7 +110,7 @@ class PromptData(LightningDataModule):
         self.segments: list[Segment] = []
         self.sampler: StepSampler | None = None
         self.records_before: Records | None = None
-        check_held_out(evaluation, validation_fraction)
+        check_sources(evaluation, validation_fraction, images, offline_ratio)
         self.num_eval_prompts = num_eval_prompts
         self._held_out = partial(select_evaluation, train, evaluation, validation_fraction)
         self._all = partial(

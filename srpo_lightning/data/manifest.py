@@ -99,8 +99,8 @@ class Manifest(NamedTuple):
         }
 
     @property
-    def for_litdata(self) -> dict[str, Any]:
-        """Its index."""
+    def litdata_index(self) -> dict[str, Any]:
+        """For litdata."""
         config = self.chunks[0].config if self.chunks else {}
         return {"chunks": [chunk.litdata for chunk in self.chunks], "config": config, "updated_at": self.checksum}
 
@@ -132,11 +132,11 @@ def check_index(path: Path, manifest: Manifest) -> None:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
-        _write(path, manifest.for_litdata)
+        _write(path, manifest.litdata_index)
         return
     except (OSError, ValueError, RecursionError):
         found = None
-    if found != manifest.for_litdata:
+    if found != manifest.litdata_index:
         raise ValueError(
             f"{path} is foreign or damaged (it is not what {MANIFEST} beside it says): delete it, it is written again"
         )
@@ -179,7 +179,7 @@ def publish(folder: Path, description: Description, chunks: Iterable[Chunk]) -> 
     """Make a folder whole: from now on it is read. Chunk files that are not named go."""
     manifest = Manifest(description, list(chunks))
     manifest = manifest._replace(checksum=_sum(manifest.body))
-    _write(folder / INDEX, manifest.for_litdata)
+    _write(folder / INDEX, manifest.litdata_index)
     _write(folder / MANIFEST, {"manifest": manifest.body, "sha256": manifest.checksum})
     named = {chunk.filename for chunk in manifest.chunks}
     for file in folder.glob("chunk-*"):

@@ -53,8 +53,10 @@ class Selection(NamedTuple):
         return list(dict.fromkeys(text for own in sets for text in own.prompts))
 
 
-def check_held_out(evaluation: Sources | None, validation_fraction: float) -> None:
-    """Refuse two ways to hold prompts out, or none, before any is read.
+def check_sources(
+    evaluation: Sources | None, validation_fraction: float, images: Sources | None, offline_ratio: float
+) -> None:
+    """Refuse two ways to hold prompts out, or none, and pictures that no step trains on, before any is read.
 
     Raises:
         ValueError: with the cure.
@@ -63,6 +65,11 @@ def check_held_out(evaluation: Sources | None, validation_fraction: float) -> No
         raise ValueError(
             "data.evaluation and data.validation_fraction both say what is held out: give a prompt file to the one, or "
             "to the other a part of the training prompts such as 0.05"
+        )
+    if images is not None and not offline_ratio:
+        raise ValueError(
+            "data.images is given, but data.offline_ratio is 0, so that no step trains on these pictures: set it to "
+            "their share of the steps, for instance 0.5, or leave data.images away"
         )
 
 

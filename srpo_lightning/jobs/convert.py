@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from srpo_lightning.checkpoints import begin_folder, finish_folder
+from srpo_lightning.checkpoints import complete_or_absent_folder
 from srpo_lightning.pretrained import unreadable_is_refused
 from srpo_lightning.rewards import HPSv2
 from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD
@@ -33,21 +33,20 @@ def convert(source: str, output: str, processor: str = "laion/CLIP-ViT-H-14-laio
     reward.load()
     assert reward.clip is not None
     size = reward.clip.config.vision_config.image_size
-    incomplete = begin_folder(folder)
-    reward.clip.save_pretrained(incomplete)
-    with unreadable_is_refused(processor):
-        CLIPTokenizer.from_pretrained(processor).save_pretrained(incomplete)
-    (incomplete / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "CLIPImageProcessor",
-                "size": {"shortest_edge": size},
-                "crop_size": {"height": size, "width": size},
-                "image_mean": CLIP_MEAN,
-                "image_std": CLIP_STD,
-            },
-            indent=2,
+    with complete_or_absent_folder(folder) as incomplete:
+        reward.clip.save_pretrained(incomplete)
+        with unreadable_is_refused(processor):
+            CLIPTokenizer.from_pretrained(processor).save_pretrained(incomplete)
+        (incomplete / "preprocessor_config.json").write_text(
+            json.dumps(
+                {
+                    "image_processor_type": "CLIPImageProcessor",
+                    "size": {"shortest_edge": size},
+                    "crop_size": {"height": size, "width": size},
+                    "image_mean": CLIP_MEAN,
+                    "image_std": CLIP_STD,
+                },
+                indent=2,
+            )
         )
-    )
-    finish_folder(incomplete, folder)
     print(f"{folder}: {sum(p.numel() for p in reward.clip.parameters()):,} parameters from {source}")

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from srpo_lightning.arguments import read_config
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.lora import PREFIX
-from srpo_lightning.checkpoints import FOLDER, begin_folder, check_whole, checkpoints, finish_folder
+from srpo_lightning.checkpoints import FOLDER, check_whole, checkpoints, complete_or_absent_folder
 from srpo_lightning.data import PromptData
 from srpo_lightning.jobs import usage
 from srpo_lightning.jobs.comparison import Difference, difference, own_picture, write_pictures
@@ -89,20 +89,19 @@ def export(
     prompt = evaluation[0] if evaluation else PROMPT
     encoder = FluxTextEncoder(policy.pretrained, settings.data.max_sequence_length)
     length = encoder.max_sequence_length
-    incomplete = begin_folder(folder)
-    written.write(incomplete)
-    found = None
-    if check:
-        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        code = usage.python(written, module, incomplete, prompt, length)
-        found = compare(written, settings, incomplete, code, prompt, torch.device(chosen))
-        print(f"the picture of the card's code against the checkpoint's: {found}")
-    code = usage.python(written, module, folder, prompt, length)
-    trained_on = if_there(lambda: data.train_prompts) if data else None
-    exported = Export(folder, written, weights, checkpoint, run, trained_on, found, code)
-    (incomplete / "README.md").write_text(card(exported, module), encoding="utf-8")
-    shutil.copy(Path(config).expanduser(), incomplete / "config.yaml")
-    finish_folder(incomplete, folder)
+    with complete_or_absent_folder(folder) as incomplete:
+        written.write(incomplete)
+        found = None
+        if check:
+            chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            code = usage.python(written, module, incomplete, prompt, length)
+            found = compare(written, settings, incomplete, code, prompt, torch.device(chosen))
+            print(f"the picture of the card's code against the checkpoint's: {found}")
+        code = usage.python(written, module, folder, prompt, length)
+        trained_on = if_there(lambda: data.train_prompts) if data else None
+        exported = Export(folder, written, weights, checkpoint, run, trained_on, found, code)
+        (incomplete / "README.md").write_text(card(exported, module), encoding="utf-8")
+        shutil.copy(Path(config).expanduser(), incomplete / "config.yaml")
     print(f"{folder}: step {module.loaded_steps}, {weights}, {dtype}")
 
 

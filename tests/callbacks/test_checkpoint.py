@@ -1,17 +1,18 @@
 import itertools
+import json
 import math
+import os
 import signal
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from srpo_lightning.callbacks import EMA, RunCheckpoint
+from srpo_lightning.callbacks import EMA, RunCheckpoint, stop_signals
 from srpo_lightning.callbacks.checkpoint import ranked
 from srpo_lightning.callbacks.tracking import append_record
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints, step_of
-from tests import tiny
+from tests import processes, tiny
 from tests.faults import History, Stop, Terminate
 
 
@@ -38,18 +39,23 @@ def test_steps_are_optimizer_steps_when_gradients_accumulate(models, features, t
     assert saved["srpo"]["micro_step"] == 12
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_ended_by_sigterm_finishes_its_step_and_saves_it(models, features, tmp_path, accumulate):
-    history, before = History(), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SIGTERMException) as error:
-        fit(models, features, tmp_path, history, RunCheckpoint(100), Terminate(5), accumulate_grad_batches=accumulate,
-            max_steps=9)  # fmt: skip
-    assert error.value.code == 143
+@pytest.mark.parametrize(("accumulate", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_run_ended_by_sigterm_or_ctrl_c_finishes_its_step_and_saves_it(
+    models, features, tmp_path, capfd, caplog, accumulate, number
+):
+    history, before = History(), signal.getsignal(number)
+    with pytest.raises(SystemExit) as error, caplog.at_level("INFO"):
+        fit(models, features, tmp_path, history, RunCheckpoint(100), Terminate(5, number=number), max_steps=9,
+            accumulate_grad_batches=accumulate)  # fmt: skip
+    assert error.value.code == 128 + number
+    assert ("Ctrl-C: the step is finished and saved first" in capfd.readouterr().err) == (number == signal.SIGINT)
+    said = f"{number.name}: step {steps(tmp_path)[0]} is saved; go on with --ckpt_path last"
+    assert said in [record.message for record in caplog.records]
     assert steps(tmp_path) == [-(-5 // accumulate)]
     saved = states(tmp_path, steps(tmp_path)[0])
     assert saved["srpo"]["micro_step"] == saved["PromptData"]["num_batches"] == 5 + 5 % accumulate
     assert all(torch.equal(saved["state_dict"][name], weights) for name, weights in history.weights[-1].items())
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
 
 
 def test_checkpoints_come_by_time_too_and_every_one_starts_the_clock_again(models, features, tmp_path, monkeypatch):
@@ -99,7 +105,7 @@ def test_a_run_stopped_while_gradients_accumulate_goes_on_without_losing_any(mod
     """After two of the three micro-batches of the second step: an error goes back, SIGTERM waits for the third."""
     settings = {"accumulate_grad_batches": 3}
     fit(models, features, tmp_path / "a", EMA(0.5), RunCheckpoint(9, keep=9), max_steps=4, **settings)
-    with pytest.raises((RuntimeError, SIGTERMException)):
+    with pytest.raises((RuntimeError, SystemExit)):
         fit(models, features, tmp_path / "b", stop, EMA(0.5), RunCheckpoint(9, keep=9), max_steps=4, **settings)
     (step,) = steps(tmp_path / "b")
     assert step == (2 if isinstance(stop, Terminate) else 1)
@@ -186,3 +192,36 @@ def test_a_run_broken_in_the_middle_of_a_step_saves_nothing_new(models, features
     with pytest.raises(RuntimeError, match="stopped by the test"):
         fit(models, features, tmp_path, RunCheckpoint(2), InStep(4))
     assert steps(tmp_path) == [2]
+
+
+def test_a_second_ctrl_c_leaves_at_once(models, features, tmp_path):
+    """In a process of its own: after the first and the second of four micro-batches, and no step is saved."""
+    settings = tiny.config(models, tmp_path / "run", features)
+    stops = [
+        {"class_path": "tests.faults.Terminate", "init_args": {"after": n, "number": signal.SIGINT}} for n in (1, 2)
+    ]
+    settings["trainer"] |= {"callbacks": stops, "accumulate_grad_batches": 4, "limit_val_batches": 0}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    done = processes.start(["fit", "--config", str(tmp_path / "config.json")])
+    assert done.returncode == -signal.SIGINT, done.output
+    assert "Ctrl-C: the step is finished and saved first; again: leave at once" in done.output
+    assert not checkpoints(tmp_path / "run")
+    again = processes.start(["fit", "--config", str(tmp_path / "config.json"), "--trainer.callbacks", "[]"])
+    assert again.returncode == 0, again.output  # the lock that was left is taken over
+
+
+def test_ranks_take_a_ctrl_c_that_their_launcher_passes_on_for_the_same(monkeypatch):
+    ended = []
+    monkeypatch.setattr(stop_signals.signal, "raise_signal", ended.append)
+    clock = iter([0.0, 0.5, 1.5])
+    monkeypatch.setattr(stop_signals.time, "monotonic", lambda: next(clock))
+    signals, before = stop_signals.StopSignals(), signal.getsignal(signal.SIGINT)
+    signals.install(is_alone=False, speaks=False)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.wish == signal.SIGINT
+    assert not ended
+    os.kill(os.getpid(), signal.SIGINT)
+    assert ended == [signal.SIGINT]
+    signals.restore()
+    assert signal.getsignal(signal.SIGINT) == before

@@ -185,7 +185,7 @@ MEASURED_OTHERWISE = {
     "samples": {"data": {"eval_samples_per_prompt": 2}},
     "sizes": {"data": {"sizes": [(16, 32)]}},
     "length of the text": {"data": {"max_sequence_length": 5}},
-    "labels": {"tracking": {"labels": ["x"]}},
+    "labels": {"tracking": {"labels": ["x", "y"]}},
     "candidates": {"tracking": {"top_k": 2}},
     "metrics": {"tracking": {"metrics": {"light": Brightness()}}},
     "held_out": {"tracking": {"held_out": {"judge": 1.0}}},

@@ -21,6 +21,7 @@ PROGRAM = """
 import os, signal, sys
 from srpo_lightning.cli import main
 from srpo_lightning.data import features, store
+from tests.processes import LIMIT_S
 features.per_chunk = lambda item_bytes: 2
 write, count = store.write_chunk, 0
 def then_die(folder, items):
@@ -110,7 +111,7 @@ def test_a_killed_job_goes_on_behind_its_finished_chunks(config, tmp_path, small
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), config, "3"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == -signal.SIGKILL, done.stderr
     finished = files(tmp_path)
     assert len(finished) == 2

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.processes import LIMIT_S
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -25,7 +27,12 @@ def test_the_emoji_configuration_trains_two_steps_and_reports(tmp_path):
     command = [sys.executable, "-m", "srpo_lightning", "fit", "--config", "configs/emoji_srpo.yaml"]
     command += [str(part) for flag in flags.items() for part in flag]
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr
@@ -38,7 +45,7 @@ def test_the_emoji_configuration_trains_two_steps_and_reports(tmp_path):
 
 def test_a_mistake_ends_with_one_line_and_status_2():
     command = [sys.executable, "-m", "srpo_lightning", "fit", "--trainer.max_stepps", "2"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2
     assert "max_stepps" in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 4, done.stderr

@@ -234,7 +234,7 @@ def test_a_second_process_waits_for_the_first_to_fill_a_folder(tmp_path, capsys)
         with FileLock(own.folder / ".lock"):
             second = pool.submit(own.fill, WANTED, encode, 2, 3)
             assert wait([second], timeout=1.5).not_done == {second}
-        assert second.result(timeout=60) == 7
+        assert second.result(timeout=1200) == 7
     assert f"waiting for another process that fills {own.folder}" in capsys.readouterr().out
 
 

@@ -225,12 +225,12 @@ def test_a_benchmark_that_is_terminated_takes_its_runs_with_it(models, features,
     config.write_text(config.read_text().replace("forwards: 32", "forwards: 32000"))
     process = processes.launch(["benchmark", "--config", str(config), "--num_workers", "2"], tmp_path / "log.txt")
     logs = list((tmp_path / "benchmark" / "srpo").glob("*/log.txt"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + processes.LIMIT_S
     while not any("s per step" in log.read_text() for log in logs) and time.monotonic() < deadline:
         time.sleep(0.2)
         logs = list((tmp_path / "benchmark" / "srpo").glob("*/log.txt"))
     process.terminate()
-    process.join(60)
+    process.join(processes.LIMIT_S)
     assert process.exitcode == 128 + signal.SIGTERM
     saved = list((tmp_path / "benchmark" / "srpo").glob("*/checkpoints/*.ckpt"))
     assert saved, [log.read_text() for log in logs]

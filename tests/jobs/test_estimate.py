@@ -74,6 +74,7 @@ COMPARED = """
 import json, sys, torch
 from tests.jobs import test_estimate as tests
 from tests.jobs.measured import measured_peak
+from tests.processes import LIMIT_S
 torch.set_num_threads(1)
 config = tests.changed(tests.EMOJI, **json.loads(sys.argv[1]))
 print(json.dumps([tests.peak(config, "cpu").total, measured_peak(config)]))
@@ -111,7 +112,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(settings, tole
     In a process of its own, as the command is: what earlier tests left in this one has moved the prediction.
     """
     command = [sys.executable, "-W", "ignore", "-c", COMPARED, json.dumps(settings)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     predicted_bytes, measured_bytes = json.loads(done.stdout.splitlines()[-1])
     assert predicted_bytes == pytest.approx(measured_bytes, rel=tolerance)

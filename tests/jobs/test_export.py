@@ -363,10 +363,8 @@ def test_what_does_not_fit_together_is_refused_with_the_cure(models, trained, tm
         run, output, "--ckpt_path", str(checkpoint_path(trained("lora"), 2))
     )
     (tmp_path / "broken.ckpt").write_bytes(b"half")
-    assert "cannot be read as a checkpoint: give another" in refused(
-        run, output, "--ckpt_path", str(tmp_path / "broken.ckpt")
-    )
-    assert "is no checkpoint (meta.pt is missing)" in refused(run, output, "--ckpt_path", str(tmp_path))
+    assert "is damaged: broken.ckpt is cut off" in refused(run, output, "--ckpt_path", str(tmp_path / "broken.ckpt"))
+    assert "is damaged: .metadata is missing" in refused(run, output, "--ckpt_path", str(tmp_path))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     assert "was not written by srpo_lightning" in refused(run, output, "--ckpt_path", str(tmp_path / "other.ckpt"))
     (tmp_path / "empty").mkdir()

@@ -159,7 +159,7 @@ def outlived(arguments: list[str], folder: Path, num_started: int) -> str:
         for i, log in enumerate(logs)
     ]
     try:
-        ranks[0].join(600)
+        ranks[0].join(processes.LIMIT_S)
         assert ranks[0].exitcode == 1, logs[0].read_text()
     finally:
         for rank in ranks:

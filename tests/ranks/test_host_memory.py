@@ -18,6 +18,7 @@ import json, sys, threading
 import torch
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.strategies import ShardedStrategy
+from tests.processes import LIMIT_S
 
 def allocated():
     # Pages that are mapped from files, as safetensors' are, are the system's to take back.
@@ -66,7 +67,7 @@ def test_no_rank_holds_more_than_its_part_of_the_weights(pipeline, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [*launch, str(pipeline), str(tmp_path)]
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
         peak, own = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -15,7 +15,7 @@ def test_two_ranks_write_what_one_writes_and_keep_it(models, features, tmp_path)
         own = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
         config, output = tmp_path / f"{call}.json", tmp_path / ("one" if call == "one" else "two")
         config.write_text(json.dumps(settings | {"trainer": settings["trainer"] | own}))
-        done = processes.start(["predict", "--config", str(config), "--output", str(output)], devices, timeout_s=600)
+        done = processes.start(["predict", "--config", str(config), "--output", str(output)], devices)
         assert done.returncode == 0, done.output
         said[call] = [line for line in done.output.splitlines() if line.startswith("predict: ")]
     assert said["two"] == [f"predict: 3 pictures in {tmp_path / 'two'}: 3 drawn, 0 kept, 0 drawn again"]

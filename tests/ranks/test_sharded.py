@@ -3,6 +3,7 @@
 Each run is a program of its own. A step's four samples are divided over the ranks, so that every run has the same ones.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -152,6 +153,28 @@ def test_ranks_killed_while_they_save_leave_the_checkpoint_before(models, featur
     fit(path, "--ckpt_path", "last")
     assert_close(whole(run, 4), single)
     assert not list(run.rglob("*.partial*"))
+
+
+def fill_the_disk_once() -> None:
+    """The first rank finds no room for what it writes last of its first checkpoint."""
+    finish, calls = strategies.finish_folder, []
+
+    def full(*args) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finish(*args)
+
+    strategies.finish_folder = full
+
+
+def test_ranks_of_which_one_finds_no_room_go_on_together_without_that_checkpoint(models, features, folder, single):
+    run = folder / "full"
+    done = start(config(models, features, run, 2), before=fill_the_disk_once)
+    assert done.returncode == 0, done.output
+    assert "training goes on without a checkpoint of step 2: the disk is full" in done.output
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004.ckpt"]
+    assert_close(whole(run, 4), single)
 
 
 def test_with_parameters_in_host_memory_the_run_is_the_same(models, features, folder, single):

@@ -19,6 +19,7 @@ import json, os, sys
 from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
 from srpo_lightning.objectives import SRPO
+from tests.processes import LIMIT_S
 
 rollout = SRPO.rollout
 def record(self, policy, conditions, draws):
@@ -42,7 +43,7 @@ def finished(models, features, tmp_path_factory) -> Path:
     (folder / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(folder / "program.py"), "fit", "--config", str(folder / "config.json"), str(folder)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

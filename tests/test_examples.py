@@ -1,28 +1,26 @@
-"""The README's examples of a reward, an objective and a policy of one's own are code that runs."""
+"""The examples of a reward, an objective and a policy of one's own run, also by the command line."""
 
-import textwrap
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from srpo_lightning.batch import Conditions
+from srpo_lightning.checkpoints import checkpoints
+from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.rewards import Reward
 from tests import tiny
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def example(first_line: str, last_line: str, name: str, most_lines: int = 30) -> type:
-    """A class of an indented block of the README, which lies between two lines."""
-    block = README[README.index(first_line) : README.index(last_line)]
-    assert len(block.strip().splitlines()) <= most_lines
-    namespace: dict = {}
-    exec(compile(textwrap.dedent(block), "README.md", "exec"), namespace)
-    return namespace[name]
+def example(file: str, name: str) -> type:
+    return runpy.run_path(str(EXAMPLES / file))[name]
 
 
 class Warmth(Reward):
@@ -33,7 +31,7 @@ class Warmth(Reward):
 
 
 def test_the_reward_example_prefers_the_named_colour_and_sends_gradient_to_the_pixels():
-    reward = example("    # my_rewards.py", "    # my.yaml", "NamedColour", most_lines=20)()
+    reward = example("my_rewards.py", "NamedColour")()
     images = torch.zeros(2, 3, 4, 4)
     images[0, 0], images[1, 2] = 1, 1
     images.requires_grad_()
@@ -66,11 +64,11 @@ def rewards_while_training(policy, objective, conditions: Conditions, num_steps:
 @pytest.fixture
 def pixels():
     torch.manual_seed(0)
-    return example("    # my_policies.py", "## The built-in model", "PixelFlow")()
+    return example("my_policies.py", "PixelFlow")("")
 
 
 def test_the_objective_example_trains_the_policy_example_towards_its_reward(pixels):
-    objective = example("    # my_objectives.py", "    # my_policies.py", "LateReward")()
+    objective = example("my_objectives.py", "LateReward")()
     before, after = rewards_while_training(pixels, objective, tiny.new_conditions(4), 10)
     assert after > before + 0.1
 
@@ -94,3 +92,51 @@ def test_the_policy_example_samples_trains_with_srpo_and_starts_anew(pixels):
             parameter -= parameter.grad
     pixels.restart()
     assert all(torch.equal(p, own) for (_, p), own in zip(module.trainable_parameters(), first, strict=True))
+
+
+@pytest.fixture
+def command_line(models, tmp_path, monkeypatch) -> list[str]:
+    """What follows a command: examples/my.yaml on the tiny pipeline's text encoders."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    text = (EXAMPLES / "my.yaml").read_text()
+    for old, new in {
+        "srpo_lightning/assets/emoji-flux": models.pipeline,
+        "srpo_lightning/assets/prompts/eval.txt": models.train,
+        "runs/my": tmp_path / "run",
+    }.items():
+        assert old in text, old
+        text = text.replace(old, str(new))
+    (config := tmp_path / "my.yaml").write_text(text)
+    return ["--config", str(config)]
+
+
+@pytest.mark.parametrize("objective", ["srpo_lightning.objectives.SRPO", "my_objectives.LateReward"])
+def test_the_examples_train_by_class_path(command_line, features, tmp_path, objective):
+    flags = ["--data.cache_dir", str(features), "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    if "Late" in objective:
+        flags += ["--model.objective", objective]
+    main(["fit", *command_line, *flags])
+    assert len(checkpoints(tmp_path / "run")) == 1
+    assert len(list((tmp_path / "run" / "samples").rglob("*.png"))) > 0
+
+
+def test_the_examples_are_estimated_and_cached_by_class_path(command_line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where features are kept
+    main(["estimate", *command_line])
+    assert "fits a device of" in capsys.readouterr().out
+    main(["cache", *command_line])
+    assert list(tmp_path.rglob("*.bin"))
+
+
+def test_a_policy_that_names_no_text_encoders_is_refused(command_line, tmp_path, monkeypatch):
+    code = (EXAMPLES / "my_policies.py").read_text()
+    code = code.replace("self, pretrained: str", "self").replace("self.pretrained = pretrained", "pass")
+    (tmp_path / "bare_policies.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = Path(command_line[1])
+    settings = yaml.safe_load(config.read_text())
+    settings["model"]["policy"] = {"class_path": "bare_policies.PixelFlow"}
+    config.write_text(yaml.safe_dump(settings))
+    for command in ("fit", "estimate", "cache"):
+        with pytest.raises(SystemExit, match=r"pretrained is missing: .* bare_policies.PixelFlow needs an argument"):
+            main([command, *command_line])
