@@ -10,6 +10,9 @@ from srpo_lightning.data.picture_files import OPENED, PICTURES, is_hidden
 from srpo_lightning.data.tables import KINDS, Found, caption_of, table_rows
 
 ARCHIVE = ".tar"
+FIRST_WITHOUT_SCRIPTS = (2, 20)
+"""From this version on the package `datasets` runs no script of a dataset unasked (its pull request 6954)."""
+
 READ = (*KINDS, ARCHIVE)
 UNREAD = (".tsv", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".arrow", ".xls", ".xlsx")
 """Kinds of files that hold rows elsewhere: refused, so that nobody waits for what is in them."""
@@ -164,4 +167,7 @@ def _datasets() -> Any:
             "Hugging Face dataset ids and saved datasets are read by the package `datasets`: pip install datasets; "
             "or name .parquet, .jsonl or .csv files"
         ) from error
+    version = getattr(datasets, "__version__", "")
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < FIRST_WITHOUT_SCRIPTS:
+        raise ValueError(f"datasets {version} runs code that comes with a dataset: pip install --upgrade datasets")
     return datasets

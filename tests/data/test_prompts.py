@@ -196,6 +196,8 @@ def test_a_dataset_of_the_hub_is_read_as_the_package_gives_it(monkeypatch):
             return self
 
     class Package:
+        __version__ = "4.0.0"
+
         @staticmethod
         def load_dataset(name, split):
             assert (name, split) == ("someone/prompts", "test")
@@ -204,6 +206,26 @@ def test_a_dataset_of_the_hub_is_read_as_the_package_gives_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", Package)
     source = Source("someone/prompts", prompt="text", split="test")
     assert list(read_prompts(source)) == [Prompt("a", "/x.png"), Prompt("b")]
+
+
+@pytest.mark.parametrize("version", ["2.19.2", "1.18.0", ""])
+def test_a_package_that_would_run_a_datasets_own_code_is_refused(monkeypatch, version):
+    package = type("Package", (), {"__version__": version, "load_dataset": lambda *_: pytest.fail("it was asked")})
+    monkeypatch.setitem(__import__("sys").modules, "datasets", package)
+    with pytest.raises(ValueError, match=rf"datasets {version} runs code that comes with a dataset: pip install --upg"):
+        read_prompts("someone/prompts")
+
+
+def test_a_dataset_that_cannot_be_read_is_refused_in_one_line(monkeypatch):
+    def fail(*args, **settings):
+        raise ValueError("Unknown split\n'train'")
+
+    package = type("Package", (), {"__version__": "4.0.0", "load_dataset": fail})
+    monkeypatch.setitem(__import__("sys").modules, "datasets", package)
+    with pytest.raises(
+        ValueError, match=r"someone/prompts: neither a file .*Unknown split 'train'\); correct the path"
+    ):
+        read_prompts("someone/prompts")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, ".tar"])
