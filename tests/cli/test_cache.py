@@ -14,6 +14,7 @@ from PIL import Image
 from srpo_lightning.cli import main
 from srpo_lightning.jobs.cache import read_data
 from tests import tiny
+from tests.processes import LIMIT_S
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -21,7 +22,6 @@ PROGRAM = """
 import os, signal, sys
 from srpo_lightning.cli import main
 from srpo_lightning.data import features, store
-from tests.processes import LIMIT_S
 features.per_chunk = lambda item_bytes: 2
 write, count = store.write_chunk, 0
 def then_die(folder, items):

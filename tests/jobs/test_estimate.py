@@ -38,6 +38,7 @@ from srpo_lightning.memory import MemoryTracker, cuda_operations
 from srpo_lightning.policies import FluxPolicy, flux
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import tiny
+from tests.processes import LIMIT_S
 
 REPOSITORY = Path(__file__).parents[2]
 EMOJI = "configs/emoji_srpo.yaml"
@@ -74,7 +75,6 @@ COMPARED = """
 import json, sys, torch
 from tests.jobs import test_estimate as tests
 from tests.jobs.measured import measured_peak
-from tests.processes import LIMIT_S
 torch.set_num_threads(1)
 config = tests.changed(tests.EMOJI, **json.loads(sys.argv[1]))
 print(json.dumps([tests.peak(config, "cpu").total, measured_peak(config)]))

@@ -10,6 +10,7 @@ import pytest
 from diffusers import FluxTransformer2DModel
 
 from tests import tiny
+from tests.processes import LIMIT_S
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -18,7 +19,6 @@ import json, sys, threading
 import torch
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.strategies import ShardedStrategy
-from tests.processes import LIMIT_S
 
 def allocated():
     # Pages that are mapped from files, as safetensors' are, are the system's to take back.

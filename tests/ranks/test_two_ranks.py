@@ -11,6 +11,7 @@ import torch
 
 from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 from tests import tiny
+from tests.processes import LIMIT_S
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -19,7 +20,6 @@ import json, os, sys
 from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
 from srpo_lightning.objectives import SRPO
-from tests.processes import LIMIT_S
 
 rollout = SRPO.rollout
 def record(self, policy, conditions, draws):
