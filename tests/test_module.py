@@ -2,7 +2,6 @@ import csv
 import itertools
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -129,18 +128,23 @@ def test_skipped_steps_that_are_not_in_a_row_do_not_stop_the_run(models, feature
 
 def test_the_times_of_logged_steps_are_logged_and_are_within_the_step(models, features, tmp_path, monkeypatch):
     """Those of other steps are not asked for: to read them would make the host wait for the device."""
-    history, durations = CSVLogger(tmp_path), Durations()
-    read = mock.Mock(side_effect=seconds_between)
-    monkeypatch.setattr(own, "seconds_between", read)
+    history, durations, read = CSVLogger(tmp_path), Durations(), []
+
+    def between(*moments) -> float:
+        read.append(seconds_between(*moments))
+        return read[-1]
+
+    monkeypatch.setattr(own, "seconds_between", between)
     trainer = tiny.new_trainer(tmp_path, [durations], logger=history, log_every_n_steps=2, accumulate_grad_batches=2)
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
     rows = list(csv.DictReader(Path(history.experiment.metrics_file_path).read_text().splitlines()))
     assert [row["step"] for row in rows] == ["1", "3"]
-    for row, *micro_batches in zip(rows, durations.seconds[2::4], durations.seconds[3::4], strict=True):
+    assert len(read) == 8  # two parts of two micro-batches of two steps
+    for number, row in enumerate(rows):
         rollout, update = (float(row[f"train/seconds_{part}"]) for part in ("rollout", "update"))
-        assert max(micro_batches) < rollout + update < sum(micro_batches)
-        assert rollout > 0
-    assert read.call_count == 8  # two parts of two micro-batches of two steps
+        parts = read[4 * number : 4 * number + 4]
+        assert (rollout, update) == pytest.approx((sum(parts[:2]), sum(parts[2:])), rel=1e-5)
+        assert 0 < rollout + update < sum(durations.seconds[2 + 4 * number : 4 + 4 * number])
 
 
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(models):
