@@ -1,8 +1,6 @@
+import itertools
 import os
-import signal
 import stat
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -25,14 +23,13 @@ from srpo_lightning.checkpoints import (
     remove,
 )
 from srpo_lightning.owners import PARTIAL, partial_path
-from tests.processes import LIMIT_S
+from tests.processes import CONTEXT, LIMIT_S
 
-SAVE_FOREVER = """
-import itertools, sys, torch
-from srpo_lightning.checkpoints import AtomicCheckpointIO, checkpoint_path
-for step in itertools.count():
-    AtomicCheckpointIO().save_checkpoint({"step": step, "x": torch.full((4_000_000,), step)}, checkpoint_path(sys.argv[1], step))
-"""  # noqa: E501  # a program
+
+def save_forever(run: Path) -> None:
+    for step in itertools.count():
+        saved = {"step": step, "x": torch.full((4_000_000,), step)}
+        AtomicCheckpointIO().save_checkpoint(saved, checkpoint_path(run, step))
 
 
 def test_what_was_saved_is_what_is_loaded(tmp_path):
@@ -63,16 +60,17 @@ def test_a_kill_while_writing_leaves_every_checkpoint_whole(tmp_path):
     """SIGKILL at two moments, each seen to be in the middle of a file."""
     for delay_s in (0.0, 0.004):
         run = tmp_path / str(delay_s)
-        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(run)])
+        process = CONTEXT.Process(target=save_forever, args=(run,))
+        process.start()
         try:
             deadline = time.monotonic() + LIMIT_S
             while len(checkpoints(run)) < 2 or not list(run.rglob(f"*{PARTIAL}-*")):
                 assert time.monotonic() < deadline
-                assert process.poll() is None
+                assert process.is_alive()
             time.sleep(delay_s)
         finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
         for path in checkpoints(run):
             saved = torch.load(path, weights_only=True)
             assert path == checkpoint_path(run, saved["step"])
