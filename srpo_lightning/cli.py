@@ -77,13 +77,13 @@ def main(args: ArgsType = None) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     disable_progress_bar()  # of reading weights
-    args = sys.argv[1:] if args is None else args
+    words = sys.argv[1:] if args is None else args
     try:
-        check_command(args)
-        if isinstance(args, list) and args[0] in JOBS:
-            run_job(args[0], args[1:])
+        check_command(words)
+        if isinstance(words, list) and words[0] in JOBS:
+            run_job(words[0], words[1:])
         else:
-            run_trainer(args)
+            run_trainer(args, words[0] if isinstance(words, list) else None)
     except KeyboardInterrupt as error:  # before the first step: nothing is lost
         raise SystemExit(128 + signal.SIGINT) from error
     except Exception as error:
@@ -108,13 +108,13 @@ def check_command(args: ArgsType) -> None:
         raise ValueError(f"{args[0]}: there is no such command{likely or f': {known}'}")
 
 
-def run_trainer(args: ArgsType) -> None:
-    """Run fit, validate, test or predict."""
+def run_trainer(args: ArgsType, command: str | None) -> None:
+    """Run fit, validate, test or predict; without `args` Lightning reads the process's, and is content."""
     SRPOCLI(
         SRPOModule,
         PromptData,
         args=args,
-        command=args[0] if isinstance(args, list) and args else None,
+        command=command,
         seed_everything_default=0,
         parser_class=Parser,
         parser_kwargs={"epilog": f"Also, each with its own --help: {', '.join(JOBS)}."},
