@@ -149,7 +149,7 @@ class DRTune(TrajectoryObjective):
         """The prediction from the last state, with the gradient of every trained step."""
         stop = len(trajectory) - 1
         steps = self.trained(stop, draws)
-        velocities = dict(zip(steps, self.velocities(policy, conditions, trajectory, sigmas, steps), strict=True))
+        velocities = self.velocities(policy, conditions, trajectory, sigmas, steps)
         if stop not in velocities:
             with torch.no_grad():
                 velocities[stop] = self.velocity(policy, trajectory[stop], sigmas[stop], conditions)

@@ -74,7 +74,7 @@ class FlowBPSparse(TrajectoryObjective):
         steps = self.late_steps(draws, "support", 0, self.num_steps, self.num_trained_steps)
         velocities = self.velocities(policy, conditions, trajectory, sigmas, steps)
         factor = self.rescaling(sigmas, steps)
-        return _euler(trajectory[-1], trajectory, sigmas, dict(zip(steps, velocities, strict=True)), factor)
+        return _euler(trajectory[-1], trajectory, sigmas, velocities, factor)
 
     def late_steps(self, draws: Draws, purpose: str, start: int, stop: int, count: int) -> list[int]:
         """`count` different steps of start..stop - 1, in order; later ones, counted from `start`, are likelier."""
@@ -157,7 +157,7 @@ class FlowBPBridge(FlowBPSparse):
         before, j, after = self.split(draws)
         factor = self.rescaling(sigmas, [*before, j, *after])
         cached = [*before, *after]
-        velocities = dict(zip(cached, self.velocities(policy, conditions, trajectory, sigmas, cached), strict=True))
+        velocities = self.velocities(policy, conditions, trajectory, sigmas, cached)
         x_j = _euler(trajectory[j], trajectory, sigmas, {i: velocities[i] for i in before}, factor)
         at_j = self.velocity(policy, scale_gradient(x_j, self.input_gradient), sigmas[j], conditions)
         rest = {j: at_j, **{i: velocities[i] for i in after}}
@@ -240,7 +240,7 @@ class FlowBPLagrange(TrajectoryObjective):
         k, j = self.anchors(draws)
         to_j, to_0 = self.supports(k, j), self.supports(j, self.num_steps)
         cached = [*to_j[: self.num_trained_supports], *to_0[1 : self.num_trained_supports]]
-        velocities = dict(zip(cached, self.velocities(policy, conditions, trajectory, sigmas, cached), strict=True))
+        velocities = self.velocities(policy, conditions, trajectory, sigmas, cached)
         leap_j = self.leap(trajectory[k], velocities, trajectory, sigmas, to_j, j)
         x_j = with_value(leap_j, trajectory[j])
         velocities[j] = self.velocity(policy, scale_gradient(x_j, self.input_gradient), sigmas[j], conditions)

@@ -116,10 +116,11 @@ class TrajectoryObjective(Objective):
 
     def velocities(
         self, policy: Policy, conditions: Conditions, states: Tensor, sigmas: Tensor, indices: Sequence[int]
-    ) -> list[Tensor]:
-        """The velocities at several steps of the trajectory, in one batch."""
+    ) -> dict[int, Tensor]:
+        """The velocities at several steps of the trajectory, by step, in one batch."""
         x, sigma = states[list(indices)].flatten(0, 1), sigmas[list(indices)].flatten()
-        return list(self.velocity(policy, x, sigma, conditions.repeat(len(indices))).chunk(len(indices)))
+        each = self.velocity(policy, x, sigma, conditions.repeat(len(indices))).chunk(len(indices))
+        return dict(zip(indices, each, strict=True))
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What the form rewards."""
