@@ -13,7 +13,7 @@ from srpo_lightning.evaluation.pictures import read_record
 from srpo_lightning.files.checkpoints import checkpoint_path
 from srpo_lightning.policies import FluxPolicy
 from tests import tiny
-from tests.test_owners import ended
+from tests.files.test_owners import ended
 
 
 @pytest.fixture
