@@ -116,6 +116,7 @@ WHOLE = (
     (r"Unexpected config: *$", "the configuration is empty"),
     (r"Unexpected config: (.*)", r"the configuration is no mapping of settings: \1"),
     (r"^Linked \"(.*)\" must be given via \"(.*)\"", r"\1 follows \2: set that"),
+    (r"^argument \w+\(model\) --> (data\.\w+): .*", r"\1 follows model.policy: set that"),
     (r"^the following arguments are required: (.*model\.policy.*)",
      r"these settings are missing: \1 (give them, or --config FILE)"),
     (r"^the following arguments are required: (.*)", r"these settings are missing: \1"),
