@@ -15,10 +15,10 @@ import yaml
 from jsonargparse import auto_cli
 
 from srpo_lightning.callbacks import OverOptimizationGuard
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, summary
 from srpo_lightning.callbacks.tracking import base_path, read_table, table_path
 from srpo_lightning.cli import main as train
-from srpo_lightning.metrics import Evaluation
+from srpo_lightning.evaluation.comparison import BASE, HELD_OUT, summary
+from srpo_lightning.evaluation.metrics import Evaluation
 
 CONFIG = "configs/emoji_srpo.yaml"
 

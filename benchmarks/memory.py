@@ -12,16 +12,18 @@ from collections.abc import Mapping
 import torch
 from jsonargparse import Namespace, auto_cli
 
-from srpo_lightning.arguments import read_config
-from srpo_lightning.jobs.estimate import POLICY, in_gib, local_files, use_devices
-from srpo_lightning.jobs.prediction import predict, quiet
-from srpo_lightning.memory import GIB
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.jobs.estimate.job import POLICY, in_gib, local_files, use_devices
+from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.prediction import predict, quiet
 from srpo_lightning.policies.adapters import Lora
 from tests.jobs.measured import measured_peak
 
 SGD = Namespace(class_path="torch.optim.SGD", init_args=Namespace(lr=1e-3))
 
-EIGHT_BIT = {"model.optimizer": Namespace(class_path="srpo_lightning.low_bit.AdamW8bit", init_args=Namespace(lr=5e-6))}
+EIGHT_BIT = {
+    "model.optimizer": Namespace(class_path="srpo_lightning.training.low_bit.AdamW8bit", init_args=Namespace(lr=5e-6))
+}
 ADAPTER = Namespace(**vars(Lora()))
 NF4 = {f"{POLICY}.quantize": "nf4"}
 

@@ -1,6 +1,6 @@
 """Seconds of training to a given share of the positive style: by rollouts, by real pictures, and half and half.
 
-python -m srpo_lightning.emoji pictures runs/emoji_pictures
+python -m tools.emoji pictures runs/emoji_pictures
 python -m benchmarks.offline [--share 0.5] [--max_steps 48]
 
 Fits the built-in model on the training concepts and evaluates on the others. Each run's seconds are those of its
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from experiments.objectives.results import first_crossing, training_seconds
 from srpo_lightning.callbacks.tracking import read_records
-from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main as command
-from srpo_lightning.jobs.benchmark.results import first_crossing, training_seconds
+from srpo_lightning.files.checkpoints import checkpoint_path
 
 CONFIG = "configs/emoji_srpo_offline.yaml"
 RATIOS = {"online": 0.0, "mixed": 0.5, "offline": 1.0}

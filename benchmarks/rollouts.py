@@ -1,4 +1,4 @@
-"""What makes a rollout faster, in seconds; what that costs in quality, configs/benchmark_speed.yaml measures.
+"""What makes a rollout faster, in seconds; what that costs in quality, experiments/objectives/speed.yaml measures.
 
 python -m benchmarks.rollouts [--repeats 5]
 

@@ -34,12 +34,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from srpo_lightning.arguments import read_config
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.cli import QUIET
-from srpo_lightning.jobs.estimate import POLICY, local_files
-from srpo_lightning.jobs.prediction import (
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.jobs.estimate.job import POLICY, local_files
+from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
+from srpo_lightning.jobs.estimate.prediction import (
     AVERAGING,
     BACKWARD,
     DECODE,
@@ -56,9 +57,8 @@ from srpo_lightning.jobs.prediction import (
     quiet,
     without_weights,
 )
-from srpo_lightning.memory import GIB, MemoryTracker
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.timing import now, seconds_between
+from srpo_lightning.training.timing import now, seconds_between
 
 CONFIGS = {"small": "configs/emoji_srpo.yaml", "flux": "configs/flux_srpo_lora.yaml"}
 PHASES = (ROLLOUT, FORWARD, DECODE, REWARD, BACKWARD, STEP, AVERAGING)

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,31 +20,29 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
-from srpo_lightning.agreement import lost_rank
-from srpo_lightning.arguments import COMMANDS, Parser, add_project_arguments, choose_strategy
 from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
-from srpo_lightning.checkpoints import AtomicCheckpointIO, check_whole, checkpoints, complete_or_absent
+from srpo_lightning.config.arguments import COMMANDS, Parser, add_project_arguments, choose_strategy
+from srpo_lightning.config.effects import check_effects, check_single
+from srpo_lightning.config.loops import FOLDER_OF_TRIAL, check_loops
 from srpo_lightning.data import PromptData
-from srpo_lightning.effects import check_effects, check_single
-from srpo_lightning.jobs.benchmark import benchmark
+from srpo_lightning.errors import TRACEBACK, naming, nearest, one_line
+from srpo_lightning.files.checkpoints import AtomicCheckpointIO, check_whole, checkpoints, complete_or_absent
+from srpo_lightning.files.owners import run_lock
 from srpo_lightning.jobs.cache import cache
 from srpo_lightning.jobs.control_words import control_words
 from srpo_lightning.jobs.convert import convert
-from srpo_lightning.jobs.estimate import estimate
-from srpo_lightning.jobs.export import export
-from srpo_lightning.jobs.room import check_room
-from srpo_lightning.loops import FOLDER_OF_TRIAL, check_loops
+from srpo_lightning.jobs.estimate.job import estimate
+from srpo_lightning.jobs.estimate.room import check_room
+from srpo_lightning.jobs.export.job import export
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.one_line import TRACEBACK, naming, nearest, one_line
-from srpo_lightning.owners import run_lock
+from srpo_lightning.training.agreement import lost_rank
 
 JOBS: dict[str, Callable[..., None]] = {
-    "benchmark": benchmark,
     "cache": cache,
     "control-words": control_words,
     "convert": convert,
@@ -74,16 +72,23 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: the command line; None reads it from the process.
     """
+    words = sys.argv[1:] if args is None else args
+    with as_program():
+        check_command(words)
+        if isinstance(words, list) and words[0] in JOBS:
+            run_job(JOBS[words[0]], f"srpo_lightning {words[0]}", words[1:])
+        else:
+            run_trainer(args, words[0] if isinstance(words, list) else None)
+
+
+@contextmanager
+def as_program() -> Iterator[None]:
+    """Around everything that a program does: silence about what does not concern its user, and errors in one line."""
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     disable_progress_bar()  # of reading weights
-    words = sys.argv[1:] if args is None else args
     try:
-        check_command(words)
-        if isinstance(words, list) and words[0] in JOBS:
-            run_job(words[0], words[1:])
-        else:
-            run_trainer(args, words[0] if isinstance(words, list) else None)
+        yield
     except KeyboardInterrupt as error:  # before the first step: nothing is lost
         raise SystemExit(128 + signal.SIGINT) from error
     except Exception as error:
@@ -124,12 +129,16 @@ def run_trainer(args: ArgsType, command: str | None) -> None:
     )
 
 
-def run_job(name: str, args: list[str]) -> None:
-    """Run one of `JOBS`."""
-    job = JOBS[name]
+def run_job(job: Callable[..., None], name: str, args: list[str]) -> None:
+    """Run a function whose arguments are the command line's.
+
+    Args:
+        job: the function.
+        name: the program and the command, for its help.
+        args: the command line behind the name.
+    """
     own = signature(job).parameters
-    summary = (job.__doc__ or "").partition("\n")[0]
-    parser = Parser(prog=f"srpo_lightning {name}", description=summary)
+    parser = Parser(prog=name, description=(job.__doc__ or "").partition("\n")[0])
     if "config" not in own:
         parser.add_argument("--config", action=ActionConfigFile, help="a file with the arguments below")
     parser.add_function_arguments(job, as_positional=False, sub_configs=True)
@@ -283,7 +292,7 @@ def with_atomic_checkpoints(plugins: Any) -> list[Any]:
         if isinstance(plugin, CheckpointIO) and not isinstance(plugin, AtomicCheckpointIO):
             raise ValueError(
                 f"trainer.plugins has {type(plugin).__name__}, which would write checkpoints that a kill can leave in "
-                "part: leave it away, or derive it from srpo_lightning.checkpoints.AtomicCheckpointIO"
+                "part: leave it away, or derive it from srpo_lightning.files.checkpoints.AtomicCheckpointIO"
             )
     own = [] if any(isinstance(plugin, CheckpointIO) for plugin in chosen) else [AtomicCheckpointIO()]
     return [*chosen, *own]

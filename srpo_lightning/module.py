@@ -17,17 +17,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from srpo_lightning import flow
-from srpo_lightning.agreement import check_agreement, weights_of
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
-from srpo_lightning.metrics import Evaluation
+from srpo_lightning.errors import naming
+from srpo_lightning.evaluation.metrics import Evaluation
 from srpo_lightning.objectives.base import Objective, Rollout
 from srpo_lightning.objectives.readings import check_readings
-from srpo_lightning.one_line import naming
-from srpo_lightning.optimizers import InBackward, check_settings, whole
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
-from srpo_lightning.timing import Moment, now, seconds_between
+from srpo_lightning.training.agreement import check_agreement, weights_of
+from srpo_lightning.training.optimizers import InBackward, check_settings, whole
+from srpo_lightning.training.timing import Moment, now, seconds_between
 
 LONGEST_TRIAL = 10_000
 """Steps of a schedule that are gone through before anything is read, in some hundredths of a second."""

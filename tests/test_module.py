@@ -10,9 +10,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from srpo_lightning import module as own
 from srpo_lightning.callbacks import EMA, RunCheckpoint
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints
 from srpo_lightning.objectives import SRPO, ControlWords
-from srpo_lightning.timing import seconds_between
+from srpo_lightning.training.timing import seconds_between
 from tests import tiny
 from tests.faults import History, NanReward
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from srpo_lightning.emoji.evaluate import Critic
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.image import FluxImageEncoder
 from srpo_lightning.policies.text import FluxTextEncoder
 from srpo_lightning.rewards import HPSv2
 from tests import tiny
+from tools.emoji.evaluate import Critic
 
 
 @pytest.fixture

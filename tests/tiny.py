@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.checkpoints import AtomicCheckpointIO
 from srpo_lightning.cli import QUIET
 from srpo_lightning.data import PromptData
+from srpo_lightning.files.checkpoints import AtomicCheckpointIO
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy

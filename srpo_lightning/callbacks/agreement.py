@@ -7,9 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed, nn
 
-from srpo_lightning.agreement import Fact, check_agreement, digest, identity_of_checkpoint, weights_of
 from srpo_lightning.data import PromptData
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.training.agreement import Fact, check_agreement, digest, identity_of_checkpoint, weights_of
 
 SAME_FILES = "every rank must read the same files"
 SAME_SETTINGS = "start every rank with the same configuration and command line"

@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from srpo_lightning.agreement import lost_rank
 from srpo_lightning.callbacks.records import EVALUATION_DUE
 from srpo_lightning.callbacks.stop_signals import StopSignals
 from srpo_lightning.callbacks.tracking import read_records
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
-from srpo_lightning.full_disk import FullDiskError
+from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
+from srpo_lightning.files.full_disk import FullDiskError
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.training.agreement import lost_rank
 
 
 class RunCheckpoint(Checkpoint):

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT
-from srpo_lightning.metrics import Evaluation, Table, bootstrap_mean
+from srpo_lightning.evaluation.comparison import BASE, HELD_OUT
+from srpo_lightning.evaluation.metrics import Evaluation, Table, bootstrap_mean
 from srpo_lightning.module import SRPOModule
 
 

@@ -10,11 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.callbacks.ema import EMA
-from srpo_lightning.checkpoints import complete_or_absent_folder
+from srpo_lightning.files.checkpoints import complete_or_absent_folder
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.optimizers import whole
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import save_lora
+from srpo_lightning.training.optimizers import whole
 
 FOLDER = "lora"
 PREFIX = "policy.transformer."

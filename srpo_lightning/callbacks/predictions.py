@@ -8,14 +8,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.callbacks.pictures import PREDICTIONS, as_picture, record_if_whole, write_picture
 from srpo_lightning.callbacks.records import Record
 from srpo_lightning.callbacks.samples import METADATA, gathered, record_of
-from srpo_lightning.checkpoints import complete_or_absent
-from srpo_lightning.fingerprint import content_of, fingerprint
+from srpo_lightning.evaluation.pictures import PREDICTIONS, as_picture, record_if_whole, write_picture
+from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.files.fingerprint import content_of, fingerprint
+from srpo_lightning.files.owners import PARTIAL, is_left
+from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.owners import PARTIAL, is_left
-from srpo_lightning.strict_json import strict_json
 
 DRAWN, KEPT, REDRAWN = "drawn", "kept", "drawn again"
 

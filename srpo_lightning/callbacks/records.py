@@ -8,9 +8,9 @@ from typing import Any, ClassVar, TypeAlias
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from srpo_lightning.checkpoints import complete_or_absent
-from srpo_lightning.full_disk import room_for
-from srpo_lightning.strict_json import strict_json
+from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.files.full_disk import room_for
+from srpo_lightning.files.strict_json import strict_json
 
 Record: TypeAlias = dict[str, Any]
 

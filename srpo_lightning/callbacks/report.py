@@ -11,14 +11,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from srpo_lightning.callbacks.comparison import BASE, compare, write_comparison
-from srpo_lightning.callbacks.pictures import contact_sheet, picture_if_whole, sample_path
 from srpo_lightning.callbacks.records import Record, recorded_in
 from srpo_lightning.callbacks.tracking import FILE, read_records
-from srpo_lightning.checkpoints import complete_or_absent
-from srpo_lightning.markdown import markdown_table
+from srpo_lightning.evaluation.comparison import BASE, compare, write_comparison
+from srpo_lightning.evaluation.pictures import contact_sheet, picture_if_whole, sample_path
+from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.files.markdown import markdown_table
+from srpo_lightning.files.provenance import software
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.provenance import software
 
 
 class Report(Callback):

@@ -15,8 +15,9 @@ from torch.distributed import all_gather_object, get_world_size, is_initialized
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.comparison import BASE
-from srpo_lightning.callbacks.pictures import (
+from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
+from srpo_lightning.evaluation.comparison import BASE
+from srpo_lightning.evaluation.pictures import (
     SAMPLES,
     as_picture,
     contact_sheet,
@@ -24,7 +25,6 @@ from srpo_lightning.callbacks.pictures import (
     sample_path,
     write_picture,
 )
-from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
 from srpo_lightning.module import SRPOModule
 
 METADATA = "metadata.jsonl"

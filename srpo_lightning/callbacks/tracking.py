@@ -15,7 +15,9 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.comparison import (
+from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
+from srpo_lightning.data.prompts import read_prompts
+from srpo_lightning.evaluation.comparison import (
     BASE,
     HELD_OUT,
     LABEL,
@@ -25,10 +27,7 @@ from srpo_lightning.callbacks.comparison import (
     save_table,
     summary,
 )
-from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
-from srpo_lightning.data.prompts import read_prompts
-from srpo_lightning.fingerprint import fingerprint
-from srpo_lightning.metrics import (
+from srpo_lightning.evaluation.metrics import (
     FEW_GROUPS,
     Evaluation,
     SampleTable,
@@ -39,6 +38,7 @@ from srpo_lightning.metrics import (
     most_like,
     saturation,
 )
+from srpo_lightning.files.fingerprint import fingerprint
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.reward_forms import RewardForm
 from srpo_lightning.rewards.base import Reward

@@ -26,9 +26,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from srpo_lightning.checkpoints import sync
-from srpo_lightning.crc import crc32
 from srpo_lightning.data.manifest import COMPRESSION, CONFIG, INDEX, LITDATA, Chunk, sha256, write_record
+from srpo_lightning.files.checkpoints import sync
+from srpo_lightning.files.crc import crc32
 
 Item: TypeAlias = Mapping[str, Tensor]
 Planes: TypeAlias = npt.NDArray[np.uint8]

@@ -12,7 +12,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
-from srpo_lightning.agreement import digest
 from srpo_lightning.batch import Conditions, Size
 from srpo_lightning.data.columns import check_size
 from srpo_lightning.data.dataset import PromptDataset, collate
@@ -26,6 +25,7 @@ from srpo_lightning.data.records import Records
 from srpo_lightning.data.selection import Selection, check_sources, select, select_evaluation
 from srpo_lightning.policies.image import FluxImageEncoder
 from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.training.agreement import digest
 
 
 class PromptData(LightningDataModule):

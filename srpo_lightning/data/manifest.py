@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from srpo_lightning.checkpoints import complete_or_absent, sync
-from srpo_lightning.crc import crc32
+from srpo_lightning.files.checkpoints import complete_or_absent, sync
+from srpo_lightning.files.crc import crc32
 
 Description: TypeAlias = dict[str, str | int]
 

@@ -5,7 +5,7 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from srpo_lightning.checkpoints import complete_or_absent
+from srpo_lightning.files.checkpoints import complete_or_absent
 
 OPENED = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".tga")
 PICTURES = (*OPENED, ".apng", ".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr")

@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 from torch.multiprocessing.spawn import spawn
 from tqdm.auto import tqdm
 
-from srpo_lightning.arguments import read_config
+from srpo_lightning.config.arguments import read_config
 from srpo_lightning.data import PromptData
 from srpo_lightning.data.chunks import Item, key_of, writing
 from srpo_lightning.data.images import LATENT_BYTES_PER_PIXEL, LatentCache, encoded, latent_key

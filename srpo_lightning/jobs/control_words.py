@@ -17,8 +17,8 @@ from srpo_lightning.data.colours import as_seen, size_as_seen
 from srpo_lightning.data.files import rows
 from srpo_lightning.data.picture_files import OPENED, PICTURES, is_hidden
 from srpo_lightning.data.prompts import read_prompts
+from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.rewards import Reward
-from srpo_lightning.strict_json import strict_json
 
 INVENTED = ("Blorfy", "Quandish", "Trevolic", "Zumbral")  # words that no model has met
 

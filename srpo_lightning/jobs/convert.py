@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from srpo_lightning.checkpoints import complete_or_absent_folder
-from srpo_lightning.pretrained import unreadable_is_refused
+from srpo_lightning.files.checkpoints import complete_or_absent_folder
+from srpo_lightning.files.pretrained import unreadable_is_refused
 from srpo_lightning.rewards import HPSv2
 from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD
 

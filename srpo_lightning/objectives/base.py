@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
-from srpo_lightning.fingerprint import Recorded
+from srpo_lightning.files.fingerprint import Recorded
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
 

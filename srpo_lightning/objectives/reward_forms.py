@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
-from srpo_lightning.fingerprint import Recorded
+from srpo_lightning.files.fingerprint import Recorded
 from srpo_lightning.rewards.base import Reward
 
 

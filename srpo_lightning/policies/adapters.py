@@ -14,8 +14,8 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from srpo_lightning.draws import keyed_generator
+from srpo_lightning.files.pretrained import own_part, stream_into
 from srpo_lightning.policies.lora_file import PREFIX, LoraFile
-from srpo_lightning.pretrained import own_part, stream_into
 
 NAME = "default"  # of the adapter, in peft
 

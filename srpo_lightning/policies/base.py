@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from srpo_lightning.batch import Conditions, Size
-from srpo_lightning.fingerprint import Recorded
+from srpo_lightning.files.fingerprint import Recorded
 
 Shard: TypeAlias = Callable[[nn.Module, Iterable[nn.Module]], None]
 """Divides a model on the meta device over the ranks, block by block, and gives it memory, not yet filled."""

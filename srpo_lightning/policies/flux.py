@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Size
-from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits
+from srpo_lightning.files.pretrained import load_whole, read_json, safetensors_files, same_files, stream_into
 from srpo_lightning.policies import adapters
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.policies.parallel import check_attention, compile_blocks
-from srpo_lightning.pretrained import load_whole, read_json, safetensors_files, same_files, stream_into
+from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits
 
 Packed: TypeAlias = Float[Tensor, "B L C"]
 Spatial: TypeAlias = Float[Tensor, "B c h w"]

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from srpo_lightning.draws import keyed_generator
+from srpo_lightning.files.pretrained import load_whole, part, read_json
 from srpo_lightning.policies.flux import pack
-from srpo_lightning.pretrained import load_whole, part, read_json
 
 Images: TypeAlias = Float[Tensor, "B 3 H W"]
 Packed: TypeAlias = Float[Tensor, "B L C"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from safetensors import safe_open
 
-from srpo_lightning.pretrained import unreadable_is_refused, weights_file
+from srpo_lightning.files.pretrained import unreadable_is_refused, weights_file
 
 FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # of the names in it

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from srpo_lightning.fingerprint import ends
-from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits, keep_in_8_bits
-from srpo_lightning.one_line import naming
-from srpo_lightning.pretrained import load_whole, part, read_json, unreadable_is_refused
+from srpo_lightning.errors import naming
+from srpo_lightning.files.fingerprint import ends
+from srpo_lightning.files.pretrained import load_whole, part, read_json, unreadable_is_refused
+from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits, keep_in_8_bits
 
 Quantize: TypeAlias = Literal["none", "int8", "nf4"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from srpo_lightning.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
+from srpo_lightning.files.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
 from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from srpo_lightning.fingerprint import Recorded
+from srpo_lightning.files.fingerprint import Recorded
 from srpo_lightning.rewards.words import WordList
 
 Images: TypeAlias = Float[Tensor, "B 3 H W"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
-from srpo_lightning.pretrained import load_whole, read_json, unreadable_is_refused
+from srpo_lightning.files.pretrained import load_whole, read_json, unreadable_is_refused
 from srpo_lightning.rewards.base import Images, Reading, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED

@@ -13,7 +13,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from srpo_lightning.pretrained import read_json, read_weights, weights_file
+from srpo_lightning.files.pretrained import read_json, read_weights, weights_file
 from srpo_lightning.rewards.base import Images
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.rewards.open_clip import clip_model

@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 
-from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits
-from srpo_lightning.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
+from srpo_lightning.files.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
 from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns, check_lengths
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED
+from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits
 
 FILENAME = "HPSv3.safetensors"
 NUM_PIXELS = 256 * 28 * 28  # about as many as an image is resized to

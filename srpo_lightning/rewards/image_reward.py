@@ -18,7 +18,14 @@ from transformers import (
     BlipVisionModel,
 )
 
-from srpo_lightning.pretrained import load_exactly, part, read_json, read_weights, unreadable_is_refused, weights_file
+from srpo_lightning.files.pretrained import (
+    load_exactly,
+    part,
+    read_json,
+    read_weights,
+    unreadable_is_refused,
+    weights_file,
+)
 from srpo_lightning.rewards.aesthetic import HIDDEN, Head
 from srpo_lightning.rewards.base import Images, Reading, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing

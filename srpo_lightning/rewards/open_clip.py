@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from srpo_lightning.pretrained import load_exactly
+from srpo_lightning.files.pretrained import load_exactly
 
 TOWERS = {"visual.": "vision_model.", "": "text_model."}
 BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from srpo_lightning.callbacks import EMA, RunCheckpoint, stop_signals
 from srpo_lightning.callbacks.checkpoint import ranked
 from srpo_lightning.callbacks.tracking import append_record
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints, step_of
+from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints, step_of
 from tests import processes, tiny
 from tests.faults import History, Stop, Terminate
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 
 from srpo_lightning.callbacks import OverOptimizationGuard, RunCheckpoint, records
 from srpo_lightning.callbacks.records import Recorder
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints
 from tests import tiny
 from tests.callbacks.test_checkpoint import assert_same_run, states, steps
 

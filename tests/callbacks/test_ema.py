@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import EMA, RunCheckpoint
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.files.checkpoints import checkpoint_path
 from tests import tiny
 from tests.faults import History
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import OverOptimizationGuard
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT
-from srpo_lightning.metrics import Evaluation, Table
+from srpo_lightning.evaluation.comparison import BASE, HELD_OUT
+from srpo_lightning.evaluation.metrics import Evaluation, Table
 
 NOISE = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

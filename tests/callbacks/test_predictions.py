@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import RunCheckpoint
-from srpo_lightning.callbacks.pictures import read_record
 from srpo_lightning.callbacks.predictions import Predictions, together
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.evaluation.pictures import read_record
+from srpo_lightning.files.checkpoints import checkpoint_path
 from srpo_lightning.policies import FluxPolicy
 from tests import tiny
-from tests.test_owners import ended
+from tests.files.test_owners import ended
 
 
 @pytest.fixture

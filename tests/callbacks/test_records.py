@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from srpo_lightning.callbacks import RewardTracking, RunCheckpoint, SampleLogger, records
-from srpo_lightning.callbacks.comparison import read_table
 from srpo_lightning.callbacks.samples import METADATA, SAMPLES
 from srpo_lightning.callbacks.tracking import FILE
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.evaluation.comparison import read_table
+from srpo_lightning.files.checkpoints import checkpoint_path
 from srpo_lightning.rewards import ClipReward
 from tests import tiny
 from tests.faults import Stop

@@ -1,8 +1,8 @@
 import numpy as np
 from PIL import Image
 
-from srpo_lightning.callbacks.pictures import LABEL_PX, contact_sheet
 from srpo_lightning.callbacks.report import before_and_after, markdown
+from srpo_lightning.evaluation.pictures import LABEL_PX, contact_sheet
 
 RECORDS = [
     {"step": 0, "weights": "policy", "judge": 0.1, "share/3d": 0.25},

@@ -4,8 +4,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from srpo_lightning.callbacks import EMA, RewardTracking, SampleLogger
-from srpo_lightning.callbacks.pictures import LABEL_PX, as_picture, read_record
 from srpo_lightning.callbacks.tracking import read_table, table_path
+from srpo_lightning.evaluation.pictures import LABEL_PX, as_picture, read_record
 from srpo_lightning.rewards import ClipReward
 from tests import tiny
 

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from srpo_lightning.callbacks import OverOptimizationGuard, RunCheckpoint
 from srpo_lightning.callbacks.settings import RunSettings, differences, settings_of
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.files.checkpoints import checkpoint_path
 from tests import tiny
 from tests.callbacks.test_checkpoint import assert_same_run, states
 

@@ -8,8 +8,8 @@ import torch
 from srpo_lightning.callbacks import RewardTracking, RunCheckpoint
 from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.tracking import append_record, read_records
-from srpo_lightning.checkpoints import checkpoint_path
-from srpo_lightning.metrics import saturation
+from srpo_lightning.evaluation.metrics import saturation
+from srpo_lightning.files.checkpoints import checkpoint_path
 from srpo_lightning.objectives import Plain
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import Lora

@@ -9,12 +9,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from srpo_lightning.callbacks import RewardTracking, SampleLogger, records
 from srpo_lightning.callbacks.checkpoint import ranked
-from srpo_lightning.callbacks.pictures import read_record
 from srpo_lightning.callbacks.report import Report
 from srpo_lightning.callbacks.tracking import append_record, read_records
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.evaluation.pictures import read_record
+from srpo_lightning.files.checkpoints import checkpoint_path
+from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.rewards import ClipReward
-from srpo_lightning.strict_json import strict_json
 from tests import tiny
 
 

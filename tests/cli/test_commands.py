@@ -10,8 +10,8 @@ import torch
 import yaml
 from PIL import Image
 
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 from srpo_lightning.cli import main
+from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints
 from tests import tiny
 
 
@@ -205,10 +205,9 @@ def test_a_progress_bar_of_ones_own_is_kept(config):
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-BENCHMARKS = [path for path in CONFIGS if path.stem.startswith("benchmark")]
 
 
-@pytest.mark.parametrize("file", [path for path in CONFIGS if path not in BENCHMARKS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_file_parses(file, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(SystemExit) as exit_status:
@@ -217,19 +216,3 @@ def test_every_configuration_file_parses(file, capsys, monkeypatch):
     parsed = yaml.safe_load(capsys.readouterr().out)
     assert parsed["model"]["policy"]["class_path"] == "srpo_lightning.policies.FluxPolicy"
     assert parsed["weights_only"] is True  # no code is read from a checkpoint
-
-
-@pytest.mark.parametrize("file", BENCHMARKS, ids=lambda path: path.stem)
-def test_every_benchmarks_rows_are_what_fit_would_take(file, capsys, monkeypatch, tmp_path):
-    """Each row's objective is made and its steps counted before anything is trained."""
-    monkeypatch.chdir(REPOSITORY)
-    plan = ["benchmark", "--config", str(file), "--folder", str(tmp_path), "--report_only", "true"]
-    with pytest.raises(SystemExit, match="to report on"):
-        main(plan)
-    settings = yaml.safe_load(file.read_text())
-    objective = next(iter(settings["rows"].values()))["objective"]
-    config = tmp_path / "fit.yaml"
-    config.write_text(yaml.safe_dump(settings["fit"] | {"model": settings["fit"]["model"] | {"objective": objective}}))
-    with pytest.raises(SystemExit) as exit_status:
-        main(["fit", "--config", str(config), "--print_config"])
-    assert exit_status.value.code == 0

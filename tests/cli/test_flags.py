@@ -6,7 +6,7 @@ from srpo_lightning.callbacks import EMA, OverOptimizationGuard, Report, RewardT
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.data import PromptData
 from srpo_lightning.data.prompts import Source
-from srpo_lightning.jobs.export import export
+from srpo_lightning.jobs.export.job import export
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import (
     GRPO,
@@ -37,7 +37,7 @@ from srpo_lightning.rewards import (
     Term,
     WeightedReward,
 )
-from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
+from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
 TRAJECTORY = "guidance shift margin shared_noise reward_batch_size"
 FLAGS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks.lora import lora_path
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.files.checkpoints import checkpoint_path
 from tests.cli.recipes import run_recipe
 
 

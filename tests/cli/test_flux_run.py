@@ -2,7 +2,7 @@
 
 import pytest
 
-from srpo_lightning.checkpoints import checkpoints
+from srpo_lightning.files.checkpoints import checkpoints
 from tests.cli.recipes import run_recipe
 
 

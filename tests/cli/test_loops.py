@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 from srpo_lightning.cli import main
+from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints
 from tests import tiny
 from tests.refusals import refused
 

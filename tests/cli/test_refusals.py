@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main
+from srpo_lightning.files.checkpoints import checkpoint_path
 from tests import tiny
 from tests.refusals import refused
 

@@ -7,16 +7,16 @@ import pytest
 import yaml
 from jsonargparse import Namespace
 
-from srpo_lightning.arguments import choose_strategy, read_config
 from srpo_lightning.cli import devices_here
-from srpo_lightning.jobs.prediction import is_sharded, num_devices
-from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
+from srpo_lightning.config.arguments import choose_strategy, read_config
+from srpo_lightning.jobs.estimate.prediction import is_sharded, num_devices
+from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 from tests import tiny
 from tests.ranks.test_sharded import config as config_of_ranks
 from tests.ranks.test_sharded import fit
 
 REPLICATED = Namespace(
-    class_path="srpo_lightning.strategies.ReplicatedStrategy", init_args=Namespace(timeout_minutes=10.0)
+    class_path="srpo_lightning.training.strategies.ReplicatedStrategy", init_args=Namespace(timeout_minutes=10.0)
 )
 
 
@@ -85,7 +85,7 @@ def test_a_run_on_two_ranks_writes_down_what_was_chosen(models, features, tmp_pa
     path = config_of_ranks(models, features, tmp_path / "run", 2, strategy="auto", max_steps=1)
     fit(path)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["strategy"]
-    assert saved["class_path"] == "srpo_lightning.strategies.ShardedStrategy"
+    assert saved["class_path"] == "srpo_lightning.training.strategies.ShardedStrategy"
     assert (saved["init_args"]["shard_size"], saved["init_args"]["replicate_size"]) == (2, 1)
     assert (tmp_path / "run" / "checkpoints" / "step-00000001.ckpt").is_dir()
     assert json.loads(path.read_text())["trainer"]["strategy"] == "auto"

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from srpo_lightning.callbacks import EMA
-from srpo_lightning.jobs.prediction import fake_conditions
+from srpo_lightning.jobs.estimate.prediction import fake_conditions
 from srpo_lightning.module import SRPOModule
 
 

@@ -14,11 +14,12 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from srpo_lightning.arguments import read_config
 from srpo_lightning.cli import main
-from srpo_lightning.jobs import estimate as job
-from srpo_lightning.jobs.estimate import OPTIONS, POLICY, local_files, parse_bytes
-from srpo_lightning.jobs.prediction import (
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.jobs.estimate import job
+from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
+from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
+from srpo_lightning.jobs.estimate.prediction import (
     BACKWARD,
     EVALUATION,
     FROZEN,
@@ -33,8 +34,7 @@ from srpo_lightning.jobs.prediction import (
     quiet,
     without_weights,
 )
-from srpo_lightning.jobs.published import PUBLISHED
-from srpo_lightning.memory import MemoryTracker, cuda_operations
+from srpo_lightning.jobs.estimate.published import PUBLISHED
 from srpo_lightning.policies import FluxPolicy, flux
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import tiny
@@ -168,7 +168,7 @@ def test_autocast_normalises_in_float32_on_cuda_and_not_on_a_cpu():
 def test_sharding_divides_what_is_trained_and_leaves_activations_alone(small):
     trained = (TRAINED, GRADIENTS, STATES, STEP)
     whole = predicted(changed(small)).peaks["optimizer step"].parts
-    strategy = {"class_path": "srpo_lightning.strategies.ShardedStrategy", "init_args": {"shard_size": 4}}
+    strategy = {"class_path": "srpo_lightning.training.strategies.ShardedStrategy", "init_args": {"shard_size": 4}}
     config = json.loads(small.read_text())
     config["trainer"] |= {"strategy": strategy, "devices": 4}
     small.write_text(json.dumps(config))
@@ -182,7 +182,7 @@ def test_sharding_divides_what_is_trained_and_leaves_activations_alone(small):
 
 @pytest.mark.parametrize(
     ("class_name", "states"),
-    [("torch.optim.AdamW", 8), ("torch.optim.SGD", 0), ("srpo_lightning.low_bit.AdamW8bit", 2)],
+    [("torch.optim.AdamW", 8), ("torch.optim.SGD", 0), ("srpo_lightning.training.low_bit.AdamW8bit", 2)],
 )
 def test_the_optimizers_states_are_those_of_its_class(models, class_name, states):
     wide = tiny.write_pipeline(models.pipeline.parent / "wide", width=128)

@@ -14,15 +14,14 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from srpo_lightning.callbacks.pictures import LABEL_PX
 from srpo_lightning.callbacks.tracking import read_records
-from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main
-from srpo_lightning.jobs import export as job
-from srpo_lightning.jobs import streaming, usage
-from srpo_lightning.jobs.formats import DiffusersFolder
-from srpo_lightning.jobs.weights import Stored
-from srpo_lightning.owners import partial_path
+from srpo_lightning.evaluation.pictures import LABEL_PX
+from srpo_lightning.files.checkpoints import checkpoint_path
+from srpo_lightning.files.owners import partial_path
+from srpo_lightning.jobs.export import job, streaming, usage
+from srpo_lightning.jobs.export.formats import DiffusersFolder
+from srpo_lightning.jobs.export.weights import Stored
 from srpo_lightning.policies import Lora
 from tests import tiny
 

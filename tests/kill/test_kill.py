@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints
 from tests import processes, tiny
 
 NUM_STEPS = 8

@@ -6,14 +6,14 @@ import torch
 from diffusers import FluxPipeline
 from torch import nn
 
-from srpo_lightning import nf4
 from srpo_lightning.callbacks import EMA, LoraExport, RunCheckpoint
 from srpo_lightning.callbacks import lora as lora_callback
 from srpo_lightning.callbacks.lora import lora_path
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.files.checkpoints import checkpoint_path
+from srpo_lightning.files.owners import partial_path
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.owners import partial_path
 from srpo_lightning.policies import FluxPolicy, Lora, adapters
+from srpo_lightning.training import nf4
 from tests import tiny
 from tests.faults import History
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from srpo_lightning.jobs.prediction import without_weights
+from srpo_lightning.jobs.estimate.prediction import without_weights
 from srpo_lightning.policies import FluxPolicy, Lora, adapters
 from srpo_lightning.policies.lora_file import FILE, LoraFile
 from tests import tiny

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.files.checkpoints import checkpoint_path
 from srpo_lightning.policies import FluxPolicy
 from tests import processes, tiny
 from tests.ranks.test_sharded import sharded
@@ -122,7 +122,10 @@ def test_other_weights_on_one_rank_end_both(models, features, tmp_path, strategy
 
 
 STRATEGIES = {
-    "ddp": {"class_path": "srpo_lightning.strategies.ReplicatedStrategy", "init_args": {"timeout_minutes": 0.25}},
+    "ddp": {
+        "class_path": "srpo_lightning.training.strategies.ReplicatedStrategy",
+        "init_args": {"timeout_minutes": 0.25},
+    },
     "sharded": sharded(2, timeout_minutes=0.25),
 }
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from srpo_lightning import strategies
 from srpo_lightning.callbacks.tracking import read_records
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.training import strategies
 from tests import processes, tiny
 from tests.processes import Done
 
@@ -39,7 +39,7 @@ def config(models, features, run: Path, ranks: int, **trainer) -> Path:
 
 def sharded(shard_size: int, **settings) -> dict:
     return {
-        "class_path": "srpo_lightning.strategies.ShardedStrategy",
+        "class_path": "srpo_lightning.training.strategies.ShardedStrategy",
         "init_args": {"shard_size": shard_size} | settings,
     }
 

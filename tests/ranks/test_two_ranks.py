@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints
 from tests import tiny
 from tests.processes import LIMIT_S
 

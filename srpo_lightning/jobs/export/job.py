@@ -1,0 +1,180 @@
+"""`export`: a checkpoint as what diffusers and ComfyUI load, compared with what it is of, with a model card."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from srpo_lightning.callbacks.checkpoint import find_checkpoint
+from srpo_lightning.callbacks.lora import PREFIX
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.data import PromptData
+from srpo_lightning.files.checkpoints import FOLDER, check_whole, checkpoints, complete_or_absent_folder
+from srpo_lightning.jobs.export import usage
+from srpo_lightning.jobs.export.comparison import Difference, difference, own_picture, write_pictures
+from srpo_lightning.jobs.export.formats import FORMATS, Format
+from srpo_lightning.jobs.export.model_card import Export, card
+from srpo_lightning.jobs.export.weights import Kind, read_trained
+from srpo_lightning.module import SRPOModule
+from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies.text import FluxTextEncoder
+
+PROMPT = "a cat"
+"""Of the card's picture, where no evaluation prompt can be read."""
+
+EXACT, ROUNDED = 1e-4, 0.1
+"""The mean difference that pictures in 8 bits may have, in float32 and in bfloat16.
+
+Of the built-in model's: computing in bfloat16 makes 0.002, rounding all trained weights to it 0.03, padding prompts to
+512 tokens instead of 16 makes 0.15, other prompts make 0.26.
+"""
+
+Read = TypeVar("Read")
+
+
+def export(
+    config: str,
+    output: str,
+    ckpt_path: str = "last",
+    format: Literal["diffusers", "single-file", "lora", "lora-comfy"] = "diffusers",
+    weights: Kind = "ema",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    check: bool = True,
+    device: str = "auto",
+) -> None:
+    """Write a checkpoint as a diffusers transformer, a single file for ComfyUI, or LoRA files, with a model card.
+
+    Args:
+        config: the run's own config.yaml.
+        output: the folder to write.
+        ckpt_path: last, best (in checkpoint.monitor), or a checkpoint, sharded or not.
+        format: a folder for `FluxTransformer2DModel.from_pretrained`; a safetensors file with the names of Black Forest
+            Labs, for ComfyUI; or an adapter's own weights, for `FluxPipeline.load_lora_weights` (lora) or ComfyUI
+            (lora-comfy). The first two of a run that trained an adapter have it in the weights.
+        weights: the average, or the weights that were trained.
+        dtype: of the weights written.
+        check: run the code of the model card, compare its picture of the first evaluation prompt with that of the
+            checkpoint by this project's sampler, and write both to `check/`. Takes the memory of sampling.
+        device: where both are drawn; auto takes a GPU if there is one.
+
+    Raises:
+        ValueError: naming the cure, if configuration, checkpoint and format do not fit together, or the check fails.
+    """
+    folder = Path(output).expanduser()
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: name another output, or delete it")
+    settings = read_config(config)
+    run = run_folder(config, settings)
+    if ckpt_path in ("last", "best") and not checkpoints(run):
+        raise ValueError(f"{run} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path")
+    checkpoint = find_checkpoint(ckpt_path, run, settings.checkpoint.monitor, settings.checkpoint.mode)
+    check_whole(checkpoint)
+    module = new_module(settings)
+    policy = module.policy
+    assert isinstance(policy, FluxPolicy)
+    if format.startswith("lora") and policy.adapter is None:
+        raise ValueError(
+            f"the run trained the whole transformer, and there is no adapter that --format {format} could write: "
+            "choose diffusers or single-file"
+        )
+    policy.transformer = policy.outline()
+    trained = read_trained(checkpoint, weights, module)
+    written = FORMATS[format](policy, policy.transformer, trained, getattr(torch, dtype), folder.name)
+    data = if_there(lambda: new_data(settings))
+    evaluation = if_there(lambda: data.eval_prompts) if data else None
+    prompt = evaluation[0] if evaluation else PROMPT
+    encoder = FluxTextEncoder(policy.pretrained, settings.data.max_sequence_length)
+    length = encoder.max_sequence_length
+    with complete_or_absent_folder(folder) as incomplete:
+        written.write(incomplete)
+        found = None
+        if check:
+            chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            code = usage.python(written, module, incomplete, prompt, length)
+            found = compare(written, settings, incomplete, code, prompt, torch.device(chosen))
+            print(f"the picture of the card's code against the checkpoint's: {found}")
+        code = usage.python(written, module, folder, prompt, length)
+        trained_on = if_there(lambda: data.train_prompts) if data else None
+        exported = Export(folder, written, weights, checkpoint, run, trained_on, found, code)
+        (incomplete / "README.md").write_text(card(exported, module), encoding="utf-8")
+        shutil.copy(Path(config).expanduser(), incomplete / "config.yaml")
+    print(f"{folder}: step {module.loaded_steps}, {weights}, {dtype}")
+
+
+@torch.no_grad()
+def compare(
+    written: Format, settings: Namespace, folder: Path, code: str, prompt: str, device: torch.device
+) -> Difference:
+    """Draw a prompt with the checkpoint, and by the code of the model card from what was written, into `check/`.
+
+    Raises:
+        ValueError: if the code fails, or the pictures differ by more than rounding explains.
+    """
+    module = new_module(settings)
+    policy = module.policy
+    assert isinstance(policy, FluxPolicy)
+    policy.dtype = policy.vae_dtype = written.dtype
+    policy.quantize_timesteps = False  # diffusers does not
+    policy.compiles_blocks, policy.attention = False, None
+    policy.load()
+    for name, parameter in module.trainable_parameters():
+        parameter.copy_(written.trained[name.removeprefix(PREFIX)].read())
+    length = settings.data.max_sequence_length
+    encoder = FluxTextEncoder(policy.pretrained, length, written.dtype, device)
+    ours = own_picture(module, encoder, prompt, device)
+    module.policy = None  # type: ignore[assignment]  # frees it
+    del policy
+    names = usage.run(code, device, written.given(folder))
+    written.compare(names["pipe"])
+    theirs = names["picture"]
+    write_pictures(folder / "check", ours=ours, card=theirs)
+    found = difference(ours, theirs, EXACT if written.dtype == torch.float32 else ROUNDED)
+    if not found.mean <= found.allowed:
+        raise ValueError(
+            f"the picture that the card's code draws with {folder} is not the checkpoint's ({found}): look at "
+            f"{folder / 'check'}; if they are alike, export with --dtype float32, or --check false"
+        )
+    return found
+
+
+def run_folder(config: str, settings: Namespace) -> Path:
+    """Where the run is: beside its config.yaml, also after it was moved, or where the configuration says."""
+    own = Path(config).expanduser().parent
+    return own if (own / FOLDER).is_dir() else Path(settings.trainer.default_root_dir)
+
+
+def new_module(settings: Namespace) -> SRPOModule:
+    """The run's module without weights; a base that was kept in 4 bits is taken as it was before.
+
+    Raises:
+        ValueError: if its policy is none that could be exported.
+    """
+    own = settings.model.clone()
+    if own.policy.init_args.get("quantize"):
+        own.policy.init_args.quantize = "none"
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(SRPOModule, "model")
+    module: SRPOModule = parser.instantiate_classes(Namespace(model=own)).model
+    if not isinstance(module.policy, FluxPolicy):
+        raise ValueError(f"export writes FLUX transformers, and model.policy is {type(module.policy).__name__}")
+    return module
+
+
+def new_data(settings: Namespace) -> PromptData:
+    """The run's prompts."""
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(PromptData, "data")
+    data: PromptData = parser.instantiate_classes(Namespace(data=settings.data)).data
+    return data
+
+
+def if_there(read: Callable[[], Read]) -> Read | None:
+    """What a run was trained on need not be there any more."""
+    try:
+        return read()
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,106 @@
+"""Which optimizer goes with which trainer, and stepping it in the backward pass."""
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+PRECISIONS = {torch.float32: ("32-true", "bf16-mixed"), torch.bfloat16: ("bf16-mixed",)}
+"""What the trainer may compute in, by the dtype of the trained weights.
+
+The `-true` ones of less than 32 bits would round noise levels and latents with the weights; float16 overflows in FLUX.
+"""
+
+
+def check_settings(trainer: Trainer, dtype: torch.dtype, trial: Optimizer, *, in_backward: bool) -> None:
+    """Refuse settings of the trainer that do not go together with the policy's or the optimizer's.
+
+    Args:
+        trainer: with its strategy and precision.
+        dtype: of the trained weights.
+        trial: an optimizer of the chosen class, of any parameters.
+        in_backward: whether it will step in the backward pass.
+
+    Raises:
+        ValueError: naming the setting to change.
+    """
+    if trainer.precision not in PRECISIONS[dtype]:
+        cure = "set trainer.precision to bf16-mixed"
+        if dtype == torch.float32:
+            cure += " or 32-true; to hold the weights in bfloat16, set model.policy.init_args.dtype to bfloat16"
+        else:
+            cure += ", or model.policy.init_args.dtype to float32"
+        raise ValueError(f"trainer.precision {trainer.precision} cannot train weights in {str(dtype)[6:]}: {cure}")
+    is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    package = type(trial).__module__.split(".")[0]
+    if is_sharded and (package == "bitsandbytes" or (package == "torchao" and dtype == torch.bfloat16)):
+        raise ValueError(
+            f"{type(trial).__name__} of {package} cannot step {str(dtype)[6:]} parameters that are divided over ranks: "
+            "set model.optimizer.class_path to srpo_lightning.training.low_bit.AdamW8bit, or trainer.strategy to ddp"
+        )
+    if in_backward:
+        _check_in_backward(trainer)
+
+
+def _check_in_backward(trainer: Trainer) -> None:
+    refusals = {
+        "the whole gradient, which clipping measures, is never there: set trainer.gradient_clip_val to 0; "
+        "model.clip_norm_per_parameter clips each parameter on its own": bool(trainer.gradient_clip_val),
+        "gradients are used up as they come: set trainer.accumulate_grad_batches to 1 and raise data.batch_size, or "
+        "train on more devices": trainer.accumulate_grad_batches != 1,
+        f"{type(trainer.strategy).__name__} averages gradients too late for it: train on one device, or set "
+        "trainer.strategy to srpo_lightning.training.strategies.ShardedStrategy": not isinstance(
+            trainer.strategy, SingleDeviceStrategy | ModelParallelStrategy
+        ),
+    }
+    for refusal, holds in refusals.items():
+        if holds:
+            raise ValueError(f"model.optimizer_in_backward: {refusal}; or set it to false")
+
+
+class InBackward:
+    """Steps each parameter as soon as its gradient is accumulated, then frees the gradient.
+
+    The optimizer is called with one gradient at a time and passes over parameters without one: weights, optimizer
+    states, checkpoints and schedules are those of a step after the backward pass (only stochastic rounding draws in
+    another order). A parameter whose gradient is not finite is left alone, and so is its state.
+
+    Args:
+        optimizer: of all parameters concerned.
+        clip_norm: each parameter's gradient is clipped to this norm on its own; None: not clipped.
+    """
+
+    def __init__(self, optimizer: Optimizer, clip_norm: float | None = None) -> None:
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self.norms: list[Tensor] = []
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        self._handles = [p.register_post_accumulate_grad_hook(self._step) for p in parameters]
+
+    def take_norm(self) -> Tensor:
+        """The norm of the whole gradient before clipping, once per step; NaN where there was no backward pass."""
+        norms, self.norms = self.norms, []
+        return torch.stack(norms).norm() if norms else torch.tensor(torch.nan)
+
+    def remove(self) -> None:
+        """Step no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _step(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        norm = whole(torch.linalg.vector_norm(parameter.grad))
+        self.norms.append(norm)
+        if norm.isfinite():
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameter, self.clip_norm, norm)
+            self.optimizer.step()
+        parameter.grad = None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The same tensor on every rank, also where it was computed from parts."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
