@@ -3,8 +3,8 @@ import zlib
 
 import pytest
 
-from srpo_lightning import crc
-from srpo_lightning.crc import crc32
+from srpo_lightning.files import crc
+from srpo_lightning.files.crc import crc32
 
 
 @pytest.mark.parametrize("start", [0, 1, 5000])
