@@ -19,6 +19,7 @@ from srpo_lightning.data.picture_files import OPENED, PICTURES, is_hidden
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.rewards import Reward
+from srpo_lightning.training.devices import chosen_device
 
 INVENTED = ("Blorfy", "Quandish", "Trevolic", "Zumbral")  # words that no model has met
 
@@ -84,13 +85,12 @@ def control_words(
     Raises:
         ValueError: naming the cure, if pictures, prompts or words are missing or do not fit together.
     """
-    pairs = _pairs(reward, words)
+    pairs, chosen = _pairs(reward, words), chosen_device(device)
     kinds = [read_pictures(images, prompts)]
     if against is not None:
         kinds.append(read_pictures(against, against_prompts or prompts))
     reward.check_contrast()
     reward.load()
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     reward.requires_grad_(False).to(chosen)
 
     invented = [(one, other) for one, other in product(INVENTED, INVENTED) if one < other]

@@ -12,6 +12,7 @@ from torch import Tensor
 from srpo_lightning.draws import keyed_generator
 from srpo_lightning.files.pretrained import load_whole, part, read_json
 from srpo_lightning.policies.flux import pack
+from srpo_lightning.training.devices import check_device
 
 Images: TypeAlias = Float[Tensor, "B 3 H W"]
 Packed: TypeAlias = Float[Tensor, "B L C"]
@@ -46,6 +47,7 @@ class FluxImageEncoder:
     def encode(self, images: Images) -> Packed:
         """Images in [0, 1] to clean latents, float32 on the CPU; the same picture always has the same."""
         if self._vae is None:
+            check_device("data.text_device", self.device)
             vae = load_whole(AutoencoderKL, self.pretrained, "vae", torch_dtype=self.dtype)
             self._vae = vae.eval().requires_grad_(False).to(self.device)
         pixels = (images * 2 - 1).to(self.device, self.dtype)

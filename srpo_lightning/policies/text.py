@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from srpo_lightning.errors import naming
 from srpo_lightning.files.fingerprint import ends
 from srpo_lightning.files.pretrained import load_whole, part, read_json, unreadable_is_refused
+from srpo_lightning.training.devices import check_device
 from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits, keep_in_8_bits
 
 Quantize: TypeAlias = Literal["none", "int8", "nf4"]
@@ -133,8 +134,7 @@ class FluxTextEncoder:
 
     def _load(self) -> tuple[CLIPTextModel, T5EncoderModel]:
         if self._encoders is None:
-            with naming(f"data.text_device is {self.device}"):
-                torch.empty(0, device=self.device)
+            check_device("data.text_device", self.device)
             clip = load_whole(CLIPTextModel, self.pretrained, "text_encoder", CLIP_IMAGES, dtype=self.dtype)
             t5 = load_whole(T5EncoderModel, self.pretrained, "text_encoder_2", dtype=self.dtype)
             if self.quantize == "int8":
