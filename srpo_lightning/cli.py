@@ -52,6 +52,9 @@ JOBS: dict[str, Callable[..., None]] = {
 
 CONFIG = "config.yaml"
 
+FEW_PROCESSES = 8
+"""As many ranks may try a run on a CPU, however few cores it has."""
+
 SYNONYMS = {"train": "fit", "eval": "validate", "evaluate": "validate", "sample": "predict", "generate": "predict"}
 """What other programs call these."""
 
@@ -317,4 +320,11 @@ def devices_here(trainer: Namespace) -> int:
     devices = accelerator.auto_device_count() if trainer.devices == "auto" else trainer.devices
     with naming(f"trainer.devices is {devices}"):
         parsed = accelerator.parse_devices(devices)
-    return parsed if isinstance(parsed, int) else len(parsed or ())
+    count = parsed if isinstance(parsed, int) else len(parsed or ())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not is_cuda and count > max(cores, FEW_PROCESSES) and not others_have_started():
+        raise ValueError(
+            f"trainer.devices is {count}: of a CPU each is a process with models of its own, and there are {cores} "
+            f"cores here; set it to 1, which uses all of them, or to {max(cores, FEW_PROCESSES)} at most"
+        )
+    return count

@@ -1,7 +1,7 @@
 """What a configuration file may hold beside its classes' own arguments, for every command that reads one."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any, NoReturn
@@ -54,10 +54,38 @@ class Parser(LightningArgumentParser):
         check_settings(plain.get(str(plain.get("subcommand")), plain))
         return values
 
+    def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Namespace:
+        """A group that is empty is lost on the way: where no setting could be in it, make it one to be refused."""
+        for group, key in list(_empty_groups(cfg, f"{parent_key}." if parent_key else "", self._places)):
+            group[key] = None
+        return super()._apply_actions(cfg, parent_key, *args, **kwargs)
+
+    @property
+    def _places(self) -> set[str]:
+        """The dotted names under which settings are kept, those of a command with its name; of groups none."""
+        names = set()
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                names |= {f"{command}.{name}" for command, own in action.choices.items() for name in own._places}
+            elif not action.dest.endswith(".help"):
+                names.add(action.dest)
+        return names - {name[:place] for name in names for place, letter in enumerate(name) if letter == "."}
+
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
         """What a class refuses is told by its name."""
         with naming():
             return super().instantiate_classes(*args, **kwargs)
+
+
+def _empty_groups(settings: Any, prefix: str, places: set[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """What holds an empty group in which no setting could be, and the group's name therein."""
+    own = settings if isinstance(settings, dict) else vars(settings)
+    for key, value in own.items():
+        name = f"{prefix}{key}."
+        if isinstance(value, dict | Namespace) and not any(name.startswith(f"{place}.") for place in places):
+            if not value and not any(place.startswith(name) for place in places):
+                yield own, key
+            yield from _empty_groups(value, name, places)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from srpo_lightning.data.images import LATENT_BYTES_PER_PIXEL, LatentCache, enco
 from srpo_lightning.data.preparation import lengths, with_negative
 from srpo_lightning.data.store import ChunkStore, in_groups, per_chunk
 from srpo_lightning.encoding import ImageEncoder, TextEncoder
+from srpo_lightning.training.devices import chosen_device
 
 MEGABYTE = 10**6
 
@@ -64,14 +65,17 @@ def cache(config: str, num_processes: PositiveInt | None = None, device: str = "
     Raises:
         ValueError: naming the cure, if a source or a model cannot be read, or the cache is a remote one.
     """
+    kind = chosen_device(device)
     data = read_data(config)
     if data.cache.remote:
         raise ValueError(
             f"data.cache_dir is {data.cache.parent}, from where features are only read: encode into a folder here, and "
             "upload that"
         )
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    processes = num_processes or (torch.cuda.device_count() if kind == "cuda" else 1)
+    num_gpus = torch.cuda.device_count() if kind == "cuda" else 0
+    processes = num_processes or num_gpus or 1
+    if num_gpus and processes > num_gpus:
+        raise ValueError(f"num_processes is {processes}, and each needs a GPU of {num_gpus}: set it to that or less")
     for line in lengths(data.selection.texts, data.cache):
         print(line)
     texts = with_negative(data.selection.texts, data.cache.encoder.negative)

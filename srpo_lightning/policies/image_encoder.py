@@ -11,6 +11,7 @@ from torch import Tensor
 
 from srpo_lightning.draws import keyed_generator
 from srpo_lightning.files.pretrained import part
+from srpo_lightning.training.devices import check_device
 
 READING = 3
 """Raised whenever the same file comes to other pixels (data/colours.py), so that no latents of before are taken."""
@@ -46,6 +47,7 @@ class VAEEncoder:
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B *latent"]:
         """Pictures in [0, 1] to clean latents, float32 on the CPU; the same picture always has the same."""
         if self._vae is None:
+            check_device("data.text_device", self.device)
             self._vae = self.read(self.dtype).eval().requires_grad_(False).to(self.device)
         pixels = (images * 2 - 1).to(self.device, self.dtype)
         posterior = self._vae.encode(pixels).latent_dist

@@ -15,6 +15,7 @@ from srpo_lightning.encoding import Encoding, Quantize
 from srpo_lightning.errors import naming
 from srpo_lightning.files.fingerprint import ends
 from srpo_lightning.files.pretrained import load_whole, part, read_json, unreadable_is_refused
+from srpo_lightning.training.devices import check_device
 from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits, keep_in_8_bits
 
 
@@ -165,8 +166,7 @@ class PipelineTextEncoder(ABC):
 
     def _load(self) -> dict[str, Any]:
         if self._models is None:
-            with naming(f"data.text_device is {self.device}"):
-                torch.empty(0, device=self.device)
+            check_device("data.text_device", self.device)
             models = {
                 name: load_whole(
                     getattr(transformers, cls), self.pretrained, name, self.unread.get(name, ()), dtype=self.dtype

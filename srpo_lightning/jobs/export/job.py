@@ -21,6 +21,7 @@ from srpo_lightning.jobs.export.model_card import Export, card
 from srpo_lightning.jobs.export.weights import Kind, read_trained
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.training.devices import chosen_device
 
 PROMPT = "a cat"
 """Of the card's picture, where no evaluation prompt can be read."""
@@ -66,6 +67,7 @@ def export(
     folder = Path(output).expanduser()
     if folder.exists():
         raise ValueError(f"{folder} exists already: name another output, or delete it")
+    chosen = chosen_device(device) if check else "cpu"
     settings = read_config(config)
     run = run_folder(config, settings)
     if ckpt_path in ("last", "best") and not checkpoints(run):
@@ -91,7 +93,6 @@ def export(
         written.write(incomplete)
         found = None
         if check:
-            chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             code = usage.python(written, module, incomplete, prompt, length)
             found = compare(written, settings, incomplete, code, prompt, torch.device(chosen))
             print(f"the picture of the card's code against the checkpoint's: {found}")
