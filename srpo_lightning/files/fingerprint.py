@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Recorded:
-    """Remembers what its constructor was called with, a subclass's own included."""
+    """Remembers what its constructor was called with, a subclass's own included.
+
+    A dataclass remembers by itself: its fields are what it was made of.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Before any constructor runs, so that none has to know."""
         self = super().__new__(cls)
-        self.__dict__[MADE_OF] = args, kwargs
+        if not _is_made_of_fields(cls):
+            self.__dict__[MADE_OF] = args, kwargs
         return self
 
 
@@ -62,11 +67,35 @@ def described(value: Any) -> Any:
 
 
 def arguments(value: Recorded) -> dict[str, Any]:
-    """What a constructor was called with, by the names of its parameters, defaults included."""
+    """What a constructor was called with, by the names of its parameters, defaults included.
+
+    What it hands on to its base as `**kwargs` counts under the names that it has there.
+    """
+    cls = type(value)
+    if _is_made_of_fields(cls):
+        return {name: getattr(value, name) for name in inspect.signature(cls).parameters}
     args, kwargs = value.__dict__[MADE_OF]
-    bound = inspect.signature(type(value).__init__).bind(value, *args, **kwargs)
+    bound = inspect.signature(cls.__init__).bind(value, *args, **kwargs)
     bound.apply_defaults()
-    return dict(list(bound.arguments.items())[1:])
+    named = dict(list(bound.arguments.items())[1:])
+    defaults = _defaults_of_bases(cls)
+    handed_on = named.pop("kwargs") if defaults else {}
+    return defaults | named | handed_on
+
+
+def _is_made_of_fields(cls: type) -> bool:
+    return is_dataclass(cls) and inspect.signature(cls).parameters.keys() == {f.name for f in fields(cls) if f.init}
+
+
+def _defaults_of_bases(cls: type) -> dict[str, Any]:
+    """The defaults that a constructor leaves to those of its bases by a parameter called `**kwargs`."""
+    constructors = [inspect.signature(vars(own)["__init__"]) for own in cls.__mro__ if "__init__" in vars(own)]
+    defaults: dict[str, Any] = {}
+    for constructor, base in pairwise(constructors):
+        if "kwargs" not in constructor.parameters:
+            break
+        defaults = {p.name: p.default for p in base.parameters.values() if p.default is not p.empty} | defaults
+    return defaults
 
 
 def content_of(path: Path) -> str:
