@@ -19,16 +19,12 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Recorded:
-    """Remembers what its constructor was called with, a subclass's own included.
-
-    A dataclass remembers by itself: its fields are what it was made of.
-    """
+    """Remembers what its constructor was called with, a subclass's own included."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Before any constructor runs, so that none has to know."""
         self = super().__new__(cls)
-        if not _is_made_of_fields(cls):
-            self.__dict__[MADE_OF] = args, kwargs
+        self.__dict__[MADE_OF] = args, kwargs
         return self
 
 
@@ -71,20 +67,13 @@ def arguments(value: Recorded) -> dict[str, Any]:
 
     What it hands on to its base as `**kwargs` counts under the names that it has there.
     """
-    cls = type(value)
-    if _is_made_of_fields(cls):
-        return {name: getattr(value, name) for name in inspect.signature(cls).parameters}
     args, kwargs = value.__dict__[MADE_OF]
-    bound = inspect.signature(cls.__init__).bind(value, *args, **kwargs)
+    bound = inspect.signature(type(value).__init__).bind(value, *args, **kwargs)
     bound.apply_defaults()
     named = dict(list(bound.arguments.items())[1:])
-    defaults = _defaults_of_bases(cls)
+    defaults = _defaults_of_bases(type(value))
     handed_on = named.pop("kwargs") if defaults else {}
     return defaults | named | handed_on
-
-
-def _is_made_of_fields(cls: type) -> bool:
-    return is_dataclass(cls) and inspect.signature(cls).parameters.keys() == {f.name for f in fields(cls) if f.init}
 
 
 def _defaults_of_bases(cls: type) -> dict[str, Any]:

@@ -83,7 +83,8 @@ class FormObjective(Objective):
         reward_batch_size: Number of images that are decoded and scored at once; null takes all of them.
     """
 
-    form: RewardForm | None = field(default_factory=Plain, kw_only=False)
+    # No default form stands here: jsonargparse would hand its template on to any other form that takes one.
+    form: RewardForm = field(default=None, kw_only=False)  # type: ignore[assignment]  # until __post_init__
     guidance: NonNegativeFloat = 3.5
     shift: PositiveFloat | None = None
     shared_noise: bool = False
@@ -104,20 +105,15 @@ class FormObjective(Objective):
         signs: Sequence[int] | None = None,
     ) -> Float[Tensor, " B"]:
         """What the form rewards in the pictures that `latents` decode to; arguments as in RewardForm."""
-        return self._form(reward, policy.decode(latents, conditions.size), conditions, draws, weight, signs)
+        return self.form(reward, policy.decode(latents, conditions.size), conditions, draws, weight, signs)
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What the form rewards."""
-        return self._form.score(reward, images, prompts)
+        return self.form.score(reward, images, prompts)
 
     def check_reward(self, reward: Reward) -> None:
         """Refuse a reward that the form cannot use."""
-        self._form.check(reward)
-
-    @property
-    def _form(self) -> RewardForm:
-        assert self.form is not None  # __post_init__ has seen to it
-        return self.form
+        self.form.check(reward)
 
 
 class Feedback(NamedTuple):

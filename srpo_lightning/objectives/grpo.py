@@ -6,7 +6,7 @@ rho the ratio of the step's probabilities under the policy now and when it drew 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -96,7 +96,7 @@ class GRPO(TrajectoryObjective):
     num_steps: PositiveInt = 16
     shift: PositiveFloat | None = 3.0
     shared_noise: bool = True
-    diffusion: Diffusion | None = field(default_factory=DanceDiffusion)
+    diffusion: Diffusion | None = None
     group_size: PositiveInt = 12
     timestep_fraction: ClosedUnitInterval = 0.6
     clip_range: PositiveFloat = 1e-4
