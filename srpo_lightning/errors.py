@@ -309,10 +309,14 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
+OWN = {Path(__file__).parent}
+"""Folders whose errors are in the user's words; a program beside the package adds its own."""
+
+
 def is_own(error: BaseException) -> bool:
-    """Whether this package raised an error itself, in its own words; what a library raised keeps its traceback."""
+    """Whether the project raised an error itself, in its own words; what a library raised keeps its traceback."""
     *_, (frame, _) = walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return any(Path(frame.f_code.co_filename).is_relative_to(folder) for folder in OWN)
 
 
 def _joined(text: Any) -> str:
