@@ -18,8 +18,6 @@ from srpo_lightning.errors import explain, naming
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
-COMMANDS = ("fit", "validate", "test", "predict")
-
 OWNERS = {"trainer": Trainer, "model": SRPOModule, "data": PromptData, "checkpoint": RunCheckpoint}
 """The classes whose arguments a configuration has without naming them."""
 

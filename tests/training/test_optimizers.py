@@ -317,7 +317,10 @@ def test_two_ranks_step_their_shards_in_the_backward_pass_and_skip_what_is_not_f
     """The same weights, in bfloat16 with eight-bit states, as those of a step after the backward pass."""
     strategy = {"class_path": "srpo_lightning.training.strategies.ShardedStrategy", "init_args": {"shard_size": 2}}
     model = {
-        "reward": {"class_path": "tests.training.test_optimizers.NanOnOneRank", "init_args": {"pretrained": str(wide.clip)}},
+        "reward": {
+            "class_path": "tests.training.test_optimizers.NanOnOneRank",
+            "init_args": {"pretrained": str(wide.clip)},
+        },
         "optimizer": {"class_path": "srpo_lightning.training.low_bit.AdamW8bit", "init_args": {"lr": 1e-3}},
     }
     trainer = {"devices": 2, "strategy": strategy, "precision": "bf16-mixed", "gradient_clip_val": 0, "max_steps": 3}
