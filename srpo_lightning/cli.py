@@ -4,12 +4,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 
-from srpo_lightning.config.names import ALWAYS, COMMANDS, callee, check_names, known_names
+from srpo_lightning.config.names import ALWAYS, COMMANDS, callee, check_files, check_options, known_names
 from srpo_lightning.errors import TRACEBACK, one_line
 from srpo_lightning.suggestions import nearest
 
@@ -24,6 +24,9 @@ JOBS = {
 
 SYNONYMS = {"train": "fit", "eval": "validate", "evaluate": "validate", "sample": "predict", "generate": "predict"}
 """What other programs call these."""
+
+GONE = {"benchmark": "python -m experiments.objectives"}
+"""What commands of older versions are now."""
 
 QUIET = (
     "Found .* in eval mode",  # frozen parts stay in evaluation mode on purpose
@@ -49,7 +52,8 @@ def main(args: list[str] | None = None) -> None:
         if command in ("-h", "--help"):
             print(overview())
         elif command in COMMANDS:
-            check_names(words[1:], known_names(command))
+            known = known_names(command)
+            check_settings(words[1:], known, known)
             from srpo_lightning.trainer_cli import run_trainer  # imports take seconds, which a typo need not wait for
 
             without_progress_bars()
@@ -57,8 +61,9 @@ def main(args: list[str] | None = None) -> None:
         else:
             name = command.replace("-", "_")
             job = callee(JOBS[command], name)
-            if job:
-                check_names(words[1:], set(job.names | ALWAYS), reads_files="config" not in job.names)
+            own = job.names | ALWAYS if job else None
+            # A job's own `config` is that of a run.
+            check_settings(words[1:], own, known_names("fit") if job and "config" in job.names else own)
             run_job(getattr(import_module(JOBS[command]), name), f"srpo_lightning {command}", words[1:])
 
 
@@ -92,7 +97,15 @@ def check_command(words: list[str]) -> None:
         raise ValueError(f"{words[0]} comes before the command, which is first: {known}")
     if not words[0].startswith("-") and words[0] not in commands:
         likely = f"; did you mean {SYNONYMS[words[0]]}?" if words[0] in SYNONYMS else nearest(words[0], commands)
-        raise ValueError(f"{words[0]}: there is no such command{likely or f': {known}'}")
+        now = f"; it is `{GONE[words[0]]}` now" if words[0] in GONE else None
+        raise ValueError(f"{words[0]}: there is no such command{now or likely or f': {known}'}")
+
+
+def check_settings(words: list[str], known: Set[str] | None, known_in_files: Set[str] | None) -> None:
+    """Refuse typos and what lies elsewhere now, but where help is asked for."""
+    if not {"-h", "--help"} & set(words):
+        check_options(words, known)
+        check_files(words, known_in_files)
 
 
 def overview() -> str:

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from importlib import import_module
 
 MODULES = (
@@ -19,6 +19,12 @@ MODULES = (
 )
 """Where the classes are that a configuration usually names."""
 
+MOVED = {
+    "srpo_lightning.strategies.": "srpo_lightning.training.strategies.",
+    "srpo_lightning.low_bit.": "srpo_lightning.training.low_bit.",
+}
+"""Modules of classes that older configurations name, and where they lie now."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` with the known name that is most like another; empty where none is."""
@@ -29,14 +35,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return ""
 
 
-def nearest_setting(name: str, settings: set[str]) -> str:
-    """The same among dotted names, where the first part that is wrong may be any."""
+def nearest_setting(name: str, settings: Set[str]) -> str:
+    """`; did you mean X?` with the setting that is most like a dotted name, of which any part may be wrong."""
     parts = name.split(".")
     for depth in range(len(parts), 0, -1):
         same_depth = [other for other in settings if other.count(".") == depth - 1]
         if close := difflib.get_close_matches(".".join(parts[:depth]), same_depth, 1, 0.8):
             return f"; did you mean {close[0]}?" if close[0] != name else ""
     return nearest(parts[-1], sorted(settings))
+
+
+def moved(class_path: str) -> str | None:
+    """The class_path of today of a class that had another; None of any other text."""
+    return next((new + class_path.removeprefix(old) for old, new in MOVED.items() if class_path.startswith(old)), None)
 
 
 def class_names() -> list[str]:

@@ -1,13 +1,13 @@
 """Names of settings, read from the text of what takes them: a typo is refused before anything is imported."""
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from srpo_lightning.suggestions import nearest_setting
+from srpo_lightning.suggestions import moved, nearest_setting
 
 COMMANDS = {
     "fit": "Train, or go on with a run (--ckpt_path last).",
@@ -83,47 +83,75 @@ def known_names(command: str) -> set[str] | None:
     return names | method.names | {f"{group}.{name}" for group, own in groups.items() if own for name in own.names}
 
 
-def check_names(arguments: Sequence[str], known: set[str] | None, reads_files: bool = True) -> None:
-    """Refuse a setting that there is not, on the command line or in a file that it names.
+def check_options(arguments: Sequence[str], known: Set[str] | None) -> None:
+    """Refuse options that there are not, and classes that lie elsewhere now.
 
     What is deeper than `known`, or only the beginning of a name in it, is left to the parser.
 
     Args:
         arguments: the command line behind the command.
-        known: names of settings; None leaves everything to the parser.
-        reads_files: whether --config names a file of them.
+        known: names of settings; None leaves all names to the parser.
+
+    Raises:
+        ValueError: naming the option and the nearest one.
+    """
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        option, _, value = word.partition("=")
+        if option.startswith("--") and len(option) > len("--"):
+            name = option.removeprefix("--").removesuffix("+")
+            _check_name(name, known)
+            _check_class(name, value or following)
+
+
+def check_files(arguments: Sequence[str], known: Set[str] | None) -> None:
+    """Refuse the same of the files that `--config` names.
 
     Raises:
         ValueError: naming the setting and the nearest one.
     """
-    if known is None or {"-h", "--help"} & set(arguments):
-        return
-    depth = 1 + max(name.count(".") for name in known)
-    for name in _given(arguments, known, reads_files):
-        head = ".".join(name.split(".")[:depth])
-        if not any(other.startswith(head) for other in known):
-            raise ValueError(f"{name}: there is no such setting{nearest_setting(name, known) or '; --help shows all'}")
-
-
-def _given(arguments: Sequence[str], known: set[str], reads_files: bool) -> Iterator[str]:
-    files = []
     for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, _, value = word.partition("=")
-        if option.startswith("--") and len(option) > len("--"):
-            yield option.removeprefix("--").removesuffix("+")
-        if option in ("-c", "--config") and reads_files:
-            files.append(value or following)
-    for file in files:
-        yield from _names_of(_mapping(file), "", lambda name: any(other.startswith(f"{name}.") for other in known))
+        if option in ("-c", "--config"):
+            settings = _mapping(value or following)
+            for name in _names_of(settings, "", known or ()):
+                _check_name(name, known)
+            for name, text in _texts("", settings, set()):
+                _check_class(name, text)
 
 
-def _names_of(settings: dict[Any, Any], prefix: str, is_group: Callable[[str], bool]) -> Iterator[str]:
+def _check_name(name: str, known: Set[str] | None) -> None:
+    if known is None:
+        return
+    depth = 1 + max(other.count(".") for other in known)
+    head = ".".join(name.split(".")[:depth])
+    if not any(other.startswith(head) for other in known):
+        raise ValueError(f"{name}: there is no such setting{nearest_setting(name, known) or '; --help shows all'}")
+
+
+def _check_class(name: str, value: str) -> None:
+    if new := moved(value):
+        raise ValueError(f"{name.removesuffix('.class_path')} is {value}, which is {new} now")
+
+
+def _names_of(settings: dict[Any, Any], prefix: str, known: Collection[str]) -> Iterator[str]:
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        if isinstance(key, str) and isinstance(value, dict) and value and is_group(name):
-            yield from _names_of(value, f"{name}.", is_group)
+        is_group = any(other.startswith(f"{name}.") for other in known)
+        if isinstance(key, str) and isinstance(value, dict) and value and is_group:
+            yield from _names_of(value, f"{name}.", known)
         elif isinstance(key, str):
             yield name.removesuffix("+")
+
+
+def _texts(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, str]]:
+    """The texts in nested settings, and where they are; YAML lets a list hold itself."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict | list) and id(value) not in seen:
+        seen.add(id(value))
+        named = value.items() if isinstance(value, dict) else (("", own) for own in value)
+        for key, own in named:
+            yield from _texts(f"{name}.{key}".strip("."), own, seen)
 
 
 def _mapping(file: str) -> dict[Any, Any]:

@@ -1,13 +1,18 @@
 """What a command imports: no more than it needs, so that help and the refusal of a typo come at once."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from srpo_lightning.config.names import ALWAYS, COMMANDS, OWNERS, callee, check_names, known_names
+from srpo_lightning.cli import JOBS
+from srpo_lightning.config.names import ALWAYS, COMMANDS, OWNERS, callee, check_files, check_options, known_names
+from srpo_lightning.suggestions import moved
 from srpo_lightning.trainer_cli import SRPOCLI, run_trainer
+from tests.refusals import refused
 
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = [
@@ -68,14 +73,10 @@ def test_a_typo_in_a_file_is_refused_as_early(tmp_path):
     assert heavy == set()
 
 
-@pytest.mark.parametrize("command", ["fit", "estimate"])
-def test_a_command_imports_no_job_but_its_own(command):
-    jobs = [
-        f"srpo_lightning.jobs.{name}" for name in ("cache", "control_words", "convert", "estimate.job", "export.job")
-    ]
-    found, output = imported([command, "--help"], jobs)
+def test_training_imports_no_job():
+    found, output = imported(["fit", "--help"], list(JOBS.values()))
     assert "usage:" in output
-    assert found == {name for name in jobs if command in name}
+    assert found == set()
 
 
 class ParsedError(Exception):
@@ -102,6 +103,34 @@ def test_the_names_that_are_read_from_files_are_those_of_the_parser(command, mon
     assert known - settings <= linked | objects | ALWAYS | OWNERS.keys() | COMMANDS.keys()
 
 
+STRATEGY = {"class_path": "srpo_lightning.strategies.ShardedStrategy", "init_args": {"shard_size": 2}}
+NEW_STRATEGY = "srpo_lightning.training.strategies.ShardedStrategy"
+OPTIMIZER = "srpo_lightning.low_bit.AdamW8bit"
+
+
+@pytest.mark.parametrize("command", ["fit", "export"])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"trainer": {"strategy": STRATEGY}},
+         f"trainer.strategy is {STRATEGY['class_path']}, which is {NEW_STRATEGY} now"),
+        ({"model": {"optimizer": OPTIMIZER}},
+         f"model.optimizer is {OPTIMIZER}, which is srpo_lightning.training.low_bit.AdamW8bit now"),
+    ],
+    ids=["strategy", "optimizer"],
+)  # fmt: skip
+def test_a_configuration_with_the_old_place_of_a_class_is_told_the_new_one(settings, told, command, tmp_path, capsys):
+    (config := tmp_path / "config.yaml").write_text(json.dumps(settings))
+    refused([command, "--config", str(config)], re.escape(told), capsys)
+    assert moved(f"srpo_lightning.training.{OPTIMIZER}") is None
+
+
+def test_an_option_and_a_command_that_were_moved_are_told_the_new_place(capsys):
+    told = f"model.optimizer is {OPTIMIZER}, which is srpo_lightning.training.low_bit.AdamW8bit now"
+    refused(["fit", "--model.optimizer", OPTIMIZER], told, capsys)
+    refused(["benchmark"], "it is `python -m experiments.objectives` now", capsys)
+
+
 def test_what_is_no_plain_name_is_left_to_the_parser(tmp_path):
     known = {"config", "trainer", "trainer.max_steps", "trainer.callbacks", "seed"}
     (nested := tmp_path / "a.yaml").write_text("trainer: {callbacks: [{x: 3}], callbacks+: []}\n3: 4")
@@ -110,12 +139,13 @@ def test_what_is_no_plain_name_is_left_to_the_parser(tmp_path):
         ["--trainer.callbacks.x.y", "3", "--trainer.callbacks+=z", "--seed=3", "--", "-1"],
         ["--trainer.max_st", "3"],  # the beginning of a name is taken for it
         ["--config", str(nested), f"--config={broken}", "-c", "/nowhere.yaml"],
-        ["--nothing", "--help"],
+        [],
     ):
-        check_names(words, known)
-    check_names(["--nothing"], None)
+        check_options(words, known)
+        check_files(words, known)
+    check_options(["--nothing"], None)
     with pytest.raises(ValueError, match="nothing: there is no such setting"):
-        check_names(["--nothing"], known)
+        check_options(["--nothing"], known)
 
 
 def test_arguments_that_a_file_does_not_tell_are_not_guessed():
