@@ -20,8 +20,6 @@ from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
-COMMANDS = ("fit", "validate", "test", "predict")
-
 OWNERS = {"trainer": Trainer, "model": SRPOModule, "data": PromptData, "checkpoint": RunCheckpoint}
 """The classes whose arguments a configuration has without naming them."""
 
