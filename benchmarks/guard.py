@@ -15,10 +15,10 @@ import yaml
 from jsonargparse import auto_cli
 
 from srpo_lightning.callbacks import OverOptimizationGuard
-from srpo_lightning.callbacks.tracking import base_path, read_table, table_path
 from srpo_lightning.cli import main as train
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT, summary
 from srpo_lightning.evaluation.metrics import Evaluation
+from srpo_lightning.run_folder import RunFolder
 
 CONFIG = "configs/emoji_srpo.yaml"
 
@@ -35,7 +35,7 @@ def main(
 ) -> None:
     for seed in seeds:
         run = Path(folder) / f"lr-{lr:g}-seed-{seed}"
-        if not table_path(run, max_steps, "policy").is_file():
+        if not RunFolder(run).table(max_steps, "policy").is_file():
             train(
                 ["fit", "--config", unguarded(config, run), "--trainer.default_root_dir", str(run),
                  "--seed_everything", str(seed),
@@ -68,10 +68,10 @@ def unguarded(config: str, run: Path) -> str:
 
 def read_evaluations(run: Path, steps: range) -> dict[int, Evaluation]:
     """What was measured at each step, of the policy's own weights."""
-    base = read_table(base_path(run))
+    base = RunFolder(run).read_base()
     found = {}
     for step in steps:
-        table = read_table(table_path(run, step, "policy"))
+        table = RunFolder(run).read_table(step, "policy")
         if table is not None:
             found[step] = Evaluation(table, summary(table, base if step else None, []))
     return found

@@ -21,18 +21,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from srpo_lightning.callbacks.agreement import Agreement
-from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
-from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
 from srpo_lightning.config.arguments import COMMANDS, Parser, add_project_arguments, choose_strategy
 from srpo_lightning.config.effects import check_effects, check_single
-from srpo_lightning.config.loops import FOLDER_OF_TRIAL, check_loops
+from srpo_lightning.config.loops import check_loops
 from srpo_lightning.data import PromptData
 from srpo_lightning.errors import TRACEBACK, naming, nearest, one_line
-from srpo_lightning.files.checkpoints import AtomicCheckpointIO, check_whole, checkpoints, complete_or_absent
-from srpo_lightning.files.owners import run_lock
+from srpo_lightning.files.checkpoints import AtomicCheckpointIO, check_whole, complete_or_absent
 from srpo_lightning.jobs.cache import cache
 from srpo_lightning.jobs.control_words import control_words
 from srpo_lightning.jobs.convert import convert
@@ -40,6 +37,7 @@ from srpo_lightning.jobs.estimate.job import estimate
 from srpo_lightning.jobs.estimate.room import check_room
 from srpo_lightning.jobs.export.job import export
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.training.agreement import lost_rank
 
 JOBS: dict[str, Callable[..., None]] = {
@@ -49,8 +47,6 @@ JOBS: dict[str, Callable[..., None]] = {
     "estimate": estimate,
     "export": export,
 }
-
-CONFIG = "config.yaml"
 
 SYNONYMS = {"train": "fit", "eval": "validate", "evaluate": "validate", "sample": "predict", "generate": "predict"}
 """What other programs call these."""
@@ -180,9 +176,9 @@ class SRPOCLI(LightningCLI):
         """Log into the run folder, in one place however often the run is resumed; what is no part of it apart."""
         config = self.config[self.config.subcommand]
         if config.trainer.logger in (None, True):
-            folder = Path(config.trainer.default_root_dir)
-            folder = folder if self.config.subcommand == "fit" else folder / VALIDATION
-            kwargs["logger"] = TensorBoardLogger(folder, name="logs", version="")
+            run = RunFolder(config.trainer.default_root_dir)
+            logs = (run if self.config.subcommand == "fit" else run.validation).logs
+            kwargs["logger"] = TensorBoardLogger(logs.parent, name=logs.name, version="")
         with naming():
             return super().instantiate_trainer(**kwargs)
 
@@ -229,7 +225,7 @@ class SRPOCLI(LightningCLI):
         if chosen:
             rank_zero_info(chosen)
         if self.config.subcommand == "fit" and is_first_rank() and not config.trainer.fast_dev_run:
-            self.held.enter_context(run_lock(Path(config.trainer.default_root_dir)))
+            self.held.enter_context(RunFolder(config.trainer.default_root_dir).lock())
         try:
             self._find_checkpoint(config)
         except ValueError as error:
@@ -237,16 +233,16 @@ class SRPOCLI(LightningCLI):
                 raise
             self.refusal, config.ckpt_path = str(error), None
         if config.trainer.fast_dev_run:
-            config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir) / FOLDER_OF_TRIAL)
+            config.trainer.default_root_dir = str(RunFolder(config.trainer.default_root_dir).trial.path)
 
     def _find_checkpoint(self, config: Namespace) -> None:
-        folder = config.trainer.default_root_dir
+        run = RunFolder(config.trainer.default_root_dir)
         if config.ckpt_path is not None:
-            found = find_checkpoint(config.ckpt_path, folder, config.checkpoint.monitor, config.checkpoint.mode)
+            found = run.find_checkpoint(config.ckpt_path, config.checkpoint.monitor, config.checkpoint.mode)
             rank_zero_info(f"--ckpt_path {config.ckpt_path}: {found}")
             check_whole(found, content=is_first_rank())
             config.ckpt_path = str(found)
-        elif self.config.subcommand == "fit" and checkpoints(folder) and not config.trainer.fast_dev_run:
+        elif self.config.subcommand == "fit" and run.checkpoints() and not config.trainer.fast_dev_run:
             raise ValueError(
                 f"{config.trainer.default_root_dir} holds a run already: resume it with --ckpt_path last, name another "
                 "folder with --trainer.default_root_dir, or delete it"
@@ -273,10 +269,8 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         """Keep the record of every start."""
         if stage != "fit":
             return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
-        path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
+        path = RunFolder.of(trainer).config(Path(self.config.ckpt_path) if self.config.ckpt_path else None)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with naming("this configuration cannot be written down"), complete_or_absent(path) as partial:
             self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
 

@@ -1,10 +1,8 @@
 """When checkpoints are written and which are kept."""
 
-import math
 import signal
 import time
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -15,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from srpo_lightning.callbacks.records import EVALUATION_DUE
 from srpo_lightning.callbacks.stop_signals import StopSignals
-from srpo_lightning.callbacks.tracking import read_records
-from srpo_lightning.files.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
+from srpo_lightning.files.checkpoints import remove
 from srpo_lightning.files.full_disk import FullDiskError
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.training.agreement import lost_rank
 
 
@@ -201,7 +199,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
-        path = checkpoint_path(trainer.default_root_dir, trainer.global_step)
+        path = RunFolder.of(trainer).checkpoint(trainer.global_step)
         self._saved_at_s = time.monotonic()
         try:
             trainer.save_checkpoint(path, weights_only=False)
@@ -216,10 +214,10 @@ class RunCheckpoint(Checkpoint):
         self._saved_at_s = time.monotonic()
 
     def _prune(self, trainer: Trainer) -> None:
-        folder = trainer.default_root_dir
+        run = RunFolder.of(trainer)
         if trainer.is_global_zero:
-            best = ranked(folder, self.monitor, self.mode)[: self.keep_best] if self.monitor else []
-            for old in checkpoints(folder)[: -self.keep]:
+            best = run.ranked_checkpoints(self.monitor, self.mode)[: self.keep_best] if self.monitor else []
+            for old in run.checkpoints()[: -self.keep]:
                 if old not in best:
                     remove(old)
 
@@ -250,35 +248,3 @@ def step_size(trainer: Trainer) -> list[int] | None:
     batch_size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
     # Numbers of a configuration have a type of their own, which torch does not read back.
     return [trainer.world_size, int(batch_size), int(trainer.accumulate_grad_batches)] if batch_size else None
-
-
-def ranked(run_folder: str | Path, monitor: str, mode: str) -> list[Path]:
-    """The checkpoints of a run whose steps were evaluated, best first by `monitor` (see RunCheckpoint)."""
-    weights, _, name = monitor.partition("/")
-    records = read_records(run_folder)
-    values = {r["step"]: float(r[name]) for r in records if r["weights"] == weights and name in r}
-    scores = {path: values.get(step_of(path), math.nan) for path in checkpoints(run_folder)}
-    sign = -1 if mode == "max" else 1
-    return sorted((path for path in scores if not math.isnan(scores[path])), key=lambda path: sign * scores[path])
-
-
-def find_checkpoint(ckpt_path: str, run_folder: str | Path, monitor: str | None, mode: str) -> Path:
-    """What `--ckpt_path` means: `last`, `best` (in `monitor`, see RunCheckpoint), or a path.
-
-    Raises:
-        ValueError: naming the cure, if there is no such checkpoint.
-    """
-    if ckpt_path == "last":
-        return newest(run_folder)
-    if ckpt_path == "best":
-        if not monitor:
-            raise ValueError("--ckpt_path best needs checkpoint.monitor, the number to be best in: try ema/judge")
-        best = ranked(run_folder, monitor, mode)
-        if not best:
-            raise ValueError(f"--ckpt_path best: no checkpoint in {run_folder} was evaluated in checkpoint.monitor")
-        return best[0]
-    if not ckpt_path:
-        raise ValueError("--ckpt_path is empty: it is `last`, `best`, or the path of a checkpoint")
-    if not Path(ckpt_path).exists():
-        raise ValueError(f"--ckpt_path {ckpt_path} does not exist: `last` takes the newest of {run_folder}")
-    return Path(ckpt_path)

@@ -1,6 +1,5 @@
 """Adapters as files that diffusers reads."""
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
@@ -14,15 +13,10 @@ from srpo_lightning.files.checkpoints import complete_or_absent_folder
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import save_lora
+from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.training.optimizers import whole
 
-FOLDER = "lora"
 PREFIX = "policy.transformer."
-
-
-def lora_path(run_folder: str | Path, step: int) -> Path:
-    """The folder of the adapter after `step` optimizer steps."""
-    return Path(run_folder) / FOLDER / f"step-{step:08d}"
 
 
 class LoraExport(Checkpoint):  # Lightning calls these last: the average has followed by then
@@ -61,7 +55,7 @@ class LoraExport(Checkpoint):  # Lightning calls these last: the average has fol
         self._written_step = trainer.global_step
         transformer = _policy(module).transformer
         assert transformer is not None
-        folder = lora_path(trainer.default_root_dir, trainer.global_step)
+        folder = RunFolder.of(trainer).lora(trainer.global_step)
         averages = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), {})  # type: ignore[attr-defined]
         weights = _whole(dict(module.trainable_parameters())), _whole(averages)
         if trainer.is_global_zero:

@@ -8,14 +8,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.callbacks.records import Record
-from srpo_lightning.callbacks.samples import METADATA, gathered, record_of
-from srpo_lightning.evaluation.pictures import PREDICTIONS, as_picture, record_if_whole, write_picture
+from srpo_lightning.callbacks.samples import gathered, record_of
+from srpo_lightning.evaluation.pictures import as_picture, record_if_whole, write_picture
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.fingerprint import content_of, fingerprint
-from srpo_lightning.files.owners import PARTIAL, is_left
+from srpo_lightning.files.records import Record
 from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import PictureFolder, RunFolder
 
 DRAWN, KEPT, REDRAWN = "drawn", "kept", "drawn again"
 
@@ -33,14 +33,15 @@ class Predictions(Callback):
 
     def __init__(self, output: str | None = None) -> None:
         self.output = output
-        self.folder = Path()
+        self.folder = PictureFolder("")
         self.drawn_by = ""
         self.outcomes: dict[str, str] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the module pass over batches whose pictures are there."""
         assert isinstance(pl_module, SRPOModule)
-        self.folder = Path(self.output or Path(trainer.default_root_dir) / PREDICTIONS).expanduser()
+        own = RunFolder.of(trainer).predictions.path
+        self.folder = PictureFolder(Path(self.output or own).expanduser())
         self.outcomes = {}
         checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         features = trainer.datamodule.cache.description["fingerprint"]  # type: ignore[attr-defined]
@@ -48,7 +49,7 @@ class Predictions(Callback):
             [pl_module.policy, checkpoint and content_of(checkpoint), features, trainer.precision]
         )
         if trainer.is_global_zero:  # until it is true again
-            (self.folder / METADATA).unlink(missing_ok=True)
+            self.folder.metadata.unlink(missing_ok=True)
 
         def is_finished(batch: Conditions) -> bool:
             rows = range(batch.batch_size)
@@ -74,7 +75,7 @@ class Predictions(Callback):
             for row in range(batch.batch_size):
                 record = self.record(pl_module, weights, batch, row)
                 if not self.is_kept(record):
-                    path = self.folder / record["file"]
+                    path = self.folder.path / record["file"]
                     self.outcomes[record["file"]] = REDRAWN if path.exists() else DRAWN
                     write_picture(path, as_picture(images[row]), record)
 
@@ -87,7 +88,7 @@ class Predictions(Callback):
     def record(self, module: SRPOModule, weights: str, batch: Conditions, row: int) -> Record:
         """What a picture of a batch is of, and all that it depends on."""
         has_own_seed = batch.seeds is not None and batch.seeds[row] is not None
-        return record_of(module, weights, batch, row, "") | {
+        return record_of(module, weights, batch, row) | {
             "size": list(batch.size) if batch.size else None,
             "noise": "seed" if has_own_seed else "seed and index",
             "drawn_by": self.drawn_by,
@@ -95,20 +96,19 @@ class Predictions(Callback):
 
     def is_kept(self, record: Record) -> bool:
         """Whether the picture is there, whole and of the same, and remember it."""
-        found = record_if_whole(self.folder / record["file"])
+        found = record_if_whole(self.folder.path / record["file"])
         is_same = found is not None and all(found.get(name) == value for name, value in record.items())
         if is_same:
             self.outcomes.setdefault(record["file"], KEPT)
         return is_same
 
 
-def write_metadata(folder: Path) -> list[Record]:
+def write_metadata(folder: PictureFolder) -> list[Record]:
     """The records of all pictures in a folder, from the pictures themselves, as a file with a line each."""
-    for left in filter(is_left, folder.glob(f"step-*/*/*{PARTIAL}-*")):  # by a call that was killed
-        left.unlink()
-    found = [(path, record_if_whole(path)) for path in sorted(folder.glob("step-*/*/*.png"))]
-    records = [record | {"file": path.relative_to(folder).as_posix()} for path, record in found if record is not None]
-    with complete_or_absent(folder / METADATA) as partial:
+    folder.remove_unfinished()
+    found = [(path.relative_to(folder.path).as_posix(), record_if_whole(path)) for path in folder.pictures()]
+    records = [record | {"file": name} for name, record in found if record is not None]
+    with complete_or_absent(folder.metadata) as partial:
         partial.write_text("".join(strict_json(record) + "\n" for record in records), "utf-8")
     return records
 
@@ -119,9 +119,9 @@ def together(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return dict(sorted(pairs, reverse=True))
 
 
-def summary(folder: Path, records: list[Record], outcomes: dict[str, str]) -> str:
+def summary(folder: PictureFolder, records: list[Record], outcomes: dict[str, str]) -> str:
     """How many pictures were drawn and where they are."""
     counts = ", ".join(f"{list(outcomes.values()).count(kind)} {kind}" for kind in (DRAWN, KEPT, REDRAWN))
     others = sum(record["file"] not in outcomes for record in records)
     beside = f"; {others} of earlier calls lie beside them" if others else ""
-    return f"predict: {len(outcomes)} pictures in {folder.resolve()}: {counts}{beside}"
+    return f"predict: {len(outcomes)} pictures in {folder.path.resolve()}: {counts}{beside}"

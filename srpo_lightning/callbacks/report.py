@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
@@ -11,14 +10,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from srpo_lightning.callbacks.records import Record, recorded_in
-from srpo_lightning.callbacks.tracking import FILE, read_records
 from srpo_lightning.evaluation.comparison import BASE, compare, write_comparison
-from srpo_lightning.evaluation.pictures import contact_sheet, picture_if_whole, sample_path
+from srpo_lightning.evaluation.pictures import contact_sheet, picture_if_whole
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import markdown_table
 from srpo_lightning.files.provenance import software
+from srpo_lightning.files.records import Record
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import RunFolder
 
 
 class Report(Callback):
@@ -56,7 +55,7 @@ class Report(Callback):
             return
         step = pl_module.trained_steps
         tables = {weights: pl_module.evaluations[weights].table for weights in in_order(pl_module.evaluations)}
-        path = recorded_in(trainer) / f"step-{step:08d}"
+        path = RunFolder.recording(trainer).comparison(step)
         tags = trainer.datamodule.eval_tags  # type: ignore[attr-defined]
         head = {"step": step, "checkpoint": str(trainer.ckpt_path or ""), "software": software()}
         print(f"\n{write_comparison(path, compare(tables, tags), head)}\n{path}.md, {path}.json")
@@ -66,29 +65,29 @@ class Report(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print."""
-        folder = Path(trainer.default_root_dir)
-        if not (folder / FILE).is_file():
+        run = RunFolder.of(trainer)
+        if not run.metrics.is_file():
             return
-        columns = before_and_after(read_records(folder))
+        columns = before_and_after(run.read_metrics())
         table = markdown(columns)
         if self._seconds:
             table += (
                 f"\n{sum(self._seconds) / len(self._seconds):.2f} seconds per step (mean of {len(self._seconds)})\n"
             )
-        with complete_or_absent(folder / "report.md") as partial:
+        with complete_or_absent(run.report) as partial:
             partial.write_text(table, encoding="utf-8")
         print(f"\n{table}")
-        rows = {name: self._pictures(folder, record) for name, record in columns.items()}
+        rows = {name: self._pictures(run, record) for name, record in columns.items()}
         if all(map(any, rows.values())):
             shown = [i for i in range(self.num_columns) if any(row[i] for row in rows.values())]
             rows = {name: [row[i] for i in shown] for name, row in rows.items()}
-            with complete_or_absent(folder / "before_after.png") as partial:
+            with complete_or_absent(run.sheet) as partial:
                 contact_sheet(rows, self.scale).save(partial, format="PNG")
-            print(f"pictures: {folder / 'before_after.png'}")
+            print(f"pictures: {run.sheet}")
 
-    def _pictures(self, folder: Path, record: Record) -> list[Image.Image | None]:
+    def _pictures(self, run: RunFolder, record: Record) -> list[Image.Image | None]:
         step, weights = int(record["step"]), str(record["weights"])
-        return [picture_if_whole(sample_path(folder, step, weights, index)) for index in range(self.num_columns)]
+        return [picture_if_whole(run.samples.picture(step, weights, index)) for index in range(self.num_columns)]
 
 
 def in_order(weights: Iterable[str]) -> list[str]:

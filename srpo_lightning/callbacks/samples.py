@@ -1,6 +1,7 @@
 """Evaluation samples as files, and side by side in TensorBoard or Weights & Biases."""
 
 import time
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,20 +15,14 @@ from torch import Tensor
 from torch.distributed import all_gather_object, get_world_size, is_initialized
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
+from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.evaluation.comparison import BASE
-from srpo_lightning.evaluation.pictures import (
-    SAMPLES,
-    as_picture,
-    contact_sheet,
-    picture_if_whole,
-    sample_path,
-    write_picture,
-)
+from srpo_lightning.evaluation.pictures import as_picture, contact_sheet, picture_if_whole, write_picture
+from srpo_lightning.files import records
+from srpo_lightning.files.records import Record
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import PictureFolder, RunFolder
 
-METADATA = "metadata.jsonl"
 THUMBNAIL_PX = 256
 LEGIBLE_PX = 128  # a picture's width in a sheet at least, so that there is room for words
 
@@ -57,8 +52,6 @@ class SampleLogger(Recorder):
             the first and the last. The drawing itself is the validation's, whose interval says how often.
     """
 
-    file = f"{SAMPLES}/{METADATA}"
-
     def __init__(
         self, num_samples: PositiveInt = 16, columns: PositiveInt = 8, max_share: NonNegativeFloat = 0.01
     ) -> None:
@@ -69,6 +62,11 @@ class SampleLogger(Recorder):
         self._start_s = time.perf_counter()
         self._samples: dict[tuple[str, int], Sample] = {}
         self._base: dict[int, Image.Image] = {}
+
+    @staticmethod
+    def file(run: RunFolder) -> Path:
+        """The records of the pictures."""
+        return run.samples.metadata
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last pictures."""
@@ -107,14 +105,14 @@ class SampleLogger(Recorder):
 
     def _write(self, trainer: Trainer, module: SRPOModule) -> None:
         start_s = time.perf_counter()
+        folder = RunFolder.recording(trainer).samples
         for (weights, index), sample in self._samples.items():
             sample.record["scores"] = scores_of(module, weights, index)
-            path = sample_path(recorded_in(trainer), int(sample.record["step"]), weights, index)
-            write_picture(path, *sample)
+            write_picture(folder.picture(int(sample.record["step"]), weights, index), *sample)
         everyones = gathered({key: small(sample) for key, sample in self._samples.items()})
         self._samples = {}
         if trainer.is_global_zero:
-            records.append(recorded_in(trainer) / self.file, *(record for _, record in everyones.values()))
+            records.append(folder.metadata, *(record for _, record in everyones.values()))
             self._show(trainer, module, everyones)
         self.seconds += time.perf_counter() - start_s
         for logger in trainer.loggers:
@@ -127,7 +125,7 @@ class SampleLogger(Recorder):
             self._base = {index: sample.picture for (_, index), sample in samples.items()}
         elif not self._base:  # a resumed run
             for (_, index), sample in samples.items():
-                path = sample_path(trainer.default_root_dir, 0, "policy", index)
+                path = RunFolder.of(trainer).samples.picture(0, "policy", index)
                 if index in shown and (picture := picture_if_whole(path, sample.record)):
                     self._base[index] = picture
         for weights in dict.fromkeys([BASE, *(weights for weights, _ in samples)]):
@@ -143,7 +141,7 @@ class SampleLogger(Recorder):
                 show(logger, sheet, module.trained_steps)
 
 
-def record_of(module: SRPOModule, weights: str, batch: Conditions, row: int, kind: str = SAMPLES) -> Record:
+def record_of(module: SRPOModule, weights: str, batch: Conditions, row: int) -> Record:
     """What a picture of a batch is of."""
     step, index = module.trained_steps, int(batch.indices[row])
     own_seed = batch.seeds[row] if batch.seeds else None
@@ -155,7 +153,7 @@ def record_of(module: SRPOModule, weights: str, batch: Conditions, row: int, kin
         "prompt": batch.prompts[row],
         "guidance": module.sample_guidance,
         "num_steps": module.num_sample_steps,
-        "file": sample_path("", step, weights, index, kind).relative_to(kind).as_posix(),
+        "file": PictureFolder.name(step, weights, index),
     }
 
 

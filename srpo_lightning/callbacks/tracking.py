@@ -1,6 +1,5 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
+from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.evaluation.comparison import (
     BASE,
@@ -23,7 +21,6 @@ from srpo_lightning.evaluation.comparison import (
     LABEL,
     NOT_WON,
     read_header,
-    read_table,
     save_table,
     summary,
 )
@@ -43,15 +40,9 @@ from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.reward_forms import RewardForm
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.clip import ClipReward
+from srpo_lightning.run_folder import RunFolder
 
-FILE = "metrics.jsonl"
-TABLES = "tables"
 OWN_COLUMNS = ("reward", "judge", "prompt", "saturation", "brightness", "high_frequency", LABEL, HELD_OUT)
-
-
-def table_path(run_folder: str | Path, step: int, weights: str) -> Path:
-    """Where the numbers of every sample after `step` optimizer steps lie."""
-    return Path(run_folder) / TABLES / f"step-{step:08d}" / f"{weights}.safetensors"
 
 
 class RewardTracking(Recorder):
@@ -82,8 +73,6 @@ class RewardTracking(Recorder):
         form: what `reward` and `judge` are of; None: what the objective asks of its reward. One form makes runs with
             several objectives comparable.
     """
-
-    file = FILE
 
     def __init__(
         self,
@@ -124,6 +113,11 @@ class RewardTracking(Recorder):
                 f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among judge, prompt, {self.top} and "
                 f"the names in metrics ({', '.join(self.scorers) or 'there are none'})"
             )
+
+    @staticmethod
+    def file(run: RunFolder) -> Path:
+        """The numbers of every evaluation."""
+        return run.metrics
 
     @property
     def models(self) -> list[Reward]:
@@ -262,20 +256,20 @@ class RewardTracking(Recorder):
 
     def _read_base(self, trainer: Trainer, module: SRPOModule) -> Table | None:
         key = self.key(trainer, module)
-        found = (read_table(base_path(folder), key) for folder in (trainer.default_root_dir, recorded_in(trainer)))
+        found = (run.read_base(key) for run in (RunFolder.of(trainer), RunFolder.recording(trainer)))
         return next((table for table in found if table is not None), None)
 
     def _keep_base(self, trainer: Trainer, module: SRPOModule, base: Table) -> None:
         """In the run folder, unless `validate` would replace the run's own by that of other prompts or settings."""
-        key, path = self.key(trainer, module), base_path(trainer.default_root_dir)
+        key, path = self.key(trainer, module), RunFolder.of(trainer).base_table
         header = read_header(path) if path.is_file() else None
         is_others = header is not None and header["key"] != key
-        save_table(base_path(recorded_in(trainer)) if is_others else path, base, key)
+        save_table(RunFolder.recording(trainer).base_table if is_others else path, base, key)
 
     def _record(
         self, trainer: Trainer, module: SRPOModule, weights: str, table: Table, numbers: dict[str, float]
     ) -> None:
-        step, folder = module.trained_steps, recorded_in(trainer)
+        step, run = module.trained_steps, RunFolder.recording(trainer)
         module.log_dict({f"val/{weights}/{name}": value for name, value in numbers.items()}, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{weights}/{name}": value for name, value in numbers.items()}, step)
@@ -286,8 +280,8 @@ class RewardTracking(Recorder):
                         logger.experiment.add_histogram(f"distribution/{weights}/{name}", known, step)
         if trainer.is_global_zero:
             own = {} if trainer.state.fn == TrainerFn.FITTING else {"key": self.key(trainer, module)}
-            append_record(folder, {"step": step, "weights": weights, **own, **numbers})
-            save_table(table_path(folder, step, weights), table, "")
+            run.append_metrics({"step": step, "weights": weights, **own, **numbers})
+            save_table(run.table(step, weights), table, "")
 
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:
@@ -303,19 +297,3 @@ def warn_of_unknown(weights: str, table: Table, step: int) -> None:
             f"numbers, sample {int(table.indices[unknown][0])} the first: look at the pictures; lower the learning "
             "rate, or draw in a wider precision (trainer.precision)"
         )
-
-
-def base_path(run_folder: str | Path) -> Path:
-    """Where the base's numbers are kept."""
-    return Path(run_folder) / TABLES / f"{BASE}.safetensors"
-
-
-def append_record(run_folder: str | Path, record: Record) -> None:
-    """Add a line to the run's metrics file."""
-    records.append(Path(run_folder) / FILE, record)
-
-
-def read_records(run_folder: str | Path) -> list[Record]:
-    """All lines of the run's metrics file, oldest first; what was not a number is NaN again."""
-    lines = records.read(Path(run_folder) / FILE)
-    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]

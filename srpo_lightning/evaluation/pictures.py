@@ -16,18 +16,11 @@ from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.provenance import software
 from srpo_lightning.files.strict_json import strict_json
 
-SAMPLES = "samples"
-PREDICTIONS = "predictions"
 DRAWN_FROM = ("prompt", "seed", "guidance", "num_steps")
 """What pictures that are compared have in common, by their records."""
 
 LABEL_PX = 14
 LETTER_PX = 6  # of Pillow's own font, on average
-
-
-def sample_path(run_folder: str | Path, step: int, weights: str, index: int, kind: str = SAMPLES) -> Path:
-    """Where the picture of evaluation prompt `index` after `step` optimizer steps lies."""
-    return Path(run_folder) / kind / f"step-{step:08d}" / weights / f"{index:05d}.png"
 
 
 def as_picture(image: Tensor) -> Image.Image:

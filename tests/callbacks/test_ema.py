@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import EMA, RunCheckpoint
-from srpo_lightning.files.checkpoints import checkpoint_path
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.faults import History
 
@@ -113,7 +113,7 @@ def test_the_average_travels_with_the_checkpoint_into_a_bare_evaluation(models, 
     _, ema = fitted(models, features, tmp_path)
     module, loaded = tiny.new_module(models), EMA(decay=0.5)
     tiny.new_trainer(tmp_path, [loaded], limit_val_batches=1).validate(
-        module, tiny.new_data(models, features), ckpt_path=checkpoint_path(tmp_path, 2), verbose=False
+        module, tiny.new_data(models, features), ckpt_path=RunFolder(tmp_path).checkpoint(2), verbose=False
     )
     assert "ema" in module.weight_variants
     assert loaded.num_updates == 2

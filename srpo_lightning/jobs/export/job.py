@@ -9,11 +9,10 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.lora import PREFIX
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.data import PromptData
-from srpo_lightning.files.checkpoints import FOLDER, check_whole, checkpoints, complete_or_absent_folder
+from srpo_lightning.files.checkpoints import check_whole, complete_or_absent_folder
 from srpo_lightning.jobs.export import usage
 from srpo_lightning.jobs.export.comparison import Difference, difference, own_picture, write_pictures
 from srpo_lightning.jobs.export.formats import FORMATS, Format
@@ -22,6 +21,7 @@ from srpo_lightning.jobs.export.weights import Kind, read_trained
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.run_folder import RunFolder
 
 PROMPT = "a cat"
 """Of the card's picture, where no evaluation prompt can be read."""
@@ -68,10 +68,12 @@ def export(
     if folder.exists():
         raise ValueError(f"{folder} exists already: name another output, or delete it")
     settings = read_config(config)
-    run = run_folder(config, settings)
-    if ckpt_path in ("last", "best") and not checkpoints(run):
-        raise ValueError(f"{run} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path")
-    checkpoint = find_checkpoint(ckpt_path, run, settings.checkpoint.monitor, settings.checkpoint.mode)
+    run = RunFolder.of_config(config, settings.trainer.default_root_dir)
+    if ckpt_path in ("last", "best") and not run.checkpoints():
+        raise ValueError(
+            f"{run.path} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path"
+        )
+    checkpoint = run.find_checkpoint(ckpt_path, settings.checkpoint.monitor, settings.checkpoint.mode)
     check_whole(checkpoint)
     module = new_module(settings)
     policy = module.policy
@@ -139,12 +141,6 @@ def compare(
             f"{folder / 'check'}; if they are alike, export with --dtype float32, or --check false"
         )
     return found
-
-
-def run_folder(config: str, settings: Namespace) -> Path:
-    """Where the run is: beside its config.yaml, also after it was moved, or where the configuration says."""
-    own = Path(config).expanduser().parent
-    return own if (own / FOLDER).is_dir() else Path(settings.trainer.default_root_dir)
 
 
 def new_module(settings: Namespace) -> SRPOModule:

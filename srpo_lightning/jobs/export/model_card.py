@@ -10,16 +10,16 @@ import diffusers
 import torch
 
 import srpo_lightning
-from srpo_lightning.callbacks.records import Record
 from srpo_lightning.callbacks.report import markdown
-from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.files.markdown import Markdown, code, escaped, markdown_table
 from srpo_lightning.files.provenance import revision
+from srpo_lightning.files.records import Record
 from srpo_lightning.jobs.export.comparison import Difference
 from srpo_lightning.jobs.export.formats import Format
 from srpo_lightning.jobs.export.weights import Kind
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.run_folder import RunFolder
 
 
 class Export(NamedTuple):
@@ -40,7 +40,7 @@ class Export(NamedTuple):
     format: Format
     kind: Kind
     checkpoint: Path
-    run: Path
+    run: RunFolder
     prompts: Sequence[str] | None
     difference: Difference | None
     code: str
@@ -108,7 +108,7 @@ def usage(export: Export) -> str:
 
 def metrics(export: Export, module: SRPOModule) -> str:
     """The run's first evaluation beside that of the exported weights."""
-    records = read_records(export.run)
+    records = export.run.read_metrics()
     wanted = (module.loaded_steps, export.kind)
     after = [record for record in records if (record["step"], record["weights"]) == wanted]
     if not after:
