@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 from srpo_lightning.callbacks import OverOptimizationGuard
 from srpo_lightning.cli import main as train
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT, summary
-from srpo_lightning.evaluation.metrics import Evaluation
+from srpo_lightning.evaluation.exchange import Evaluation, Evaluations
 from srpo_lightning.run_folder import RunFolder
 
 CONFIG = "configs/emoji_srpo.yaml"
@@ -83,7 +83,8 @@ def verdict(evaluations: dict[int, Evaluation], patience: int, best: int) -> str
     trainer = SimpleNamespace(should_stop=False, optimizers=[], lr_scheduler_configs=[])
     last = max(evaluations)
     for step, evaluation in evaluations.items():
-        guard.watch(trainer, {"policy": evaluation, BASE: evaluations[min(evaluations)]}, step)  # type: ignore[arg-type]
+        found = {"policy": evaluation, BASE: evaluations[min(evaluations)]}
+        guard.watch(trainer, Evaluations(step, found))  # type: ignore[arg-type]
         if trainer.should_stop:
             last = step
             break

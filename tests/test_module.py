@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from srpo_lightning import module as own
 from srpo_lightning.callbacks import EMA, RunCheckpoint
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.run_folder import RunFolder
+from srpo_lightning.training import timing
 from srpo_lightning.training.timing import seconds_between
 from tests import tiny
 from tests.faults import History, NanReward
@@ -134,7 +134,7 @@ def test_the_times_of_logged_steps_are_logged_and_are_within_the_step(models, fe
         read.append(seconds_between(*moments))
         return read[-1]
 
-    monkeypatch.setattr(own, "seconds_between", between)
+    monkeypatch.setattr(timing, "seconds_between", between)
     trainer = tiny.new_trainer(tmp_path, [durations], logger=history, log_every_n_steps=2, accumulate_grad_batches=2)
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
     rows = list(csv.DictReader(Path(history.experiment.metrics_file_path).read_text().splitlines()))

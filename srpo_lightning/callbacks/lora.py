@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.callbacks.ema import EMA
+from srpo_lightning.evaluation.exchange import callbacks_that
 from srpo_lightning.files.checkpoints import complete_or_absent_folder
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import FluxPolicy
@@ -19,14 +20,14 @@ from srpo_lightning.training.optimizers import whole
 PREFIX = "policy.transformer."
 
 
-class LoraExport(Checkpoint):  # Lightning calls these last: the average has followed by then
-    """Writes the adapter into `<run folder>/lora/step-*/`, and its average into `ema/` therein, when training ends.
+class LoraExport(Checkpoint):  # Lightning calls these last: the ema has followed by then
+    """Writes the policy's adapter into `<run folder>/lora/step-*/`, and its ema into `ema/` therein, at the end.
 
-    Either folder goes to `FluxPipeline.load_lora_weights`, and without DoRA the file in it to ComfyUI too; of DoRA that
-    takes what `export --format lora-comfy` writes. They are there complete or not at all.
+    Either folder goes to `FluxPipeline.load_lora_weights`, and without DoRA the file in it to ComfyUI too. With DoRA,
+    ComfyUI takes what `export --format lora-comfy` writes. The folders are there complete or not at all.
 
     Args:
-        every_n_steps: also after each so many optimizer steps; null: at the end only.
+        every_n_steps: Optimizer steps between adapters; null: one at the end only.
     """
 
     def __init__(self, every_n_steps: PositiveInt | None = None) -> None:
@@ -56,8 +57,8 @@ class LoraExport(Checkpoint):  # Lightning calls these last: the average has fol
         transformer = _policy(module).transformer
         assert transformer is not None
         folder = RunFolder.of(trainer).lora(trainer.global_step)
-        averages = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), {})  # type: ignore[attr-defined]
-        weights = _whole(dict(module.trainable_parameters())), _whole(averages)
+        ema = next((own.weights for own in callbacks_that(trainer, EMA)), {})
+        weights = _whole(dict(module.trainable_parameters())), _whole(ema)
         if trainer.is_global_zero:
             with complete_or_absent_folder(folder) as partial:
                 for tensors, place in zip(weights, (partial, partial / "ema"), strict=True):

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from srpo_lightning.callbacks.guard import OverOptimizationGuard
+from srpo_lightning.evaluation.exchange import callbacks_that
 from srpo_lightning.module import SRPOModule
 
 Settings: TypeAlias = dict[str, Any]
@@ -142,5 +143,5 @@ def _copy(settings: Mapping[str, Any], group: dict[str, Any], lowered: float) ->
 
 
 def _lowered(trainer: Trainer) -> float:
-    guards = [c for c in trainer.callbacks if isinstance(c, OverOptimizationGuard)]  # type: ignore[attr-defined]
+    guards = callbacks_that(trainer, OverOptimizationGuard)
     return float(torch.tensor([g.learning_rate_factor**g.times_lowered for g in guards], dtype=torch.float64).prod())

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file, save
 
 from srpo_lightning.evaluation.metrics import (
+    PICTURE_STATISTICS,
     QUANTILES,
     Interval,
     Table,
@@ -34,7 +35,7 @@ HELD_OUT = "held_out"
 LABEL = "label"
 """The column with the number of the label that the judge finds an image most like."""
 
-NOT_WON = (LABEL, "saturation", "brightness", "high_frequency")
+NOT_WON = (LABEL, *(name for name, own in PICTURE_STATISTICS.items() if not own.is_compared))
 """Columns of which more is not better."""
 
 HEADER = "table"
@@ -85,6 +86,17 @@ def summary(table: Table, base: Table | None, labels: Sequence[str]) -> dict[str
 def won(table: Table, base: Table) -> list[str]:
     """The columns by which a sample can be better than the base's."""
     return [name for name in table.columns if name not in NOT_WON and name in base.columns]
+
+
+def warn_of_unknown(weights: str, table: Table, step: int) -> None:
+    """Say how many samples have a score that is not a number, of which every mean is none either."""
+    unknown = torch.stack([~column.isfinite() for column in table.columns.values()]).any(0)
+    if unknown.any():
+        rank_zero_warn(
+            f"step {step}: {int(unknown.sum())} of {len(unknown)} samples of {weights} have scores that are not "
+            f"numbers, sample {int(table.indices[unknown][0])} the first: look at the pictures; lower the learning "
+            "rate, or draw in a wider precision (trainer.precision)"
+        )
 
 
 class Measure(NamedTuple):

@@ -4,7 +4,7 @@ Shapes: B images, T texts, E features, N samples, G groups (prompts).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,31 @@ def high_frequency(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     return (power * fine).sum((-2, -1)) / total.clamp(min=1e-12)
 
 
+class Statistic(NamedTuple):
+    """A number of every evaluation picture, logged by its name.
+
+    Args:
+        measure: Numbers [B] of images [B, 3, H, W] in [0, 1]; the first line of its docstring says what they are.
+        is_compared: Whether more is better, so that samples win against the base's by it.
+    """
+
+    measure: Callable[[Tensor], Tensor]
+    is_compared: bool = False
+
+    @property
+    def meaning(self) -> str:
+        """What the number is, in one line."""
+        return (self.measure.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
+PICTURE_STATISTICS = {
+    "saturation": Statistic(saturation),
+    "brightness": Statistic(brightness),
+    "high_frequency": Statistic(high_frequency),
+}
+"""What is measured on every evaluation picture, by the name of its column: a function and a line here make one more."""
+
+
 def luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B H W"]:
     """Brightness of every pixel."""
     return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
@@ -89,13 +114,6 @@ class Table(NamedTuple):
         """Some of the rows."""
         columns = {name: column[rows] for name, column in self.columns.items()}
         return Table(self.indices[rows], self.groups[rows], columns, self.features[rows])
-
-
-class Evaluation(NamedTuple):
-    """A table, and one number each of what was made of it, by name."""
-
-    table: Table
-    numbers: dict[str, float]
 
 
 class SampleTable(Metric):

@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from srpo_lightning.callbacks import EMA, RewardTracking, SampleLogger
-from srpo_lightning.callbacks.tracking import read_table
+from srpo_lightning.evaluation.comparison import read_table
 from srpo_lightning.evaluation.pictures import LABEL_PX, as_picture, read_record
 from srpo_lightning.rewards import ClipReward
 from srpo_lightning.run_folder import RunFolder

@@ -133,24 +133,27 @@ def test_the_base_is_measured_where_nobody_has_measured_it_and_then_kept(models,
         trainer.validate(module, tiny.new_data(models, features), verbose=False, ckpt_path=checkpoint)
         return module, tracking
 
-    before, _ = evaluate(tmp_path / "before")
+    _, of_base = evaluate(tmp_path / "before")
     module = tiny.new_module(models)
     module.policy = FluxPolicy(str(models.pipeline), 32, 32, adapter=adapter)
     tiny.new_trainer(tmp_path / "run", [RunCheckpoint()]).fit(module, tiny.new_data(models, features))
     path = RunFolder(tmp_path / "run").checkpoint(4)
 
     after, tracking = evaluate(tmp_path / "after", path)
-    own, base = before.evaluations["policy"].table, after.evaluations["base"].table
+    own, base = (
+        tracked.evaluations.by_weights[name].table for tracked, name in ((of_base, "policy"), (tracking, "base"))
+    )
     for name, column in own.columns.items():
         torch.testing.assert_close(base.columns[name], column, rtol=0, atol=1e-6)
     assert set(tracking.tables) == {"policy", "base"}
-    assert not torch.equal(after.evaluations["policy"].table.columns["reward"], base.columns["reward"])
+    trained = tracking.evaluations.by_weights["policy"].table
+    assert not torch.equal(trained.columns["reward"], base.columns["reward"])
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert all(torch.equal(p, saved[name]) for name, p in after.trainable_parameters())
 
-    again, tracking = evaluate(tmp_path / "after", path)
+    _, tracking = evaluate(tmp_path / "after", path)
     assert set(tracking.tables) == {"policy"}
-    assert torch.equal(again.evaluations["base"].table.columns["reward"], base.columns["reward"])
+    assert torch.equal(tracking.evaluations.by_weights["base"].table.columns["reward"], base.columns["reward"])
 
 
 @pytest.fixture(scope="module")

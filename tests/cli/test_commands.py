@@ -54,7 +54,7 @@ def test_fit_leaves_checkpoints_configuration_samples_metrics_and_report(finishe
 
 
 def test_every_sample_has_its_line_of_metadata(finished):
-    """Three prompts, before training and after steps 2 and 4; the average from its first step on."""
+    """Three prompts, before training and after steps 2 and 4; the ema from its first step on."""
     _, run = finished
     records = lines(run / "samples" / "metadata.jsonl")
     kinds = [(0, "policy"), (2, "ema"), (2, "policy"), (4, "ema"), (4, "policy")]
@@ -82,7 +82,7 @@ def test_every_validation_has_its_record_of_metrics(finished):
 def test_the_report_compares_the_first_validation_with_the_last(finished):
     _, run = finished
     table = (run / "report.md").read_text()
-    assert "| before (step 0) | after (step 4) | after, ema (step 4) |" in table
+    assert "| base (step 0) | policy (step 4) | ema (step 4) |" in table
     first, last = lines(run / "metrics.jsonl")[0], lines(run / "metrics.jsonl")[-2]
     assert f"| judge | {first['judge']:.3f} | {last['judge']:.3f} |" in table
 

@@ -55,7 +55,7 @@ class Measure(Callback):
 
 
 def lasting_bytes(trainer, module, batch) -> int:
-    averages = [c.average for c in trainer.callbacks if isinstance(c, EMA)]
+    averages = [c.weights for c in trainer.callbacks if isinstance(c, EMA)]
     leaves = tree_leaves([list(module.parameters()), list(module.buffers()), averages, tuple(batch)])
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves if isinstance(t, Tensor)}
     return sum(storages.values())

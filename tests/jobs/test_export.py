@@ -212,11 +212,11 @@ def test_the_card_says_where_the_weights_are_from_and_how_to_load_them(models, t
 
 def test_the_card_compares_the_first_evaluation_with_that_of_the_exported_weights(trained, tmp_path):
     run = trained("full")
-    before, *_, ema = RunFolder(run).read_metrics()
-    assert (before["step"], ema["step"], ema["weights"]) == (0, 2, "ema")
+    base, *_, ema = RunFolder(run).read_metrics()
+    assert (base["step"], ema["step"], ema["weights"]) == (0, 2, "ema")
     card = (export(run, tmp_path / "out", "--check", "false") / "README.md").read_text()
-    assert "| | before (step 0) | exported, ema (step 2) |" in card
-    assert f"| reward | {before['reward']:.3f} | {ema['reward']:.3f} |" in card
+    assert "| | base (step 0) | exported ema (step 2) |" in card
+    assert f"| reward | {base['reward']:.3f} | {ema['reward']:.3f} |" in card
     unevaluated = (export(trained("lora"), tmp_path / "lora", "--check", "false") / "README.md").read_text()
     assert "These weights were not evaluated in their run." in unevaluated
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_lightning.callbacks.tracking import read_table
+from srpo_lightning.evaluation.comparison import read_table
 from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 

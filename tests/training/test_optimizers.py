@@ -214,7 +214,7 @@ def test_stepping_in_the_backward_pass_changes_no_bit(wide, features, tmp_path, 
     final = saved(tmp_path / "after", 4)
     for other in ("during", "resumed"):
         assert_same(final, saved(tmp_path / other, 4))
-    assert all(torch.equal(average, during.average[name]) for name, average in after.average.items())
+    assert all(torch.equal(average, during.weights[name]) for name, average in after.weights.items())
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3 / 16
 
 
@@ -284,7 +284,8 @@ def test_a_gradient_that_is_not_finite_leaves_its_own_parameter_alone(models, fe
 def test_each_parameter_is_clipped_to_a_norm_of_its_own_and_the_whole_norm_is_told():
     """Gradients of norm 5 and 0.5 under a limit of 1; SGD shows them."""
     large, little = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
-    stepper = InBackward(torch.optim.SGD([large, little], lr=1.0), clip_norm=1.0)
+    stepper = InBackward(clip_norm=1.0)
+    stepper.attach(torch.optim.SGD([large, little], lr=1.0))
     (large @ torch.tensor([3.0, 4.0]) + little @ torch.tensor([0.3, 0.4])).backward()
     torch.testing.assert_close(large.detach(), torch.tensor([-0.6, -0.8]), rtol=0, atol=1e-6)
     torch.testing.assert_close(little.detach(), torch.tensor([-0.3, -0.4]))

@@ -96,7 +96,7 @@ def train(
     with tracker, phases(module, tracker):
         if ema:
             ema.on_fit_start(progress, module)
-            tracker.label(ema.average.values(), AVERAGE if ema.device == "same" and not offloads else "")
+            tracker.label(ema.weights.values(), AVERAGE if ema.device == "same" and not offloads else "")
         has_buckets = num_devices(trainer) > 1 and not is_sharded(trainer)
         buckets = [torch.zeros_like(parameter) for parameter in parameters if has_buckets]
         tracker.label(buckets, BUCKETS)
