@@ -16,6 +16,7 @@ from jsonargparse import auto_cli
 
 from srpo_lightning.callbacks import OverOptimizationGuard
 from srpo_lightning.cli import main as train
+from srpo_lightning.config.classes import is_class
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT, summary
 from srpo_lightning.evaluation.exchange import Evaluation, Evaluations
 from srpo_lightning.run_folder import RunFolder
@@ -59,7 +60,9 @@ def unguarded(config: str, run: Path) -> str:
     """The same configuration without the guard, in a file beside the run."""
     settings = yaml.safe_load(Path(config).read_text())
     callbacks = settings["trainer"]["callbacks"]
-    settings["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("OverOptimizationGuard")]
+    settings["trainer"]["callbacks"] = [
+        own for own in callbacks if not is_class(own["class_path"], OverOptimizationGuard)
+    ]
     path = run.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(settings))

@@ -9,9 +9,10 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -25,8 +26,9 @@ from srpo_lightning.objectives.base import Objective, Rollout
 from srpo_lightning.objectives.readings import check_readings
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
-from srpo_lightning.training.agreement import check_agreement, weights_of
-from srpo_lightning.training.optimizers import InBackward, check_settings, new_trial
+from srpo_lightning.training.agreement import check_weights
+from srpo_lightning.training.optimizers import InBackward, check_clipping, check_settings, new_trial
+from srpo_lightning.training.resuming import check_optimizer, check_policy, check_shapes, name_of_optimizer
 from srpo_lightning.training.skipping import SkipNonFinite
 from srpo_lightning.training.timing import StepTimes
 
@@ -35,21 +37,22 @@ class SRPOModule(LightningModule):
     """A policy trained by an objective under a reward.
 
     Args:
-        policy: what is trained.
-        reward: what it is trained for; frozen.
-        objective: how.
-        optimizer: of the policy's trainable parameters.
-        lr_scheduler: steps once per optimizer step; none keeps the learning rate constant.
+        policy: Flow model that is trained.
+        reward: Reward model, frozen, that the policy is trained for.
+        objective: Training algorithm.
+        optimizer: Optimizer of the policy's trainable parameters.
+        lr_scheduler: Schedule of the learning rate, which steps once per optimizer step; null keeps it constant.
         num_sample_steps: Euler steps of evaluation samples.
-        sample_guidance: distilled guidance of evaluation samples.
-        seed: of every random number of training and evaluation.
-        max_skipped_steps: consecutive steps with a loss or gradient that is not finite before the run is stopped.
-        optimizer_in_backward: step each parameter as soon as its gradient is there, then free the gradient: no memory
-            for a whole gradient, and no clipping of it (trainer.gradient_clip_val: 0) nor accumulation.
-        updates_per_rollout: training steps on each rollout, each with noise levels of its own; with as many accumulated
+        sample_guidance: Distilled guidance of evaluation samples.
+        seed: Seed of every random number of training and evaluation.
+        max_skipped_steps: Consecutive steps with a loss or gradient that is not finite before the run is stopped.
+        optimizer_in_backward: Whether each parameter is stepped as soon as its gradient is there, which is then freed.
+            That takes no memory for a whole gradient, but allows no accumulation, and no clipping of it
+            (trainer.gradient_clip_val: 0).
+        clip_norm_per_parameter: Norm that the gradient of each parameter is clipped to, with optimizer_in_backward.
+            Unlike trainer.gradient_clip_val, which scales all gradients by one factor, this turns their direction.
+        updates_per_rollout: Training steps on each rollout, each with noise levels of its own. With as many accumulated
             batches they make one optimizer step. A run resumed between them rolls out again, with the newer weights.
-        clip_norm_per_parameter: with optimizer_in_backward, clip the gradient of each parameter to this norm. Not the
-            same as trainer.gradient_clip_val, which scales all gradients by one factor: this turns their direction.
     """
 
     def __init__(
@@ -73,11 +76,7 @@ class SRPOModule(LightningModule):
         objective.check_reward(reward)
         objective.check_policy(policy)
         objective.check_updates(updates_per_rollout)
-        if clip_norm_per_parameter and not optimizer_in_backward:
-            raise ValueError(
-                "model.clip_norm_per_parameter belongs to model.optimizer_in_backward: set that to true, or clip with "
-                "trainer.gradient_clip_val"
-            )
+        check_clipping(clip_norm_per_parameter, in_backward=optimizer_in_backward)
         self.policy = policy
         self.reward = reward
         self.objective = objective
@@ -104,14 +103,13 @@ class SRPOModule(LightningModule):
         return [own for own in (self.times, self.skipping) if own not in callbacks_that(self.trainer, Callback)]
 
     def configure_model(self) -> None:
-        """Read the weights, once; a strategy that shards divides the policy's."""
-        strategy = self.trainer.strategy if self._trainer else None
-        self.policy.load(getattr(strategy, "shard", None))
+        """Read all weights, once; a strategy that shards divides the policy's."""
+        self.policy.load(getattr(self._strategy, "shard", None))
         self.reward.load()
         self.compare_weights()
 
     def on_fit_start(self) -> None:
-        """Say what of the prompts the reward does not read, and refuse what would train nothing."""
+        """Say what of the prompts the reward does not read; refuse words that would train nothing."""
         form = vars(self.objective).get("form")
         prompts = getattr(getattr(self.trainer, "datamodule", None), "trained_prompts", ())
         for line in check_readings(form, self.reward, prompts) if form is not None else ():
@@ -119,16 +117,11 @@ class SRPOModule(LightningModule):
 
     def compare_weights(self) -> None:
         """Refuse ranks with other weights; DDP would give all of them the first rank's, without a word."""
-        trained: list[Tensor] = [p for _, p in self.trainable_parameters()]
-        frozen = [t for t in (*self.policy.parameters(), *self.policy.buffers()) if not t.requires_grad]
-        kinds: dict[str, list[Tensor]] = {
-            "trained weights": trained,
-            "frozen weights of the policy": frozen,
-            "weights of the reward": [*self.reward.parameters(), *self.reward.buffers()],
-        }
-        if distributed.is_available() and distributed.is_initialized():
-            mesh = getattr(self.trainer.strategy, "mesh", None)
-            check_agreement(weights_of(kinds, mesh["shard"].get_local_rank() if mesh else 0))
+        check_weights(self.policy, self.reward, getattr(self._strategy, "mesh", None))
+
+    @property
+    def _strategy(self) -> Strategy | None:
+        return self.trainer.strategy if self._trainer else None
 
     def configure_optimizers(self) -> Any:
         """An optimizer of the trainable parameters only, and a scheduler that counts optimizer steps."""
@@ -138,22 +131,20 @@ class SRPOModule(LightningModule):
             self.in_backward.attach(optimizer)
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     @property
     def trained_steps(self) -> int:
-        """Optimizer steps that the present weights have had, also where a checkpoint is only evaluated."""
+        """Optimizer steps that the policy has had, also where a checkpoint is only evaluated."""
         return max(self.trainer.global_step, self.loaded_steps)
 
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """What is trained, averaged and saved."""
+        """The parameters that are trained, averaged and saved."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def forget_gathered(self) -> None:
-        """What FSDP2 gathered before would stand in for parameters that changed since."""
+        """Free what FSDP2 has gathered, which would stand in for parameters that changed since."""
         for part in self.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
@@ -182,12 +173,12 @@ class SRPOModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip with fused optimizers too: Lightning refuses them for a loss scaling that bfloat16 does without."""
+        """Clip with fused optimizers too: Lightning refuses them for a loss scaling that bfloat16 does not need."""
         algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
         Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The micro-batches' gradients become a step."""
+        """One optimizer step, from the gradients of all its micro-batches."""
         # Stochastic rounding draws from torch's global generator.
         torch.manual_seed(keyed_generator(self.seed, "rounding", self.global_step).initial_seed())
         super().optimizer_step(*args, **kwargs)
@@ -220,7 +211,7 @@ class SRPOModule(LightningModule):
 
     @torch.no_grad()
     def sample(self, conditions: Conditions, noise: Tensor | None = None) -> Tensor:
-        """One image per prompt; each depends on the seed and its own index alone, or on the noise that is given."""
+        """One image per prompt, [B, 3, H, W]; each depends on the seed and its own index alone, or on `noise`."""
         if noise is None:
             shape = self.policy.latent_shape(conditions.size)
             noise = sample_noise(self.seed, conditions.indices.tolist(), shape, conditions.seeds)
@@ -232,51 +223,27 @@ class SRPOModule(LightningModule):
         return self.policy.decode(latents, conditions.size)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
-        """Trainable parameters only: frozen parts stay out of checkpoints."""
+        """The trainable parameters only: frozen parts stay out of checkpoints."""
         trainable = {name for name, _ in self.trainable_parameters()}
         return {name: t for name, t in super().state_dict(*args, **kwargs).items() if name in trainable}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Beside the weights: where the random numbers stand, and whose weights they are."""
+        """Save where the random numbers stand, and whose weights these are."""
         checkpoint["srpo"] = {
             "micro_step": self.micro_step,
             "policy": self.policy.fingerprint,
-            "optimizer": self._name_of_optimizer(),
+            "optimizer": name_of_optimizer(self.optimizer),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another policy, naming the difference."""
+        """Refuse a checkpoint of another policy, naming the difference; go on where its random numbers stand."""
         saved = checkpoint.get("srpo")
-        if saved is None:
-            raise ValueError("this checkpoint was not written by srpo_lightning: --ckpt_path needs one that was")
-        if saved["policy"] != self.policy.fingerprint:
-            raise ValueError(
-                "this checkpoint is of another policy: set model.policy to the one that it was trained with, or leave "
-                f"--ckpt_path away.\n  checkpoint: {saved['policy']}\n  config:     {self.policy.fingerprint}"
-            )
-        self._check_optimizer(saved.get("optimizer"))
+        check_policy(saved, self.policy.fingerprint)
+        assert saved is not None
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_optimizer(saved.get("optimizer"), self.optimizer)
         self.micro_step = saved["micro_step"]
         self.kept_rollout = None
         self.loaded_steps = checkpoint["global_step"]
-        if "state_dict" not in checkpoint:
-            return  # a sharded one: the strategy has read the weights, and checked them
-        shapes = {name: tuple(p.shape) for name, p in self.trainable_parameters()}
-        found = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
-        if shapes != found:
-            odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-            raise ValueError(
-                f"this checkpoint differs from the policy in {len(odd)} parameters, first {odd[0]}: "
-                f"found {found.get(odd[0])}, expected {shapes.get(odd[0])}; set model.policy to the trained one"
-            )
-
-    def _check_optimizer(self, written: str | None) -> None:
-        is_training = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if is_training and written and written != (present := self._name_of_optimizer()):
-            raise ValueError(
-                f"model.optimizer is {present}, which cannot go on from the states of {written} in the checkpoint: set "
-                f"model.optimizer.class_path to {written}, or export the weights and start anew from them"
-            )
-
-    def _name_of_optimizer(self) -> str:
-        cls = type(self.optimizer([torch.nn.Parameter(torch.zeros(1))]))
-        return f"{cls.__module__}.{cls.__qualname__}"
+        if "state_dict" in checkpoint:  # else a sharded one, whose weights the strategy has read and checked
+            check_shapes(checkpoint["state_dict"], dict(self.trainable_parameters()))

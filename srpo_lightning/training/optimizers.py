@@ -1,6 +1,8 @@
 """Which optimizer goes with which trainer, and stepping it in the backward pass."""
 
+import sys
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -53,6 +55,37 @@ def new_trial(trainer: Trainer, optimizer: OptimizerCallable, lr_scheduler: LRSc
                 trial.step()  # without gradients
                 scheduler.step()
     return trial
+
+
+EIGHT_BIT = {
+    "bitsandbytes.optim": ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit"),
+    "torchao.optim": ("Adam8bit", "AdamW8bit"),
+}
+"""Adam with states of eight bits, by the module that has the classes."""
+
+
+def is_eight_bit(optimizer: Any) -> bool:
+    """Whether what makes an optimizer is the class of an Adam with states of eight bits.
+
+    Only libraries that are imported already are asked: a class of another one cannot be theirs.
+    """
+    loaded = ((sys.modules[module], names) for module, names in EIGHT_BIT.items() if module in sys.modules)
+    return isinstance(optimizer, type) and issubclass(
+        optimizer, tuple(getattr(module, name) for module, names in loaded for name in names)
+    )
+
+
+def check_clipping(clip_norm: float | None, *, in_backward: bool) -> None:
+    """Refuse a norm for each parameter's gradient where nothing would clip to it.
+
+    Raises:
+        ValueError: naming the settings.
+    """
+    if clip_norm and not in_backward:
+        raise ValueError(
+            "model.clip_norm_per_parameter belongs to model.optimizer_in_backward: set that to true, or clip with "
+            "trainer.gradient_clip_val"
+        )
 
 
 def check_settings(trainer: Trainer, dtype: torch.dtype, trial: Optimizer, *, in_backward: bool) -> None:
