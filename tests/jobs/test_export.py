@@ -37,7 +37,7 @@ KINDS = {
 }
 """Of runs: what their policy is given."""
 
-WITHOUT_AVERAGE = "rslora"
+WITHOUT_EMA = "rslora"
 SIGMA = torch.tensor([0.9, 0.8])
 
 
@@ -56,7 +56,7 @@ def trained(models, features, tmp_path_factory):
             if kind == "full":
                 trainer["callbacks"] = trainer["callbacks"][:3]
             else:
-                trainer |= {"limit_val_batches": 0, "callbacks": trainer["callbacks"][: kind != WITHOUT_AVERAGE]}
+                trainer |= {"limit_val_batches": 0, "callbacks": trainer["callbacks"][: kind != WITHOUT_EMA]}
             (folder / f"{kind}.yaml").write_text(json.dumps(config))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("sys.argv", ["srpo_lightning"])
@@ -109,7 +109,7 @@ def test_the_transformer_is_the_checkpoints_bit_for_bit(trained, tmp_path, kind,
 @pytest.mark.parametrize("form", ["diffusers", "single-file", "lora", "lora-comfy"])
 def test_the_cards_code_draws_the_checkpoints_picture_from_every_format(trained, tmp_path, capsys, kind, form):
     run, output = trained(kind), tmp_path / "out"
-    options = ["--format", form, "--dtype", "float32", "--weights", "policy" if kind == WITHOUT_AVERAGE else "ema"]
+    options = ["--format", form, "--dtype", "float32", "--weights", "policy" if kind == WITHOUT_EMA else "ema"]
     if kind == "full" and form.startswith("lora"):
         assert f"no adapter that --format {form} could write: choose diffusers" in refused(run, output, *options)
         return
@@ -354,7 +354,7 @@ def test_an_export_that_breaks_off_leaves_nothing_under_the_final_name(trained, 
 def test_what_does_not_fit_together_is_refused_with_the_cure(models, trained, tmp_path):
     run, output = trained("full"), tmp_path / "out"
     assert "exists already: name another output" in refused(run, tmp_path)
-    assert "holds no average: export --weights policy" in refused(trained(WITHOUT_AVERAGE), output)
+    assert "holds no ema: export --weights policy" in refused(trained(WITHOUT_EMA), output)
     assert "best needs checkpoint.monitor" in refused(run, output, "--ckpt_path", "best")
     assert "does not exist: `last` takes the newest" in refused(run, output, "--ckpt_path", "/nowhere")
     assert "this checkpoint is of another policy" in refused(

@@ -55,7 +55,7 @@ def export(
         format: a folder for `FluxTransformer2DModel.from_pretrained`; a safetensors file with the names of Black Forest
             Labs, for ComfyUI; or an adapter's own weights, for `FluxPipeline.load_lora_weights` (lora) or ComfyUI
             (lora-comfy). The first two of a run that trained an adapter have it in the weights.
-        weights: the average, or the weights that were trained.
+        weights: Weights to write: the ema, or the policy.
         dtype: of the weights written.
         check: run the code of the model card, compare its picture of the first evaluation prompt with that of the
             checkpoint by this project's sampler, and write both to `check/`. Takes the memory of sampling.
