@@ -111,19 +111,13 @@ class RewardTracking(Recorder, OffersWeights):
     def _check(self) -> None:
         taken = self.scorers.keys() & {*OWN_COLUMNS, self.top, *OF_ALL_SAMPLES}
         if taken:
-            meant = [
-                f"; {name} is the {PICTURE_STATISTICS[name].meaning}" for name in taken & PICTURE_STATISTICS.keys()
-            ]
-            raise ValueError(
-                f"metrics has {', '.join(taken)}, which is logged already: choose another name{''.join(meant)}"
-            )
+            meant = "".join(f" ({PICTURE_STATISTICS[name].meaning})" for name in taken & PICTURE_STATISTICS.keys())
+            raise ValueError(f"metrics has {', '.join(taken)}, which is logged already{meant}: choose another name")
         if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels is {self.labels}: give two or more, all different, or none")
         if self.candidates and self.top_k >= len(self.candidates):
-            raise ValueError(
-                f"top_k is {self.top_k} of {len(self.candidates)} candidates: every picture would be right; set it "
-                "below"
-            )
+            of = f"{self.top_k} of {len(self.candidates)} candidates"
+            raise ValueError(f"top_k is {of}: every picture would be right; set it below")
         if self.held_out and not any(self.held_out.values()):
             raise ValueError("held_out has weights of 0 alone: give at least one score another, for instance judge: 1")
         unknown = self.held_out.keys() - {"judge", "prompt", self.top, *self.scorers}
@@ -202,9 +196,8 @@ class RewardTracking(Recorder, OffersWeights):
                 self.tables[weights] = table.to(pl_module.device)
             images = images.float()
             scores = self.scores(pl_module, images, batch.prompts)
-            features = images.new_empty(len(images), 0)
-            if isinstance(self.judge, ClipReward):  # has_features
-                features = self.judge.image_features(images)
+            none = images.new_empty(len(images), 0)
+            features = self.judge.image_features(images) if isinstance(self.judge, ClipReward) else none
             self.tables[weights].update(batch.indices, scores, features)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -285,9 +278,10 @@ class RewardTracking(Recorder, OffersWeights):
         self, trainer: Trainer, module: SRPOModule, weights: str, table: Table, numbers: dict[str, float]
     ) -> None:
         step, run = module.trained_steps, RunFolder.recording(trainer)
-        module.log_dict({f"val/{weights}/{name}": value for name, value in numbers.items()}, logger=False)
+        named = {f"val/{weights}/{name}": value for name, value in numbers.items()}
+        module.log_dict(named, logger=False)
         for logger in trainer.loggers:
-            logger.log_metrics({f"val/{weights}/{name}": value for name, value in numbers.items()}, step)
+            logger.log_metrics(named, step)
             if isinstance(logger, TensorBoardLogger):
                 for name in (*SCORES, *self.scorers):
                     known = table.columns[name][table.columns[name].isfinite()]
