@@ -10,10 +10,10 @@ import yaml
 from srpo_lightning.batch import Conditions
 from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
-from srpo_lightning.files.checkpoints import checkpoints
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.rewards import Reward
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -116,7 +116,7 @@ def test_the_examples_train_by_class_path(command_line, features, tmp_path, obje
     if "Late" in objective:
         flags += ["--model.objective", objective]
     main(["fit", *command_line, *flags])
-    assert len(checkpoints(tmp_path / "run")) == 1
+    assert len(RunFolder(tmp_path / "run").checkpoints()) == 1
     assert len(list((tmp_path / "run" / "samples").rglob("*.png"))) > 0
 
 

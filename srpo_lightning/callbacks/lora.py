@@ -1,6 +1,5 @@
 """Adapters as files that diffusers reads."""
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
@@ -10,29 +9,26 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.callbacks.ema import EMA
+from srpo_lightning.evaluation.exchange import callbacks_that
 from srpo_lightning.files.checkpoints import complete_or_absent_folder
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies.adapters import save_lora
 from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.training.optimizers import whole
 
-FOLDER = "lora"
 PREFIX = "policy.transformer."
 
 
-def lora_path(run_folder: str | Path, step: int) -> Path:
-    """The folder of the adapter after `step` optimizer steps."""
-    return Path(run_folder) / FOLDER / f"step-{step:08d}"
-
-
-class LoraExport(Checkpoint):  # Lightning calls these last: the average has followed by then
-    """Writes the adapter into `<run folder>/lora/step-*/`, and its average into `ema/` therein, when training ends.
+class LoraExport(Checkpoint):  # Lightning calls these last: the ema has followed by then
+    """Writes the policy's adapter into `<run folder>/lora/step-*/`, and its ema into `ema/` therein, at the end.
 
     Either folder goes to the pipeline's `load_lora_weights` in diffusers, and without DoRA the file in it to ComfyUI
-    too; of DoRA that takes what `export --format lora-comfy` writes. They are there complete or not at all.
+    too. With DoRA, ComfyUI takes what `export --format lora-comfy` writes. The folders are there complete or not at
+    all.
 
     Args:
-        every_n_steps: also after each so many optimizer steps; null: at the end only.
+        every_n_steps: Optimizer steps between adapters; null: one at the end only.
     """
 
     def __init__(self, every_n_steps: PositiveInt | None = None) -> None:
@@ -60,9 +56,9 @@ class LoraExport(Checkpoint):  # Lightning calls these last: the average has fol
         assert isinstance(module, SRPOModule)
         self._written_step = trainer.global_step
         policy = _policy(module)
-        folder = lora_path(trainer.default_root_dir, trainer.global_step)
-        averages = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), {})  # type: ignore[attr-defined]
-        weights = _whole(dict(module.trainable_parameters())), _whole(averages)
+        folder = RunFolder.of(trainer).lora(trainer.global_step)
+        ema = next((own.weights for own in callbacks_that(trainer, EMA)), {})
+        weights = _whole(dict(module.trainable_parameters())), _whole(ema)
         if trainer.is_global_zero:
             with complete_or_absent_folder(folder) as partial:
                 for tensors, place in zip(weights, (partial, partial / "ema"), strict=True):

@@ -13,9 +13,9 @@ are freed before training; and host memory.
 
 import logging
 import math
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol, runtime_checkable
 from unittest.mock import patch
@@ -36,6 +36,8 @@ from transformers import PreTrainedModel
 
 from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.callbacks import EMA
+from srpo_lightning.callbacks.tracking import RewardTracking
+from srpo_lightning.config.classes import is_class, of_class
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.files import pretrained as reading
@@ -45,6 +47,7 @@ from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import adapters, flow_policy, loading
 from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.rewards.base import Reward
+from srpo_lightning.training.optimizers import is_eight_bit
 from srpo_lightning.training.strategies import ShardedStrategy
 
 TRAINED, FROZEN, JUDGES = "trained weights", "frozen weights", "judges of evaluation"
@@ -96,7 +99,7 @@ def train(
     with tracker, phases(module, tracker):
         if ema:
             ema.on_fit_start(progress, module)
-            tracker.label(ema.average.values(), AVERAGE if ema.device == "same" and not offloads else "")
+            tracker.label(ema.weights.values(), AVERAGE if ema.device == "same" and not offloads else "")
         has_buckets = num_devices(trainer) > 1 and not is_sharded(trainer)
         buckets = [torch.zeros_like(parameter) for parameter in parameters if has_buckets]
         tracker.label(buckets, BUCKETS)
@@ -248,7 +251,7 @@ def judges_of(trainer: Namespace) -> list[Reward]:
     """The reward models of RewardTracking, which are on the device while it evaluates."""
     parser = LightningArgumentParser()
     parser.add_argument("--judges", type=list[Reward])
-    chosen = [c.init_args for c in trainer.callbacks or [] if c.class_path.endswith(".RewardTracking")]
+    chosen = [own.init_args for own in of_class(trainer.callbacks, RewardTracking)]
     judges = [judge for own in chosen for judge in (own.judge, *(own.get("metrics") or {}).values())]
     return list(parser.instantiate_classes(Namespace(judges=judges)).judges)
 
@@ -274,14 +277,13 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
         ValueError: with a cure, if a model cannot be built, or shapes in it depend on numbers.
     """
     config = config.clone()
-    if re.search("adamw?8bit$", config.model.optimizer.class_path, re.IGNORECASE):
+    if is_eight_bit(resolve_name(config.model.optimizer.class_path)):
         config.model.optimizer = Namespace(
             class_path=f"{EightBitStates.__module__}.EightBitStates", init_args=Namespace()
         )
     eager(config)
     module = build(config)
-    averages = [c for c in config.trainer.callbacks or [] if c.class_path.endswith(".EMA")]
-    ema = EMA(**vars(averages[0].init_args)) if averages else None
+    ema = next((EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)), None)
     if hasattr(module.objective, "num_rollout_steps"):
         module.objective.num_rollout_steps = 1  # no more at a time, however many there are
     tracker = MemoryTracker(ROLLOUT, dict.fromkeys((TRAINED, FROZEN), CASTS))
@@ -333,7 +335,7 @@ def build(config: Namespace) -> SRPOModule:
 
 def is_sharded(trainer: Namespace) -> bool:
     """Whether the strategy is FSDP2."""
-    return str(getattr(trainer.strategy, "class_path", "")).endswith(".ShardedStrategy")
+    return isinstance(trainer.strategy, Namespace) and is_class(trainer.strategy.class_path, ShardedStrategy)
 
 
 def num_devices(trainer: Namespace) -> int:

@@ -9,11 +9,10 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.lora import PREFIX
 from srpo_lightning.config.arguments import new_data, read_config
 from srpo_lightning.encoding import Encoding
-from srpo_lightning.files.checkpoints import FOLDER, check_whole, checkpoints, complete_or_absent_folder
+from srpo_lightning.files.checkpoints import check_whole, complete_or_absent_folder
 from srpo_lightning.jobs.export import usage
 from srpo_lightning.jobs.export.comparison import Difference, difference, own_picture, write_pictures
 from srpo_lightning.jobs.export.formats import FORMATS, Format
@@ -21,6 +20,7 @@ from srpo_lightning.jobs.export.model_card import Export, card
 from srpo_lightning.jobs.export.weights import Kind, read_trained
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.training.devices import chosen_device
 
 PROMPT = "a cat"
@@ -55,7 +55,7 @@ def export(
         format: a folder for the transformer's `from_pretrained` in diffusers; a safetensors file with the names of the
             model's first publication, for ComfyUI; or an adapter's own weights, for the pipeline's `load_lora_weights`
             (lora) or ComfyUI (lora-comfy). The first two of a run that trained an adapter have it in the weights.
-        weights: the average, or the weights that were trained.
+        weights: weights to write: the ema, or the policy.
         dtype: of the weights written.
         check: run the code of the model card, compare its picture of the first evaluation prompt with that of the
             checkpoint by this project's sampler, and write both to `check/`. Takes the memory of sampling.
@@ -69,10 +69,12 @@ def export(
         raise ValueError(f"{folder} exists already: name another output, or delete it")
     chosen = chosen_device(device) if check else "cpu"
     settings = read_config(config)
-    run = run_folder(config, settings)
-    if ckpt_path in ("last", "best") and not checkpoints(run):
-        raise ValueError(f"{run} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path")
-    checkpoint = find_checkpoint(ckpt_path, run, settings.checkpoint.monitor, settings.checkpoint.mode)
+    run = RunFolder.of_config(config, settings.trainer.default_root_dir)
+    if ckpt_path in ("last", "best") and not run.checkpoints():
+        raise ValueError(
+            f"{run.path} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path"
+        )
+    checkpoint = run.find_checkpoint(ckpt_path, settings.checkpoint.monitor, settings.checkpoint.mode)
     check_whole(checkpoint)
     module = new_module(settings)
     policy = module.policy
@@ -138,12 +140,6 @@ def compare(
             f"{folder / 'check'}; if they are alike, export with --dtype float32, or --check false"
         )
     return found
-
-
-def run_folder(config: str, settings: Namespace) -> Path:
-    """Where the run is: beside its config.yaml, also after it was moved, or where the configuration says."""
-    own = Path(config).expanduser().parent
-    return own if (own / FOLDER).is_dir() else Path(settings.trainer.default_root_dir)
 
 
 def new_module(settings: Namespace) -> SRPOModule:

@@ -21,7 +21,7 @@ from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.policies.loading import STEM
 
 Kind = Literal["ema", "policy"]
-"""Of the weights in a checkpoint: their average, or they themselves."""
+"""The weights in a checkpoint: the ema, or the policy."""
 
 
 class Stored(NamedTuple):
@@ -53,7 +53,7 @@ def read_trained(path: Path, kind: Kind, module: SRPOModule) -> dict[str, Stored
     module.on_load_checkpoint(rest | ({"state_dict": outlines} if outlines else {}))
     if not tensors:
         raise ValueError(
-            f"{path} holds no {'average' if kind == 'ema' else 'weights'}: "
+            f"{path} holds no {kind}: "
             + ("export --weights policy, or train with the callback EMA" if kind == "ema" else "give another one")
         )
     return {name.removeprefix(PREFIX): stored for name, stored in tensors.items()}
