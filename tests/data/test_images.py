@@ -149,6 +149,7 @@ def test_a_picture_that_changes_or_gets_another_size_is_encoded_anew(cached, tmp
 
 def test_another_vae_gets_another_folder(models, tmp_path):
     other = tiny.write_pipeline(tmp_path / "other", seed=5)
+    (other / "vae" / ".ipynb_checkpoints").mkdir()
     one, two = (FluxImageEncoder(str(path)).description() for path in (models.pipeline, other))
     assert one["fingerprint"] != two["fingerprint"]
     assert FluxImageEncoder(str(models.pipeline), torch.bfloat16).description()["fingerprint"] != one["fingerprint"]
