@@ -1,6 +1,7 @@
 """A resumed run with another configuration than its checkpoint's: what differs is said, and the new one counts."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -32,7 +33,8 @@ WITHOUT_EFFECT = frozenset(
 
 CONSEQUENCE = "steps and records before and after do not compare"
 
-SCHEDULE = ("model.optimizer", "model.lr_scheduler")
+SCHEDULE = r"model\.(optimizer|lr_scheduler)[. ]"
+"""Which lines are of the optimizer's or the scheduler's own settings."""
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
@@ -97,7 +99,7 @@ class RunSettings(Callback):
         if trainer.state.fn != TrainerFn.FITTING or before is None:
             return
         for line in differences(before, self.settings):
-            is_schedule = line.startswith(SCHEDULE)
+            is_schedule = re.match(SCHEDULE, line) is not None
             self._has_another_schedule |= is_schedule
             rank_zero_warn(f"{line}: {'the configuration counts from here on' if is_schedule else CONSEQUENCE}")
         if self._has_another_schedule:

@@ -49,9 +49,10 @@ def record_if_whole(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path) as picture:
             picture.verify()  # the sum of every part
-        return read_record(path)
+        record = read_record(path)
     except (OSError, SyntaxError, KeyError, ValueError, struct.error, Image.DecompressionBombError):
         return None
+    return record if isinstance(record, dict) else None
 
 
 def picture_if_whole(path: Path, of: Mapping[str, Any] | None = None) -> Image.Image | None:

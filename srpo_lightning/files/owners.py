@@ -23,6 +23,8 @@ LOCK = "run.lock"
 PARTIAL = ".partial"
 TOLERANCE_S = 2.0  # of a process's start, which is counted from the machine's, whose clock is set now and then
 
+BEGINNING_S = 1.0  # a process that has made a lock has said in it by then who it is
+
 
 class Owner(NamedTuple):
     """A process, on whatever machine.
@@ -92,10 +94,14 @@ def _begin(path: Path, own: Owner) -> bool:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        json.dump(own._asdict(), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(own._asdict(), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:  # a full disk: it would be a lock of nobody's
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -111,6 +117,9 @@ def _take_over(path: Path, own: Owner) -> None:
         if not path.exists() or path.stat().st_ino != os.fstat(stream.fileno()).st_ino:
             return  # somebody else's turn was first
         held = _read(stream.read())
+        if held is None:  # perhaps it was made a moment ago
+            time.sleep(BEGINNING_S)
+            held = _held_by(path)
         if held is None:
             raise ValueError(f"{path} says of no process: if nothing trains in this folder, delete it")
         if not held.is_gone:

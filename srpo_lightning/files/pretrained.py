@@ -196,11 +196,18 @@ def safetensors_files(pretrained: str, subfolder: str, stem: str) -> dict[str, P
     """Where each tensor of a model lies: in one file, or in the several that an index names."""
     index = f"{stem}.safetensors.index.json"
     try:
-        names: dict[str, str] = read_json(pretrained, subfolder, index)["weight_map"]
+        names = read_json(pretrained, subfolder, index).get("weight_map")
     except ValueError:
+        if (Path(pretrained).expanduser() / subfolder / index).is_file():
+            raise
         path = Path(part(pretrained, subfolder, f"{stem}.safetensors"))
         with unreadable_is_refused(pretrained), safe_open(path, "pt") as file:
             return dict.fromkeys(file.keys(), path)
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(
+            f"{Path(pretrained) / subfolder / index} does not say in which file each tensor is: copy or download the "
+            "folder again"
+        )
     paths = {name: Path(part(pretrained, subfolder, name)) for name in set(names.values())}
     return {tensor: paths[name] for tensor, name in names.items()}
 
@@ -255,7 +262,11 @@ def same_files(paths: Iterable[Path]) -> str:
 def read_json(pretrained: str, subfolder: str, filename: str) -> dict[str, Any]:
     """A configuration file of a model."""
     with unreadable_is_refused(pretrained):
-        return dict(json.loads(Path(part(pretrained, subfolder, filename)).read_text(encoding="utf-8")))
+        path = Path(part(pretrained, subfolder, filename))
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object but a {type(content).__name__}: copy or download the folder again")
+    return content
 
 
 @contextmanager

@@ -94,6 +94,10 @@ def read_list(folder: Path) -> Metadata:
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError(f"it is a {type(found).__name__}")
         names = {own.relative_path for own in found.storage_data.values()}
+        for index, own in found.storage_data.items():
+            found.state_dict_metadata[index.fqn]
+            if not isinstance(own.relative_path, str) or min(own.offset, own.length) < 0:
+                raise pickle.UnpicklingError(f"{index.fqn} is at no place in a file")
     except (OSError, *UNPICKLING) as error:
         raise ValueError(f"{INDEX} cannot be read as a list of tensors ({error})") from error
     for name in names:

@@ -64,7 +64,7 @@ class VAEEncoder:
         is_local = Path(self.pretrained).expanduser().is_dir()
         rule = f"{self.dtype} latents {READING}{' drawn' if self.draw else ''}"
         digest = hashlib.sha256(rule.encode())
-        for own in sorted(file.parent.glob("*")) if is_local else []:
+        for own in sorted(filter(Path.is_file, file.parent.glob("*"))) if is_local else []:
             digest.update(f"{own.name} {own.stat().st_size}".encode() + own.read_bytes())
         name = Path(self.pretrained).name if is_local else self.pretrained
         revision = "local" if is_local else file.parent.parent.name

@@ -184,7 +184,7 @@ class PipelineTextEncoder(ABC):
 def _hash_of(root: Path, folders: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name in folders:
-        for file in sorted((root / name).iterdir()):
+        for file in sorted(filter(Path.is_file, (root / name).iterdir())):
             digest.update(json.dumps([name, file.name, file.stat().st_size]).encode())
             digest.update(ends(file))
     return digest.hexdigest()

@@ -6,6 +6,8 @@ import socket
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from srpo_lightning.callbacks import RunCheckpoint
 from srpo_lightning.callbacks.predictions import Predictions, together
@@ -65,8 +67,10 @@ def test_predictions_that_are_there_are_not_drawn_again(models, features, tmp_pa
 
 def test_the_metadata_has_a_line_for_every_picture_whatever_was_in_it(models, features, tmp_path):
     folder = tmp_path / "predictions"
-    folder.mkdir()
+    (foreign := folder / "step-00000001" / "policy" / "00000.png").parent.mkdir(parents=True)
     (folder / "metadata.jsonl").write_text('{"index": 0, "file": "no')
+    (info := PngInfo()).add_itxt("srpo", "[1]")
+    Image.new("RGB", (4, 4)).save(foreign, pnginfo=info)
     predict(models, features, tmp_path)
     once = (folder / "metadata.jsonl").read_text()
     records = [json.loads(line) for line in once.splitlines()]

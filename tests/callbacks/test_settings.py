@@ -64,6 +64,14 @@ def test_after_a_resume_the_learning_rate_is_that_of_an_unbroken_run_under_the_n
     assert rates == pytest.approx(expected[2:], rel=1e-12)
 
 
+def test_how_the_optimizer_is_stepped_is_no_setting_of_its_own(models, features, tmp_path):
+    """Its name begins like theirs."""
+    name = "model.optimizer_in_backward"
+    fit(models, features, tmp_path, 1, {name: "old"}, scheduler=cosine(9))
+    with pytest.warns(UserWarning, match=f"{name} was 'old' .*: steps and records before and after do not compare"):
+        fit(models, features, tmp_path, 2, {name: "new"}, scheduler=cosine(9), resume=1)
+
+
 def test_what_a_guard_has_lowered_stays_lowered_by_its_factor(models, features, tmp_path):
     def guard():
         own = OverOptimizationGuard(action="lower_learning_rate", learning_rate_factor=0.5)

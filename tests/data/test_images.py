@@ -148,6 +148,7 @@ def test_a_picture_that_changes_or_gets_another_size_is_encoded_anew(cached, tmp
 
 def test_another_vae_gets_another_folder(models, tmp_path):
     other = tiny.write_pipeline(tmp_path / "other", seed=5)
+    (other / "vae" / ".ipynb_checkpoints").mkdir()
     one, two = (tiny.image_encoder(path).description() for path in (models.pipeline, other))
     assert one["fingerprint"] != two["fingerprint"]
     assert tiny.image_encoder(models.pipeline, True).description()["fingerprint"] != one["fingerprint"]

@@ -1,5 +1,6 @@
 """One process trains in a run folder; what another is writing, or has left there, is told apart by host and process."""
 
+import errno
 import json
 import os
 import signal
@@ -134,6 +135,34 @@ def test_who_holds_the_folder_removes_what_others_left_unfinished(tmp_path, othe
     with RunFolder(tmp_path).lock():
         pass
     assert {path for path in tmp_path.rglob("*") if not path.is_dir()} == set(kept)
+
+
+def test_a_run_in_a_folder_below_keeps_what_it_is_writing(tmp_path, other):
+    writing = checkpoint_path(tmp_path / "below", 3)
+    writing = writing.with_name(f"{writing.name}{PARTIAL}-{HERE}-{other.pid}")
+    writing.mkdir(parents=True)
+    with run_lock(tmp_path):
+        pass
+    assert writing.is_dir()
+
+
+def test_a_lock_that_finds_no_room_is_nobodys_lock(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("srpo_lightning.files.owners.json.dump", no_room)
+        with pytest.raises(OSError, match="No space left"), run_lock(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_made_a_moment_ago_is_asked_again(tmp_path, other, monkeypatch):
+    path = tmp_path / LOCK
+    path.touch()
+    monkeypatch.setattr(time, "sleep", lambda _: lock(tmp_path, owner_of(other)))
+    with pytest.raises(ValueError, match=f"process {other.pid} on host {HERE} has been training"), run_lock(tmp_path):
+        pass
 
 
 def test_two_processes_never_write_to_the_same_unfinished_file(tmp_path, monkeypatch):
