@@ -1,4 +1,7 @@
-"""HPSv3: a human preference score by a vision-language model."""
+"""HPSv3 (arXiv 2508.03789): a human preference score by a vision-language model.
+
+The score is mu of `(mu, log sigma) = MLP(h)`, h the hidden state of Qwen2-VL at the token `<|Reward|>`.
+"""
 
 import math
 from collections.abc import Sequence
@@ -87,13 +90,13 @@ class HPSv3(Reward):
     Source: arXiv 2508.03789; package hpsv3 1.0.0, `inference.py` and `model/qwen2vl_trainer.py`.
 
     Args:
-        pretrained: Qwen2-VL-7B-Instruct, folder or hub id, for configuration, tokenizer and chat template; its weights
-            are not read.
-        weights: the published file, a folder that holds it, or the hub id.
-        dtype: of the weights, 15.5 GB in bfloat16; the head's are float32 either way.
-        gradient_checkpointing: recompute each layer in the backward pass instead of storing what it computed.
-        quantize: nf4 rounds the language model's linear layers to 4 bits, on the CPU while loading: 6.1 GB in all, and
-            not quite the published scores. Needs the extra `quant`.
+        pretrained: Folder or hub id of Qwen2-VL-7B-Instruct, for configuration, tokenizer and chat template; its
+            weights are not read.
+        weights: Published file, a folder that holds it, or the hub id.
+        dtype: Precision of the weights, 15.5 GB in bfloat16; the head's are float32 either way.
+        gradient_checkpointing: Whether the backward pass computes each layer again, instead of storing it.
+        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits, on the CPU while
+            loading: 6.1 GB in all, and not quite the published scores. It needs the extra `quant`.
     """
 
     word_lists = PUBLISHED

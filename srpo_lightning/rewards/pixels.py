@@ -22,13 +22,14 @@ class Preprocessing(NamedTuple):
     """How a reward model wants its pixels.
 
     Args:
-        size: (height, width) in pixels that the model reads.
-        fit: resize the shorter side to fit and crop the centre, resize the longer side and pad with black, or squash.
-        mean: per channel.
-        std: per channel.
-        half_even: round half a pixel of the crop's corner to even, as torchvision's CenterCrop; otherwise down, as
-            transformers' image processors.
-        clamp: cut bicubic overshoot off, as resizing 8-bit pictures does; resizing tensors leaves it.
+        size: Height and width in pixels that the model reads.
+        fit: Way to that size: resize the shorter side to fit and crop the centre, resize the longer side to fit and
+            pad with black, or squash.
+        mean: Mean of each channel, subtracted.
+        std: Standard deviation of each channel, divided by.
+        half_even: Whether half a pixel of the crop's corner is rounded to even, as torchvision's CenterCrop does.
+            Otherwise it is rounded down, as transformers' image processors do.
+        clamp: Whether bicubic overshoot is cut off, as resizing 8-bit pictures does; resizing tensors leaves it.
     """
 
     size: tuple[int, int]
