@@ -23,8 +23,8 @@ from srpo_lightning.rewards.words import PUBLISHED
 class ClipReward(Reward):
     """Any transformers CLIPModel as a frozen reward; as it is, the CLIP score.
 
-    The score is the cosine of image and text, in [-1, 1], times the model's logit scale over `logit_scale_divisor`
-    where one is given. (CLIPScore, arXiv 2104.08718, is 2.5 max(cosine, 0) under ViT-B/32.)
+    The score is the cosine of image and text, in [-1, 1]. With a `logit_scale_divisor` it is multiplied by the model's
+    logit scale over that. CLIPScore, arXiv 2104.08718, is 2.5 max(cosine, 0) under ViT-B/32.
 
     Args:
         pretrained: CLIPModel folder or hub id.

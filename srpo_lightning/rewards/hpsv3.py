@@ -79,13 +79,13 @@ QUESTION = f"\nPlease provide the overall ratings of this image: {REWARD_TOKEN}\
 class HPSv3(Reward):
     """HPSv3: Qwen2-VL-7B, asked to rate an image under its prompt; FLUX.1-dev scores 10.4 in its own benchmark.
 
-    A head reads mean and standard deviation of the preference from the hidden state at the token `<|Reward|>`; the
+    A head reads mean and standard deviation of the preference from the hidden state at the token `<|Reward|>`. The
     score is the mean. Differences of scores count (Bradley-Terry): they have no bounds.
 
-    As in the published package: the size that images are resized to, the prompt and its tokens, one position for each
-    token of image or text (Qwen2-VL is given embeddings alone there, so that it cannot count rows and columns), and
-    rotary frequencies rounded to bfloat16. Not as there: resized images are not rounded to 8 bits; in bfloat16 the
-    vision tower's angles are rounded once less; and if a prompt holds `<|Reward|>` itself, the last one is read.
+    As in the published package: the size that images are resized to, the prompt and its tokens, and rotary frequencies
+    rounded to bfloat16. Each token of image or text has one position: Qwen2-VL is given embeddings alone there, so that
+    it cannot count rows and columns. Not as there: resized images are not rounded to 8 bits, and in bfloat16 the vision
+    tower's angles are rounded once less. If a prompt holds `<|Reward|>` itself, the last one is read.
 
     Source: arXiv 2508.03789; package hpsv3 1.0.0, `inference.py` and `model/qwen2vl_trainer.py`.
 
@@ -235,8 +235,8 @@ class Network(nn.Module):
 def smart_resize(height: int, width: int, factor: int, num_pixels: int = NUM_PIXELS) -> tuple[int, int]:
     """The size that an image is resized to: multiples of `factor`, about `num_pixels` in all.
 
-    Rounded to the nearest multiples where these have `num_pixels`; else scaled to it, and rounded up if the image is
-    too small, down if it is too large.
+    Sides are rounded to the nearest multiples where these have `num_pixels`. Otherwise they are scaled to it, and
+    rounded up if the image is too small, down if it is too large.
 
     Raises:
         ValueError: if one side is more than 200 times the other.

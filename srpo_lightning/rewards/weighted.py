@@ -36,8 +36,8 @@ class Term:
 class WeightedReward(Reward):
     """The weighted sum of normalised rewards.
 
-    With respect to images that require a gradient each term's graph is built, used and freed before the next one's: the
-    peak of memory is that of the largest reward, not of their sum.
+    Where images require a gradient, each term's graph is built, used and freed before the next one's. So the peak of
+    memory is that of the largest reward, not of their sum.
 
     Args:
         terms: Rewards, each with its weight and normalisation.
