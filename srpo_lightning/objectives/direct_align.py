@@ -3,10 +3,12 @@
 Noise clean latents, `x_a = (1 - a) x0 + a noise`, take one step `x_b = x_a + (b - a) v(x_a, a)` with gradient, and
 recover `x0_hat = (x_b - b noise) / (1 - b)`, because the noise is known. The loss is `relu(margin - r(x0_hat))`.
 
-Step numbers in comments are those of the algorithm box in README.md. Departures from the research code, all on
-purpose: the transformer is told the exact noise level (FluxPolicy.quantize_timesteps truncates it as there); both
-branches go through the policy as one batch; the reward's gradient is taken at the recovered latents and handed to the
-policy (objectives/base.py), which is the same gradient by the chain rule.
+Step numbers in comments are those of the algorithm box in README.md. Departures from the research code, all on purpose:
+
+- The transformer is told the exact noise level; FluxPolicy.quantize_timesteps truncates it as there.
+- Both branches go through the policy as one batch.
+- The reward's gradient is taken at the recovered latents and handed to the policy (objectives/base.py). By the chain
+  rule it is the same gradient.
 """
 
 from dataclasses import dataclass
@@ -52,8 +54,8 @@ class Branches(NamedTuple):
 class DirectAlign(FormObjective):
     """Direct-Align with any form of the reward; alone by default, and SRPO's ablations by its settings.
 
-    SRPO is `form: Relative`, `inversion: true`. Without the inversion branch, with `form: Plain`, with both ends of a
-    lambda equal, or with a late window, it is an ablation of that.
+    SRPO is `form: Relative`, `inversion: true`. Ablations of it are `form: Plain`, no inversion branch, both ends of a
+    lambda equal, or a late window.
 
     Args:
         inversion: Whether the inversion branch, which comes from below, is trained too. What it recovers is penalised.
@@ -65,10 +67,10 @@ class DirectAlign(FormObjective):
         ground_truth_ratio: Share of the window, at least, that the known noise recovers; the trained step covers the
             rest at most.
         edge: Number of positions at either end of the grid that are not drawn.
-        denoise_lambda: Lambdas, extra weights of the text that the denoising branch moves towards, at the clean and at
-            the noisy end of the grid.
-        inversion_lambda: Lambdas, extra weights of the text that the inversion branch moves towards, at the clean and
-            at the noisy end of the grid.
+        denoise_lambda: Extra weights lambda at the clean and at the noisy end of the grid, of the text that the
+            denoising branch moves towards.
+        inversion_lambda: Extra weights lambda at the clean and at the noisy end of the grid, of the text that the
+            inversion branch moves towards.
         margin: Margin of the hinge loss `relu(margin - r)`: a reward above it has no gradient.
         position_per_sample: Whether each sample has its own position on the grid, as in the official run. Otherwise all
             samples of an optimizer step share one.

@@ -24,10 +24,9 @@ from srpo_lightning.policies.base import Policy
 class DRaFT(RewardGradientObjective):
     """DRaFT-K, and with `num_variants` DRaFT-LV, its variant of low variance for one step.
 
-    The last K Euler steps carry gradient. Each is checkpointed, so that one step's graph is alive at a time; under
-    FSDP2 that is with all of the weights gathered, once the backward pass computes it again. DRaFT-LV noises the
-    finished latents again to the level of the last step, several times. It takes that step from each, and averages all
-    rewards.
+    The last K Euler steps carry gradient. Each is checkpointed, so that one step's graph is alive at a time. Under
+    FSDP2 all of the weights are gathered while the backward pass computes it again. DRaFT-LV noises the finished
+    latents again to the level of the last step, several times. It takes that step from each, and averages all rewards.
 
     Args:
         num_trained_steps: Number K of steps at the end of the trajectory that carry gradient.
@@ -88,7 +87,7 @@ class DRTune(RewardGradientObjective):
     With detached inputs the chain is a sum, `x0_hat = noise + sum_i (sigma_{i+1} - sigma_i) v(sg(x_i))`. So the trained
     steps can be asked again after a rollout without gradient, and the gradient is the same.
 
-    The first of the K steps is drawn, so that the step from which the picture is predicted seldom is one of them. As in
+    The first of the K steps is drawn, so that the step that predicts the picture seldom is one of them. As in
     github.com/RuoyuWang-2077/FlowBP (July 2026) they are spaced over the steps up to that one. The paper spaces them
     over the whole trajectory, and leaves out those behind it.
 

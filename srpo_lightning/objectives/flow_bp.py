@@ -34,8 +34,8 @@ class FlowBPSparse(RewardGradientObjective):
     Args:
         num_trained_steps: Number K of velocities that carry gradient; FlowBP-Bridge trains 2 or more.
         late_bias: Exponent of the preference for late steps: step i is drawn in proportion to (i + 1) to this power.
-        gradient_rescale: Degree, from 0, to which trained velocities stand in for the others. At 1 their gradient is
-            multiplied by the length of the whole trajectory over that of the trained steps, at 0 not at all.
+        gradient_rescale: Degree, from 0, to which trained velocities stand in for the others. At 0 their gradient is
+            left alone. At 1 it is multiplied by the length of the whole trajectory over that of the trained steps.
 
     Raises:
         ValueError: if there are fewer steps than are to be trained.
@@ -126,8 +126,8 @@ class FlowBPLagrange(LeapAlign):
         num_supports: Number of velocities that each leap's polynomial goes through.
         num_trained_supports: Number of each leap's supports, from its start, that carry gradient.
         support_gradient: Share of the gradient that trained supports other than the leap's start keep.
-        gradient_rescale: Degree, from 0, to which trained supports stand in for the others. At 1 their gradient is
-            multiplied by the sum of all absolute weights of the leap over that of the trained ones, at 0 not at all.
+        gradient_rescale: Degree, from 0, to which trained supports stand in for the others. At 0 their gradient is left
+            alone. At 1 it is multiplied by the sum of the leap's absolute weights over that of the trained ones.
         concentration: Parameters of the Dirichlet distribution of the steps after j, between k and j, and before k.
 
     Raises:

@@ -1,7 +1,7 @@
 """GRPO for flow models: DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv 2505.05470).
 
 The loss of a step is `-min(rho A, clip(rho, 1 - c, 1 + c) A) + beta KL`. A is the advantage of the sample in its group,
-rho the ratio of the step's probabilities under the policy now and when it drew the step.
+`A = (r - mean) / std`. rho is the step's probability under the policy over its probability when it was drawn.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
 
 Level: TypeAlias = tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]
-"""Of a step: the noise level that it starts from, the one that it ends at, and its diffusion."""
+"""The noise level that a step starts from, the one that it ends at, and its diffusion."""
 
 
 class Diffusion(ABC):
@@ -161,15 +161,15 @@ class GRPO(TrajectoryObjective):
 
         losses, ratios, divergences = [], [], []
         for steps in self.trained_steps(draws, conditions.batch_size)[:, rows]:
-            here, after = (steps, column), (steps + 1, column)
-            x, level, reference = states[here], (sigmas[here], sigmas[after], diffusion[here]), None
+            start, end = (steps, column), (steps + 1, column)
+            x, level, reference = states[start], (sigmas[start], sigmas[end], diffusion[start]), None
             if self.kl_weight:
                 with torch.no_grad(), policy.as_reference():
                     reference, _ = self.random_step(policy, x, level, groups)
-            log_prob, kl = checkpoint(step, x, states[after], level, reference, use_reentrant=False)
-            ratio = (log_prob - rollout.log_probs[here]).exp()
-            clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-            losses.append(-torch.minimum(ratio * advantage, clipped * advantage).mean() + self.kl_weight * kl.mean())
+            log_prob, kl = checkpoint(step, x, states[end], level, reference, use_reentrant=False)
+            ratio = (log_prob - rollout.log_probs[start]).exp()
+            gain = clipped_gain(ratio, advantage, self.clip_range)
+            losses.append(-gain.mean() + self.kl_weight * kl.mean())
             ratios.append((ratio.detach() - 1).abs().max())
             divergences.append(kl.detach().mean())
         scalars = {"reward": rewards.mean(), "ratio_error": torch.stack(ratios).max()}
@@ -229,6 +229,12 @@ class GRPO(TrajectoryObjective):
         members = [0] * self.group_size if same else range(self.group_size)
         noise = [draws.noise(shape, shared=False, purpose=f"{purpose} of {g}") for g in members]
         return torch.cat(noise).to(groups.device, non_blocking=True)
+
+
+def clipped_gain(ratio: Float[Tensor, " B"], advantage: Float[Tensor, " B"], clip_range: float) -> Float[Tensor, " B"]:
+    """PPO's `min(rho A, clip(rho, 1 - c, 1 + c) A)` (arXiv 1707.06347)."""
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.minimum(ratio * advantage, clipped * advantage)
 
 
 def advantages(rewards: Float[Tensor, "G B"], largest: float) -> Float[Tensor, "G B"]:

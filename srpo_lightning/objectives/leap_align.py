@@ -26,9 +26,9 @@ class LeapAlign(RewardGradientObjective):
     Both leaps land on the rollout's own states, straight through, so that the reward sees the real picture. A sample
     whose leaps miss them by more weighs less.
 
-    What the paper leaves open is as in github.com/RuoyuWang-2077/FlowBP (July 2026): the two states are drawn evenly
-    among all pairs of them, and the distance of a leap from its state is the mean absolute one. The weight multiplies
-    the gradient, and the loss is logged without it.
+    What the paper leaves open is as in github.com/RuoyuWang-2077/FlowBP (July 2026). The two states are drawn evenly
+    among all pairs of them. The distance of a leap from its state is the mean absolute one. The weight multiplies the
+    gradient, and the loss is logged without it.
 
     Args:
         input_gradient: Share alpha of the gradient that passes through the second leap's input.

@@ -1,8 +1,8 @@
 """ReFL for flow matching, the reward of `x0_hat = x - sigma v(x, sigma)` at a random late step (arXiv 2304.05977).
 
-The paper, ImageReward, defines it for diffusion models. Departures: the prediction is that of flow matching; there is
-no pre-training loss beside the reward's; the loss is not scaled by 1e-3. AdamW does not see such a factor, the clipping
-of the gradient does.
+The paper, ImageReward, defines it for diffusion models. Here the prediction is that of flow matching, and there is no
+pre-training loss beside the reward's. The loss is not scaled by 1e-3: AdamW does not see such a factor, the clipping of
+the gradient does.
 """
 
 from dataclasses import dataclass

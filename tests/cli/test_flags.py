@@ -29,6 +29,7 @@ from srpo_lightning.objectives import (
 )
 from srpo_lightning.policies import FluxPolicy, Lora
 from srpo_lightning.rewards import (
+    SGPHPS,
     AestheticV25,
     ClipReward,
     HPSv2,
@@ -77,8 +78,9 @@ FLAGS = {
     "rollout_cache transformer trained_guidance",
     Lora: "rank alpha target_modules dropout dora rslora seed pretrained",
     ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",
-    PickScore: "pretrained processor logit_scale_divisor dtype cache_size clamp",
+    PickScore: "pretrained processor logit_scale_divisor clamp dtype cache_size",
     HPSv2: "pretrained filename processor fit logit_scale_divisor dtype cache_size",
+    SGPHPS: "as_probability pretrained filename processor fit logit_scale_divisor dtype cache_size",
     ImageReward: "pretrained tokenizer dtype",
     LaionAesthetic: "head pretrained dtype",
     AestheticV25: "head pretrained dtype",
