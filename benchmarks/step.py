@@ -163,7 +163,7 @@ def model_flops(config: Namespace) -> Mapping[str, float]:
         module.configure_model()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker("", {}):
         make_fake(module)
-        conditions = fake_conditions(config, config.data.batch_size)
+        conditions = fake_conditions(config, module.policy, config.data.batch_size)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
             meter = Meter(counter.get_total_flops, lambda start, end: end - start)
             with phases(module, meter):
@@ -239,12 +239,12 @@ class TakingTurns(Dataset[Conditions]):
         return self.num_steps + 1
 
     def __getitem__(self, index: int) -> Conditions:
-        synchronize(self.conditions.prompt_embeds.device)
+        synchronize(self.conditions.device)
         if index:
             self.lightning.append(Spent.since(self._handed_over))
         start = Spent.since(NOTHING)
         self.make_bare_step()
-        synchronize(self.conditions.prompt_embeds.device)
+        synchronize(self.conditions.device)
         self.bare.append(Spent.since(start))
         self._handed_over = Spent.since(NOTHING)
         return fresh(self.conditions, -index)
@@ -264,7 +264,7 @@ def lightning_share(module: SRPOModule, config: Namespace, conditions: Condition
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             default_root_dir=folder,
-            accelerator=conditions.prompt_embeds.device.type,
+            accelerator=conditions.device.type,
             devices=1,
             max_steps=num_steps + 1,
             precision=config.trainer.precision,
@@ -342,7 +342,7 @@ def main(
         dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
         flops = model_flops(config)
         module = load(config, device, geometry)
-        conditions = on_device(fake_conditions(config, config.data.batch_size), device)
+        conditions = on_device(fake_conditions(config, module.policy, config.data.batch_size), device)
         as_is = partial(torch.compiler.set_stance, "force_eager")
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {"eager": as_is}
         if compile:

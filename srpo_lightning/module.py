@@ -217,7 +217,7 @@ class SRPOModule(LightningModule):
             noise = sample_noise(self.seed, conditions.indices.tolist(), shape, conditions.seeds)
         latents = flow.integrate(
             lambda x, sigma: self.policy(x, sigma, conditions, self.sample_guidance),
-            noise.to(conditions.prompt_embeds.device),
+            noise.to(conditions.device),
             self.policy.sigmas(self.num_sample_steps, size=conditions.size),
         )
         return self.policy.decode(latents, conditions.size)

@@ -155,8 +155,7 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(models):
     alone = module.sample(
         batch._replace(
             prompts=batch.prompts[1:2],
-            prompt_embeds=batch.prompt_embeds[1:2],
-            pooled_prompt_embeds=batch.pooled_prompt_embeds[1:2],
+            text=batch.text.each(lambda rows: rows[1:2]),
             indices=batch.indices[1:2],
         )
     )

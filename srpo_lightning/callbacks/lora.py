@@ -12,8 +12,8 @@ from srpo_lightning.callbacks.ema import EMA
 from srpo_lightning.evaluation.exchange import callbacks_that
 from srpo_lightning.files.checkpoints import complete_or_absent_folder
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import save_lora
+from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.training.optimizers import whole
 
@@ -23,8 +23,9 @@ PREFIX = "policy.transformer."
 class LoraExport(Checkpoint):  # Lightning calls these last: the ema has followed by then
     """Writes the policy's adapter into `<run folder>/lora/step-*/`, and its ema into `ema/` therein, at the end.
 
-    Either folder goes to `FluxPipeline.load_lora_weights`, and without DoRA the file in it to ComfyUI too. With DoRA,
-    ComfyUI takes what `export --format lora-comfy` writes. The folders are there complete or not at all.
+    Either folder goes to the pipeline's `load_lora_weights` in diffusers, and without DoRA the file in it to ComfyUI
+    too. With DoRA, ComfyUI takes what `export --format lora-comfy` writes. The folders are there complete or not at
+    all.
 
     Args:
         every_n_steps: Optimizer steps between adapters; null: one at the end only.
@@ -54,8 +55,7 @@ class LoraExport(Checkpoint):  # Lightning calls these last: the ema has followe
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, SRPOModule)
         self._written_step = trainer.global_step
-        transformer = _policy(module).transformer
-        assert transformer is not None
+        policy = _policy(module)
         folder = RunFolder.of(trainer).lora(trainer.global_step)
         ema = next((own.weights for own in callbacks_that(trainer, EMA)), {})
         weights = _whole(dict(module.trainable_parameters())), _whole(ema)
@@ -63,14 +63,14 @@ class LoraExport(Checkpoint):  # Lightning calls these last: the ema has followe
             with complete_or_absent_folder(folder) as partial:
                 for tensors, place in zip(weights, (partial, partial / "ema"), strict=True):
                     if tensors:
-                        save_lora(transformer, tensors, place)
+                        save_lora(policy.pipeline_class, policy.transformer, tensors, place)
         trainer.strategy.barrier()
         rank_zero_info(f"adapter: {folder}")
 
 
-def _policy(module: LightningModule) -> FluxPolicy:
+def _policy(module: LightningModule) -> FlowPolicy:
     assert isinstance(module, SRPOModule)
-    if not isinstance(module.policy, FluxPolicy) or module.policy.adapter is None:
+    if not isinstance(module.policy, FlowPolicy) or module.policy.adapter is None:
         raise ValueError(
             "LoraExport writes adapters, and the policy has none: take it out of trainer.callbacks, or give "
             "model.policy.init_args.adapter, for instance {rank: 32}"

@@ -16,11 +16,11 @@ from srpo_lightning.callbacks.report import Report
 from srpo_lightning.callbacks.samples import SampleLogger
 from srpo_lightning.callbacks.tracking import RewardTracking
 from srpo_lightning.data import PromptData
-from srpo_lightning.errors import nearest
 from srpo_lightning.files.fingerprint import arguments, described
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.weighted import WeightedReward
+from srpo_lightning.suggestions import nearest
 from srpo_lightning.training.strategies import ShardedStrategy
 
 ADD_TRACKING = "add srpo_lightning.callbacks.RewardTracking to trainer.callbacks"

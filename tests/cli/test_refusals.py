@@ -30,7 +30,7 @@ POLICY, OBJECTIVE = "--model.policy.init_args", "--model.objective.init_args"
         (["--model.reward.init_args.pretrained", "/nowhere/clip"], "neither a folder here .* give the path"),
         (["--data.train", "/nowhere/prompts.txt"], "prompt file /nowhere/prompts.txt does not exist"),
         (["--data.batch_size", "0"], "batch_size"),
-        (["--data.pretrained", "/elsewhere"], "data.pretrained"),
+        (["--data.encoder", "elsewhere"], "data.encoder follows model.policy"),
         (["--model.sead", "1"], "sead"),
         (["--ckpt_path", "last"], "no checkpoint in .*Point --trainer.default_root_dir at the run to resume"),
         (["--ckpt_path", "/nowhere/x.ckpt"], "x.ckpt does not exist: `last` takes the newest"),

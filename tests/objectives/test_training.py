@@ -33,7 +33,7 @@ OBJECTIVES = {
     "bridge": FlowBPBridge(num_steps=3, num_trained_steps=2),
     "lagrange": FlowBPLagrange(FORM, num_steps=4),
     "dance": GRPO(num_steps=4, group_size=3),
-    "flow": GRPO(FORM, FlowDiffusion(), num_steps=4, group_size=3),
+    "flow": GRPO(FORM, diffusion=FlowDiffusion(), num_steps=4, group_size=3),
 }
 
 

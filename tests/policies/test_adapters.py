@@ -283,7 +283,7 @@ def test_the_adapter_is_exported_every_so_many_steps_and_at_the_end_once_each(
 ):
     written = []
 
-    def record(transformer, weights, folder):
+    def record(pipeline_class, transformer, weights, folder):
         written.append(folder)
         folder.mkdir(exist_ok=True)
 
@@ -297,8 +297,8 @@ def test_the_adapter_is_exported_every_so_many_steps_and_at_the_end_once_each(
 
 
 def test_an_export_that_breaks_off_leaves_nothing_under_the_final_name(models, features, tmp_path, monkeypatch):
-    def break_off(transformer, weights, folder):
-        adapters.save_lora(transformer, weights, folder)
+    def break_off(pipeline_class, transformer, weights, folder):
+        adapters.save_lora(pipeline_class, transformer, weights, folder)
         raise OSError("no space left")
 
     monkeypatch.setattr(lora_callback, "save_lora", break_off)

@@ -34,18 +34,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from srpo_lightning.batch import Conditions
+from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.callbacks.tracking import RewardTracking
 from srpo_lightning.config.classes import is_class, of_class
 from srpo_lightning.draws import Draws
+from srpo_lightning.encoding import Encoding
 from srpo_lightning.files import pretrained as reading
-from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.stand_ins import EightBitStates, keep_in_4_bits
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import adapters, flux
-from srpo_lightning.policies.base import Shard
+from srpo_lightning.policies import adapters, flow_policy, loading
+from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.training.optimizers import is_eight_bit
 from srpo_lightning.training.strategies import ShardedStrategy
@@ -236,10 +236,11 @@ def without_weights(device: str = "meta") -> Iterator[None]:
 
     with (
         patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)),
-        patch.object(flux, "safetensors_files", lambda *_: {}),
+        patch.object(flow_policy, "safetensors_files", lambda *_: {}),
+        patch.object(loading, "safetensors_files", lambda *_: {}),
         patch.object(reading, "safetensors_files", lambda *_: {}),
-        patch.object(flux, "keep_in_4_bits", keep_in_4_bits),
-        patch.object(flux, "stream_into", lambda *_: None),
+        patch.object(loading, "keep_in_4_bits", keep_in_4_bits),
+        patch.object(loading, "stream_into", lambda *_: None),
         patch.object(adapters, "stream_into", lambda *_: None),
         patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)),
     ):
@@ -302,10 +303,10 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
         for judge in judges:
             make_fake(judge)
         try:
-            conditions = fake_conditions(config, config.data.batch_size)
+            conditions = fake_conditions(config, module.policy, config.data.batch_size)
             lasting = train(module, conditions, config.trainer, ema, tracker, on_cuda=target == "cuda")
             if judges:
-                conditions = fake_conditions(config, config.data.eval_batch_size)
+                conditions = fake_conditions(config, module.policy, config.data.eval_batch_size)
                 evaluate(module, judges, conditions, config.trainer.precision, tracker)
             del lasting
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
@@ -388,19 +389,19 @@ def make_fake(module: torch.nn.Module) -> None:
             setattr(owner, name, torch.empty_like(buffer, device="cpu"))
 
 
-def fake_conditions(config: Namespace, size: int) -> Conditions:
+def fake_conditions(config: Namespace, policy: Policy, size: int) -> Conditions:
     """A batch of the shapes that the data module would hand out; of several sizes of pictures the largest."""
     sizes = [(height, width) for width, height in config.data.get("sizes") or []]
-    pretrained = config.model.policy.init_args.pretrained
-    transformer = read_json(pretrained, "transformer", "config.json")
-    length = config.data.max_sequence_length
-    if length is None:
-        length = min(512, int(read_json(pretrained, "tokenizer_2", "tokenizer_config.json")["model_max_length"]))
-    dtype = getattr(torch, config.data.text_dtype)
+    wanted = Encoding(config.data.max_sequence_length, getattr(torch, config.data.text_dtype))
+    shapes = policy.text_shapes(wanted)
+
+    def text(rows: int) -> Text:
+        return Text({name: torch.zeros(rows, *shape, dtype=wanted.dtype) for name, shape in shapes.items()})
+
     return Conditions(
         [f"prompt {i}" for i in range(size)],
-        torch.zeros(size, length, transformer["joint_attention_dim"], dtype=dtype),
-        torch.zeros(size, transformer["pooled_projection_dim"], dtype=dtype),
+        text(size),
         torch.zeros(size, dtype=torch.int64),
         max(sizes, key=math.prod, default=None),
+        unconditional=text(1) if policy.has_negative else None,
     )

@@ -17,7 +17,7 @@ from srpo_lightning.jobs.export.comparison import Difference
 from srpo_lightning.jobs.export.formats import Format
 from srpo_lightning.jobs.export.weights import Kind
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.run_folder import RunFolder
 
 
@@ -84,9 +84,9 @@ The licence of the base model applies to these weights as well: read it before y
 {metrics(export, module)}"""
 
 
-def front_matter(export: Export, policy: FluxPolicy) -> str:
+def front_matter(export: Export, policy: FlowPolicy) -> str:
     """What the hub reads; a base that is a local folder has no name there."""
-    tags = ["srpo", "text-to-image", "flux", *(["lora"] if policy.adapter else [])]
+    tags = ["srpo", "text-to-image", policy.hub_tag, *(["lora"] if policy.adapter else [])]
     values: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     values |= {"license": "other", "license_name": "license-of-the-base-model"}
     base = policy.start or policy.pretrained

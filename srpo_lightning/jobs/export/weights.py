@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
@@ -17,8 +16,9 @@ from srpo_lightning.files.checkpoints import METADATA
 from srpo_lightning.files.pretrained import safetensors_files, stream_into
 from srpo_lightning.files.sharded_checkpoint import SafeReader, TensorsOnly
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import FluxPolicy, adapters
-from srpo_lightning.policies.flux import STEM
+from srpo_lightning.policies import adapters
+from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.policies.loading import STEM
 
 Kind = Literal["ema", "policy"]
 """The weights in a checkpoint: the ema, or the policy."""
@@ -59,9 +59,7 @@ def read_trained(path: Path, kind: Kind, module: SRPOModule) -> dict[str, Stored
     return {name.removeprefix(PREFIX): stored for name, stored in tensors.items()}
 
 
-def whole_transformer(
-    policy: FluxPolicy, outline: FluxTransformer2DModel, trained: Mapping[str, Stored]
-) -> dict[str, Stored]:
+def whole_transformer(policy: FlowPolicy, outline: nn.Module, trained: Mapping[str, Stored]) -> dict[str, Stored]:
     """All tensors of the transformer by diffusers' names; adapters are in the weights beside which they were trained.
 
     A base that was kept in 4 bits is read as it was before.
@@ -80,7 +78,7 @@ def whole_transformer(
     return {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
 
 
-def base_transformer(policy: FluxPolicy, outline: FluxTransformer2DModel) -> dict[str, Stored]:
+def base_transformer(policy: FlowPolicy, outline: nn.Module) -> dict[str, Stored]:
     """The weights before training, beside which an adapter was trained, by diffusers' names."""
     files = safetensors_files(*policy.start_place, STEM)
 
