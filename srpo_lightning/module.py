@@ -28,7 +28,7 @@ from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.training.agreement import check_weights
 from srpo_lightning.training.optimizers import InBackward, check_clipping, check_settings, new_trial
-from srpo_lightning.training.resuming import check_optimizer, check_policy, check_shapes, name_of_optimizer
+from srpo_lightning.training.resuming import check_optimizer, check_shapes, checked_policy, name_of_optimizer
 from srpo_lightning.training.skipping import SkipNonFinite
 from srpo_lightning.training.timing import StepTimes
 
@@ -227,23 +227,21 @@ class SRPOModule(LightningModule):
         trainable = {name for name, _ in self.trainable_parameters()}
         return {name: t for name, t in super().state_dict(*args, **kwargs).items() if name in trainable}
 
+    def rewind(self, micro_step: int) -> None:
+        """Go on from before a micro-batch, of which nothing is left."""
+        self.micro_step, self.kept_rollout = micro_step, None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save where the random numbers stand, and whose weights these are."""
-        checkpoint["srpo"] = {
-            "micro_step": self.micro_step,
-            "policy": self.policy.fingerprint,
-            "optimizer": name_of_optimizer(self.optimizer),
-        }
+        state = {"micro_step": self.micro_step, "policy": self.policy.fingerprint}
+        checkpoint["srpo"] = state | {"optimizer": name_of_optimizer(self.optimizer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another policy, naming the difference; go on where its random numbers stand."""
-        saved = checkpoint.get("srpo")
-        check_policy(saved, self.policy.fingerprint)
-        assert saved is not None
+        saved = checked_policy(checkpoint.get("srpo"), self.policy.fingerprint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_optimizer(saved.get("optimizer"), self.optimizer)
-        self.micro_step = saved["micro_step"]
-        self.kept_rollout = None
+        self.rewind(saved["micro_step"])
         self.loaded_steps = checkpoint["global_step"]
         if "state_dict" in checkpoint:  # else a sharded one, whose weights the strategy has read and checked
             check_shapes(checkpoint["state_dict"], dict(self.trainable_parameters()))

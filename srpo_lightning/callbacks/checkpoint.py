@@ -184,7 +184,8 @@ class RunCheckpoint(Checkpoint):
             return
         assert isinstance(module, SRPOModule)
         # What was accumulated since the last step is lost: let the run go on from before it.
-        module.micro_step, data, loops = self._position
+        micro_step, data, loops = self._position
+        module.rewind(micro_step)
         if data:
             trainer.datamodule.load_state_dict(data)  # type: ignore[attr-defined]
         trainer.fit_loop.load_state_dict(loops)

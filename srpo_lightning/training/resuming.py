@@ -8,11 +8,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 
-def check_policy(saved: Mapping[str, Any] | None, fingerprint: str) -> None:
-    """Refuse a checkpoint of another program or of another policy.
+def checked_policy(saved: Mapping[str, Any] | None, fingerprint: str) -> Mapping[str, Any]:
+    """What SRPOModule has written into a checkpoint, which is refused if it is another program's or policy's.
 
     Args:
-        saved: What SRPOModule has written into the checkpoint; None: nothing.
+        saved: What was found in the checkpoint; None: nothing.
         fingerprint: Architecture of the configured policy, as it names itself.
 
     Raises:
@@ -25,6 +25,7 @@ def check_policy(saved: Mapping[str, Any] | None, fingerprint: str) -> None:
             "this checkpoint is of another policy: set model.policy to the one that it was trained with, or leave "
             f"--ckpt_path away.\n  checkpoint: {saved['policy']}\n  config:     {fingerprint}"
         )
+    return saved
 
 
 def check_shapes(saved: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
