@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from srpo_lightning.files.crc import crc32
 from srpo_lightning.files.fingerprint import ends
@@ -239,8 +238,8 @@ def own_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """This rank's part of a parameter, and where in the whole it lies."""
     if not isinstance(parameter, DTensor):
         return parameter, (slice(None),) * parameter.ndim
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    places = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    (chunk,) = parameter.__create_chunk_list__()
+    places = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
     return parameter.to_local(), places
 
 

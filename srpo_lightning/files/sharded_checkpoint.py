@@ -7,6 +7,7 @@ pickles beside them; left to itself it runs both.
 import io
 import json
 import pickle
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -130,6 +131,13 @@ class TensorsOnly(DefaultLoadPlanner):
 def read_into(state: dict[str, Any], folder: Path) -> None:
     """Fill a state dict from a folder, every rank its own part."""
     load(state, storage_reader=SafeReader(folder), planner=TensorsOnly())
+
+
+def read_alone(state: dict[str, Any], reader: SafeReader, planner: TensorsOnly | None = None) -> None:
+    """Fill a state dict from all ranks' parts, in one process, whatever others do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is asked for here
+        load(state, storage_reader=reader, planner=planner or TensorsOnly(), no_dist=True)
 
 
 def sums_of(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
