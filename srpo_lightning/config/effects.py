@@ -35,7 +35,7 @@ def check_effects(command: str, trainer: Trainer, module: SRPOModule, data: Prom
     """Refuse what would be ignored.
 
     Args:
-        command: fit, validate, test or predict.
+        command: Name of the command: fit, validate, test or predict.
 
     Raises:
         ValueError: naming the setting and the cure.
@@ -72,7 +72,7 @@ def why_nothing_is_evaluated(trainer: Trainer) -> str | None:
     """The setting for which no evaluation comes while training, with the cure; None where one comes."""
     interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
     if trainer.limit_val_batches == 0:
-        return "trainer.limit_val_batches is 0, leave it away"
+        return "trainer.limit_val_batches is 0, leave it out"
     if every is not None and not isinstance(trainer.limit_train_batches, int):
         return (
             "trainer.check_val_every_n_epoch counts epochs, and the stream of training prompts has no end: set it to "
@@ -119,7 +119,7 @@ def check_single(callbacks: Iterable[Callback]) -> None:
     for kind, count in counts.items():
         if count > 1 and kind.__module__.startswith("srpo_lightning"):
             where = "it is what checkpoint.* sets" if kind is RunCheckpoint else "they would write over each other"
-            raise ValueError(f"trainer.callbacks has {kind.__name__} {count} times: {where}; leave one away")
+            raise ValueError(f"trainer.callbacks has {kind.__name__} {count} times: {where}; leave one out")
 
 
 def _check_monitor(
@@ -158,7 +158,7 @@ def _check_guard(
     if guard.max_drift is not None and not tracking.has_features:
         raise ValueError(
             f"OverOptimizationGuard.max_drift is {guard.max_drift}, but the drift is measured by the judge's image "
-            f"features, and {type(tracking.judge).__name__} has none: take a ClipReward as judge, or leave it away"
+            f"features, and {type(tracking.judge).__name__} has none: take a ClipReward as judge, or leave it out"
         )
 
 

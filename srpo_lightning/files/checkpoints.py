@@ -69,8 +69,8 @@ def check_whole(path: Path, content: bool = True) -> None:
     """Refuse a checkpoint that is damaged, or holds more than tensors, numbers and texts, before anything is read.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint.
-        content: compare the sums of all bytes, at about 2 GB a second; otherwise names and sizes.
+        path: File of a checkpoint, or folder of a sharded one.
+        content: Whether to compare the sums of all bytes, at about 2 GB a second; otherwise names and sizes.
 
     Raises:
         ValueError: naming the file, and the checkpoints that there are instead.

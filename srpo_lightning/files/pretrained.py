@@ -153,11 +153,11 @@ def load_whole(
     Left to themselves the libraries fill what a folder lacks with random numbers, or leave it without memory.
 
     Args:
-        cls: with `from_pretrained`.
-        pretrained: a folder or a hub id.
-        subfolder: of it.
-        unread: beginnings of the names of tensors that the folder may hold beside the model's own.
-        settings: for `from_pretrained`.
+        cls: Class with `from_pretrained`.
+        pretrained: Folder or hub id.
+        subfolder: Folder of the model within `pretrained`.
+        unread: Beginnings of the names of tensors that the folder may hold beside the model's own.
+        settings: Arguments for `from_pretrained`.
 
     Raises:
         ValueError: naming the folder and the first differences, or what is damaged.

@@ -62,7 +62,7 @@ class SafeReader(FileSystemReader):
     """A reader for which a list of tensors is a list of tensors, and is read once.
 
     Args:
-        path: the folder.
+        path: Folder of the checkpoint.
 
     Raises:
         ValueError: where the list is used, if it is damaged, or names what no list of tensors holds.
@@ -155,7 +155,7 @@ def damage(folder: Path, content: bool = True) -> str | None:
     """What is wrong with a folder's files by their sums; None if nothing is, or there are no sums (older checkpoints).
 
     Args:
-        content: read all files; otherwise their sizes are compared.
+        content: Whether to read all files; otherwise their sizes are compared.
     """
     if not (folder / SUMS).is_file():
         return None

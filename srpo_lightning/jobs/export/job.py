@@ -49,17 +49,17 @@ def export(
     """Write a checkpoint as a diffusers transformer, a single file for ComfyUI, or LoRA files, with a model card.
 
     Args:
-        config: the run's own config.yaml.
-        output: the folder to write.
-        ckpt_path: last, best (in checkpoint.monitor), or a checkpoint, sharded or not.
-        format: a folder for `FluxTransformer2DModel.from_pretrained`; a safetensors file with the names of Black Forest
-            Labs, for ComfyUI; or an adapter's own weights, for `FluxPipeline.load_lora_weights` (lora) or ComfyUI
-            (lora-comfy). The first two of a run that trained an adapter have it in the weights.
-        weights: the average, or the weights that were trained.
-        dtype: of the weights written.
-        check: run the code of the model card, compare its picture of the first evaluation prompt with that of the
-            checkpoint by this project's sampler, and write both to `check/`. Takes the memory of sampling.
-        device: where both are drawn; auto takes a GPU if there is one.
+        config: The run's own config.yaml.
+        output: Folder to write.
+        ckpt_path: Checkpoint: last, best (in checkpoint.monitor), or the path of one, sharded or not.
+        format: Form of what is written. diffusers is a folder for `from_pretrained`. single-file is a safetensors
+            file with the names of Black Forest Labs, for ComfyUI. lora and lora-comfy are an adapter's own weights,
+            for `load_lora_weights` and for ComfyUI. The first two hold the adapter of a run that trained one.
+        weights: Kind of weights: ema, their average, or policy, the weights that were trained.
+        dtype: Dtype of the weights written.
+        check: Whether to run the code of the model card and compare its picture of the first evaluation prompt with
+            the checkpoint's own. Both are written to `check/`. Takes the memory of sampling.
+        device: Device that draws both pictures: auto, cuda or cpu; auto takes a GPU if there is one.
 
     Raises:
         ValueError: naming the cure, if configuration, checkpoint and format do not fit together, or the check fails.

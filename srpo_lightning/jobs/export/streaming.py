@@ -24,10 +24,10 @@ def write_file(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype, pr
     """Write one file; no more than one tensor is in memory.
 
     Args:
-        path: of the file.
-        tensors: by name.
-        dtype: of all of them in the file.
-        progress: is told of each tensor.
+        path: File to write.
+        tensors: Tensors by name.
+        dtype: Dtype of all tensors in the file.
+        progress: Progress bar, which is told of each tensor.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
