@@ -97,6 +97,7 @@ WHOLE = (
     (r"Unexpected config: *$", "the configuration is empty"),
     (r"Unexpected config: (.*)", r"the configuration is no mapping of settings: \1"),
     (r"^Linked \"(.*)\" must be given via \"(.*)\"", r"\1 follows \2: set that"),
+    (r"^argument \w+\(model\) --> (data\.\w+): .*", r"\1 follows model.policy: set that"),
     (r"^the following arguments are required: (.*model\.policy.*)",
      r"these settings are missing: \1 (give them, or --config FILE)"),
     (r"^the following arguments are required: (.*)", r"these settings are missing: \1"),
@@ -254,10 +255,14 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
+OWN = {Path(__file__).parent}
+"""Folders whose errors are in the user's words; a program beside the package adds its own."""
+
+
 def is_own(error: BaseException) -> bool:
-    """Whether this package raised an error itself, in its own words; what a library raised keeps its traceback."""
+    """Whether the project raised an error itself, in its own words; what a library raised keeps its traceback."""
     *_, (frame, _) = walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return any(Path(frame.f_code.co_filename).is_relative_to(folder) for folder in OWN)
 
 
 def _joined(text: Any) -> str:

@@ -40,8 +40,8 @@ def nearest_setting(name: str, settings: Set[str]) -> str:
     parts = name.split(".")
     for depth in range(len(parts), 0, -1):
         same_depth = [other for other in settings if other.count(".") == depth - 1]
-        if close := difflib.get_close_matches(".".join(parts[:depth]), same_depth, 1, 0.8):
-            return f"; did you mean {close[0]}?" if close[0] != name else ""
+        if close := difflib.get_close_matches(begin := ".".join(parts[:depth]), same_depth, 1, 0.8):
+            return f"; did you mean {close[0]}?" if close[0] != begin else ""
     return nearest(parts[-1], sorted(settings))
 
 

@@ -16,21 +16,20 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from srpo_lightning.callbacks.agreement import Agreement
-from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
-from srpo_lightning.callbacks.records import VALIDATION
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
 from srpo_lightning.config.arguments import Parser, add_project_arguments, choose_strategy
 from srpo_lightning.config.effects import check_effects, check_single
-from srpo_lightning.config.loops import FOLDER_OF_TRIAL, check_loops
+from srpo_lightning.config.loops import check_loops
 from srpo_lightning.data import PromptData
 from srpo_lightning.errors import naming
-from srpo_lightning.files.checkpoints import AtomicCheckpointIO, check_whole, checkpoints, complete_or_absent
-from srpo_lightning.files.owners import run_lock
+from srpo_lightning.files.checkpoints import AtomicCheckpointIO, check_whole, complete_or_absent
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import RunFolder
 
-CONFIG = "config.yaml"
+FEW_PROCESSES = 8
+"""As many ranks may try a run on a CPU, however few cores it has."""
 
 
 def run_trainer(args: ArgsType, command: str) -> None:
@@ -96,9 +95,9 @@ class SRPOCLI(LightningCLI):
         """Log into the run folder, in one place however often the run is resumed; what is no part of it apart."""
         config, built = self.config[self.command], self.config_init[self.command]
         if config.trainer.logger in (None, True):
-            folder = Path(config.trainer.default_root_dir)
-            folder = folder if self.command == "fit" else folder / VALIDATION
-            kwargs["logger"] = TensorBoardLogger(folder, name="logs", version="")
+            run = RunFolder(config.trainer.default_root_dir)
+            logs = (run if self.command == "fit" else run.validation).logs
+            kwargs["logger"] = TensorBoardLogger(logs.parent, name=logs.name, version="")
         chosen = built.trainer.callbacks
         chosen = [own for own in (chosen if isinstance(chosen, list) else [chosen]) if own]
         check_single([*chosen, built.checkpoint])
@@ -133,7 +132,7 @@ class SRPOCLI(LightningCLI):
         if chosen:
             rank_zero_info(chosen)
         if self.command == "fit" and is_first_rank() and not config.trainer.fast_dev_run:
-            self.held.enter_context(run_lock(Path(config.trainer.default_root_dir)))
+            self.held.enter_context(RunFolder(config.trainer.default_root_dir).lock())
         try:
             self._find_checkpoint(config)
         except ValueError as error:
@@ -141,16 +140,16 @@ class SRPOCLI(LightningCLI):
                 raise
             self.refusal, config.ckpt_path = str(error), None
         if config.trainer.fast_dev_run:
-            config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir) / FOLDER_OF_TRIAL)
+            config.trainer.default_root_dir = str(RunFolder(config.trainer.default_root_dir).trial.path)
 
     def _find_checkpoint(self, config: Namespace) -> None:
-        folder = config.trainer.default_root_dir
+        run = RunFolder(config.trainer.default_root_dir)
         if config.ckpt_path is not None:
-            found = find_checkpoint(config.ckpt_path, folder, config.checkpoint.monitor, config.checkpoint.mode)
+            found = run.find_checkpoint(config.ckpt_path, config.checkpoint.monitor, config.checkpoint.mode)
             rank_zero_info(f"--ckpt_path {config.ckpt_path}: {found}")
             check_whole(found, content=is_first_rank())
             config.ckpt_path = str(found)
-        elif self.command == "fit" and checkpoints(folder) and not config.trainer.fast_dev_run:
+        elif self.command == "fit" and run.checkpoints() and not config.trainer.fast_dev_run:
             raise ValueError(
                 f"{config.trainer.default_root_dir} holds a run already: resume it with --ckpt_path last, name another "
                 "folder with --trainer.default_root_dir, or delete it"
@@ -179,10 +178,8 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         """Keep the record of every start."""
         if stage != "fit":
             return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        resumed = Path(self.config.ckpt_path).stem if self.config.ckpt_path else None
-        path = folder / (f"config-{resumed}.yaml" if resumed else CONFIG)
+        path = RunFolder.of(trainer).config(Path(self.config.ckpt_path) if self.config.ckpt_path else None)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with naming("this configuration cannot be written down"), complete_or_absent(path) as partial:
             self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
 
@@ -223,4 +220,11 @@ def devices_here(trainer: Namespace) -> int:
     devices = accelerator.auto_device_count() if trainer.devices == "auto" else trainer.devices
     with naming(f"trainer.devices is {devices}"):
         parsed = accelerator.parse_devices(devices)
-    return parsed if isinstance(parsed, int) else len(parsed or ())
+    count = parsed if isinstance(parsed, int) else len(parsed or ())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not is_cuda and count > max(cores, FEW_PROCESSES) and not others_have_started():
+        raise ValueError(
+            f"trainer.devices is {count}: of a CPU each is a process with models of its own, and there are {cores} "
+            f"cores here; set it to 1, which uses all of them, or to {max(cores, FEW_PROCESSES)} at most"
+        )
+    return count

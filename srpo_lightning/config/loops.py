@@ -2,9 +2,6 @@
 
 from typing import Any
 
-FOLDER_OF_TRIAL = "fast_dev_run"
-"""Where, in the run folder, a run of a few batches to try a configuration writes."""
-
 LEAST = {
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,

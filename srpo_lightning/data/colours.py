@@ -89,8 +89,8 @@ def _unfit(opened: Image.Image, content: bytes, limits: Limits) -> str | None:
     width, height = opened.size
     if width * height > limits.megapixels * MEGA:
         return (
-            f"has {width} x {height} pixels, more than data.max_picture_megapixels ({limits.megapixels}): raise that, "
-            "or make it smaller"
+            f"has {width} x {height} pixels, more than {limits.group}max_picture_megapixels ({limits.megapixels}): "
+            "raise that, or make it smaller"
         )
     if getattr(opened, "is_animated", False) and opened.format != "MPO":  # whose others are previews and depths
         return "is an animation, or has several pages: save the one that is meant as .png"

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and finding the newest one."""
+"""Checkpoints that are there whole or not at all."""
 
 import os
 import pickle
@@ -30,39 +30,7 @@ from srpo_lightning.files.sharded_checkpoint import (
     read_alone,
 )
 
-FOLDER = "checkpoints"
-SUFFIX = ".ckpt"
 METADATA = _METADATA_FILENAME  # where Lightning looks for what of a sharded checkpoint is no tensor
-
-
-def checkpoint_path(run_folder: str | Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
-    return Path(run_folder) / FOLDER / f"step-{step:08d}{SUFFIX}"
-
-
-def checkpoints(run_folder: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((Path(run_folder) / FOLDER).glob(f"step-*{SUFFIX}"))
-
-
-def step_of(path: Path) -> int:
-    """The number of optimizer steps that a checkpoint's name tells."""
-    return int(path.name.removeprefix("step-").removesuffix(SUFFIX))
-
-
-def newest(run_folder: str | Path) -> Path:
-    """The newest whole checkpoint.
-
-    Raises:
-        ValueError: if there is none; a run never starts from scratch where it was asked to resume.
-    """
-    found = checkpoints(run_folder)
-    if not found:
-        raise ValueError(
-            f"--ckpt_path last: no checkpoint in {Path(run_folder) / FOLDER}. "
-            "Point --trainer.default_root_dir at the run to resume, or leave --ckpt_path away to start anew"
-        )
-    return found[-1]
 
 
 def check_whole(path: Path, content: bool = True) -> None:
@@ -78,7 +46,7 @@ def check_whole(path: Path, content: bool = True) -> None:
     found = _damage_of_folder(path, content) if path.is_dir() else _damage_of_file(path, content)
     if found is None:
         return
-    others = [other.name for other in checkpoints(path.parent.parent) if other != path]
+    others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
     cure = f"resume from one of {', '.join(others)} beside it" if others else "start anew without --ckpt_path"
     raise ValueError(f"checkpoint {path} is damaged: {found}. Copy it again from where it was written, or {cure}")
 

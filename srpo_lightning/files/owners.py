@@ -67,8 +67,6 @@ def _started_s(pid: int) -> float | None:
 def run_lock(folder: Path) -> Iterator[None]:
     """Be the only process that trains in a run folder, for as long as it lasts; SIGTERM ends it as an error does.
 
-    Unfinished files in it are removed: nobody is there any more to finish them.
-
     Raises:
         ValueError: if another process holds it, naming that, and the cure.
     """
@@ -79,7 +77,6 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         while not _begin(path, own) and _held_by(path) != own:
             _take_over(path, own)
-        remove_unfinished(folder)
         yield
     finally:
         _on_sigterm(before)
@@ -160,13 +157,6 @@ def is_left(path: Path) -> bool:
     """Whether the process that an unfinished file is named by has ended."""
     host, _, pid = path.name.rpartition(f"{PARTIAL}-")[2].rpartition("-")
     return pid.isdecimal() and host == socket.gethostname() and _started_s(int(pid)) is None
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove from a run folder what killed processes were writing, and among checkpoints all that is unfinished."""
-    for left in [*folder.rglob(f"*{PARTIAL}*"), *folder.glob("checkpoints/*.deleted")]:
-        if left.parent.name == "checkpoints" or is_left(left):
-            discard(left)
 
 
 def discard(path: Path) -> None:

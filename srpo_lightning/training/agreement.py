@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 SMALL = 1 << 24
@@ -90,6 +91,24 @@ def identity_of_checkpoint(path: Path) -> str:
         return large + small.hexdigest()
     with zipfile.ZipFile(path) as archive:
         return digest(f"{entry.filename} {entry.file_size} {entry.CRC}" for entry in archive.infolist())
+
+
+def check_weights(policy: nn.Module, reward: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Compare the weights of all ranks; one process has no others.
+
+    Args:
+        policy: Module whose parameters that require a gradient are trained.
+        reward: Frozen module.
+        mesh: Layout of a strategy that divides the policy; None: every rank has all of it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    kinds: dict[str, list[Tensor]] = {
+        "trained weights": [p for p in policy.parameters() if p.requires_grad],
+        "frozen weights of the policy": [t for t in (*policy.parameters(), *policy.buffers()) if not t.requires_grad],
+        "weights of the reward": [*reward.parameters(), *reward.buffers()],
+    }
+    check_agreement(weights_of(kinds, mesh["shard"].get_local_rank() if mesh else 0))
 
 
 def weights_of(kinds: Mapping[str, Iterable[Tensor]], part: int) -> dict[str, Fact]:

@@ -35,7 +35,7 @@ from srpo_lightning.jobs.estimate.prediction import (
     without_weights,
 )
 from srpo_lightning.jobs.estimate.published import PUBLISHED
-from srpo_lightning.policies import FluxPolicy, flux
+from srpo_lightning.policies import FluxPolicy, loading
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import tiny
 from tests.processes import LIMIT_S
@@ -252,7 +252,7 @@ def test_published_architectures_have_the_published_numbers_of_weights(tmp_path)
 
 def test_neither_compiled_blocks_nor_other_attention_kernels_are_predicted_with(small, monkeypatch):
     """Both take tensors with numbers in them."""
-    monkeypatch.setattr(flux, "compile_blocks", None)
+    monkeypatch.setattr(loading, "compile_blocks", None)
     monkeypatch.setattr(FluxTransformer2DModel, "set_attention_backend", None)
     chosen = {f"{POLICY}.compile": True, f"{POLICY}.attention": "_native_math"}
     assert peak(changed(small, **chosen)) == peak(changed(small))

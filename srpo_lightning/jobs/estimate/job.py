@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
+from srpo_lightning.callbacks.ema import EMA
 from srpo_lightning.config.arguments import choose_strategy, read_config, sharded
+from srpo_lightning.config.classes import of_class
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
 from srpo_lightning.jobs.estimate.prediction import (
     CASTS,
@@ -24,6 +27,7 @@ from srpo_lightning.jobs.estimate.prediction import (
 )
 from srpo_lightning.jobs.estimate.published import PUBLISHED, write_small_files
 from srpo_lightning.policies.adapters import Lora
+from srpo_lightning.training.optimizers import is_eight_bit
 
 
 @contextmanager
@@ -85,7 +89,7 @@ def smaller_batch(config: Namespace) -> bool:
 
 def small_states(config: Namespace) -> bool:
     """AdamW with states of 8 bits."""
-    if config.model.optimizer.class_path.endswith("8bit"):
+    if is_eight_bit(resolve_name(config.model.optimizer.class_path)):
         return False
     config.model.optimizer.class_path = "srpo_lightning.training.low_bit.AdamW8bit"
     return True
@@ -102,9 +106,7 @@ def in_backward(config: Namespace) -> bool:
 
 def average_on_host(config: Namespace) -> bool:
     """The average out of the way."""
-    found = [
-        c for c in config.trainer.callbacks or [] if c.class_path.endswith(".EMA") and c.init_args.device != "host"
-    ]
+    found = [own for own in of_class(config.trainer.callbacks, EMA) if own.init_args.device != "host"]
     for callback in found:
         callback.init_args.device = "host"
     return bool(found)
