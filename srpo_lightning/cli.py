@@ -43,7 +43,7 @@ def main(args: list[str] | None = None) -> None:
     """Run `python -m srpo_lightning`; what it refuses ends in one line.
 
     Args:
-        args: the command line; None reads it from the process.
+        args: Command line; None reads it from the process.
     """
     words = sys.argv[1:] if args is None else args
     with as_program():
@@ -122,9 +122,9 @@ def run_job(job: Callable[..., None], name: str, args: list[str]) -> None:
     """Run a function whose arguments are the command line's.
 
     Args:
-        job: the function.
-        name: the program and the command, for its help.
-        args: the command line behind the name.
+        job: Function to run.
+        name: Name of the program and the command, for the help.
+        args: Command line behind that name.
     """
     from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # it is public and documented
 
@@ -134,7 +134,7 @@ def run_job(job: Callable[..., None], name: str, args: list[str]) -> None:
     own = signature(job).parameters
     parser = Parser(prog=name, description=(job.__doc__ or "").partition("\n")[0])
     if "config" not in own:
-        parser.add_argument("--config", action=ActionConfigFile, help="a file with the arguments below")
+        parser.add_argument("--config", action=ActionConfigFile, help="File with the arguments below.")
     parser.add_function_arguments(job, as_positional=False, sub_configs=True)
     values = parser.instantiate_classes(parser.parse_args(args))
     job(**{argument: values[argument] for argument in own})

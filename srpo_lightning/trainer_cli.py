@@ -36,8 +36,8 @@ def run_trainer(args: ArgsType, command: str) -> None:
     """Run a command.
 
     Args:
-        args: the command line; with None Lightning reads the process's, and does not warn that there are two.
-        command: fit, validate, test or predict.
+        args: Command line; with None Lightning reads the process's, and does not warn that there are two.
+        command: Name of the command: fit, validate, test or predict.
     """
     SRPOCLI(
         SRPOModule,
@@ -56,7 +56,7 @@ class SRPOCLI(LightningCLI):
     """LightningCLI plus: links, the run folder, and what `last` means.
 
     Args:
-        command: fit, validate, test or predict.
+        command: Name of the command: fit, validate, test or predict.
     """
 
     def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:

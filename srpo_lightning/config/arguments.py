@@ -90,7 +90,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse what a parser lets pass.
 
     Args:
-        settings: of a command, as nested mappings.
+        settings: Settings of a command, as nested mappings.
 
     Raises:
         ValueError: naming the setting.
@@ -105,7 +105,8 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
         "--memory_check",
         type=bool,
         default=True,
-        help="predict the memory of large models before `fit` reads them, and refuse what cannot fit the device",
+        help="Prediction of the memory that large models need: `fit` refuses what cannot fit the device, before "
+        "reading it.",
     )
     parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=int)

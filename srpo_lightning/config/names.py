@@ -33,8 +33,8 @@ class Callee(NamedTuple):
     """What is called with settings.
 
     Args:
-        names: names of its arguments.
-        summary: first line of its docstring.
+        names: Names of its arguments.
+        summary: First line of its docstring.
     """
 
     names: frozenset[str]
@@ -45,8 +45,8 @@ def callee(module: str, name: str) -> Callee | None:
     """Read the arguments of a function, a method or a class; None where its file does not tell them.
 
     Args:
-        module: dotted name of the module, which is not imported.
-        name: a function, a class, or a class and a method with a dot between.
+        module: Dotted name of the module, which is not imported.
+        name: Name of a function or a class, or of a class and its method with a dot between.
     """
     found: Any = _parsed(module)
     for part in name.split("."):
@@ -73,7 +73,7 @@ def known_names(command: str) -> set[str] | None:
     """The names of a command's settings, at most two deep; None where they cannot be told.
 
     Args:
-        command: fit, validate, test or predict.
+        command: Name of the command: fit, validate, test or predict.
     """
     names = GENERAL | ({"output"} if command == "predict" else set())
     method = callee("lightning.pytorch.trainer.trainer", f"Trainer.{command}")
@@ -89,8 +89,8 @@ def check_options(arguments: Sequence[str], known: Set[str] | None) -> None:
     What is deeper than `known`, or only the beginning of a name in it, is left to the parser.
 
     Args:
-        arguments: the command line behind the command.
-        known: names of settings; None leaves all names to the parser.
+        arguments: Command line behind the command.
+        known: Names of settings; None leaves all names to the parser.
 
     Raises:
         ValueError: naming the option and the nearest one.

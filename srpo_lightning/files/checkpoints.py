@@ -16,12 +16,19 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from srpo_lightning.files.full_disk import room_for
 from srpo_lightning.files.owners import PARTIAL, discard, is_left, partial_path
 from srpo_lightning.files.pretrained import UNPICKLING, check_archive
-from srpo_lightning.files.sharded_checkpoint import INDEX, SUMS, SafeReader, TensorsOnly, damage, foreign_object
+from srpo_lightning.files.sharded_checkpoint import (
+    INDEX,
+    SUMS,
+    SafeReader,
+    TensorsOnly,
+    damage,
+    foreign_object,
+    read_alone,
+)
 
 METADATA = _METADATA_FILENAME  # where Lightning looks for what of a sharded checkpoint is no tensor
 
@@ -30,8 +37,8 @@ def check_whole(path: Path, content: bool = True) -> None:
     """Refuse a checkpoint that is damaged, or holds more than tensors, numbers and texts, before anything is read.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint.
-        content: compare the sums of all bytes, at about 2 GB a second; otherwise names and sizes.
+        path: File of a checkpoint, or folder of a sharded one.
+        content: Whether to compare the sums of all bytes, at about 2 GB a second; otherwise names and sizes.
 
     Raises:
         ValueError: naming the file, and the checkpoints that there are instead.
@@ -120,15 +127,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **{"map_location": "cpu"} | kwargs)
 
 
-class _Everything(TensorsOnly, _EmptyStateDictLoadPlanner):
+class _Everything(TensorsOnly, _EmptyStateDictLoadPlanner):  # public is only dcp_to_torch_save, which unpickles
     """All that a folder holds, without asking for it by name."""
 
 
 def gathered(path: Path) -> dict[str, Any]:
     """A sharded checkpoint as one process would have written it."""
     checkpoint: dict[str, Any] = torch.load(path / METADATA, weights_only=True)
-    sharded: dict[str, Any] = {}
-    _load_state_dict(sharded, storage_reader=SafeReader(path), planner=_Everything(), no_dist=True)
+    read_alone({}, SafeReader(path), planner := _Everything())
+    sharded = planner.original_state_dict
     optimizers = [sharded.pop(key) for key in sorted(sharded) if key.startswith("optimizer_")]
     return checkpoint | sharded | {"optimizer_states": [_numbered(state) for state in optimizers]}
 

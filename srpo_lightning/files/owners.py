@@ -30,10 +30,10 @@ class Owner(NamedTuple):
     """A process, on whatever machine.
 
     Args:
-        host: name of the machine.
-        pid: number of the process there.
-        started_s: when it started, in seconds after the machine did: numbers come again.
-        since: the same for people.
+        host: Name of the machine.
+        pid: Number of the process there.
+        started_s: Start of the process, in seconds after the machine's: process numbers come again.
+        since: Start of the process as people write it.
     """
 
     host: str

@@ -30,13 +30,13 @@ class Work(NamedTuple):
     """Items to encode into one store.
 
     Args:
-        what: they are, for people.
-        store: where they go.
-        encoder: encoder of texts or pictures; each process has its own copy, on its own device.
-        encode: what such an encoder makes of values.
-        groups: of keys and values, each of which becomes a chunk.
-        item_bytes: of one, before compression.
-        batch_size: how many are encoded at once.
+        what: Name of the items, for people.
+        store: Store that keeps them.
+        encoder: Encoder of texts or of pictures; each process has its own copy, on its own device.
+        encode: Function of such an encoder and values, which gives their features.
+        groups: Groups of keys and values, each of which becomes a chunk.
+        item_bytes: Bytes of one item before compression.
+        batch_size: Number of items encoded at once.
     """
 
     what: str
@@ -57,10 +57,10 @@ def cache(config: str, num_processes: PositiveInt | None = None, device: str = "
     """Encode all prompts and pictures of a configuration that are not encoded yet; after a kill it goes on.
 
     Args:
-        config: the configuration file that `fit` will get.
-        num_processes: None: one for each GPU, or one.
-        device: where they encode: auto, cuda or cpu.
-        prune: delete chunks in which no prompt or picture of this configuration is.
+        config: Configuration file that `fit` will get.
+        num_processes: Number of processes that encode; null means one for each GPU, or one without any.
+        device: Device that encodes: auto, cuda or cpu; auto takes a GPU if there is one.
+        prune: Whether to delete chunks that hold no prompt or picture of this configuration.
 
     Raises:
         ValueError: naming the cure, if a source or a model cannot be read, or the cache is a remote one.

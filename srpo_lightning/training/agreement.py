@@ -22,10 +22,10 @@ class Fact(NamedTuple):
     """What one rank has found, and every rank should have.
 
     Args:
-        value: compared.
-        told: what of it a person can tell apart.
-        cure: for ranks that differ.
-        group: ranks with the same one are compared; the parts of a copy that is divided differ.
+        value: Text that is compared.
+        told: Form of it that a person can tell apart.
+        cure: Advice for ranks that differ.
+        group: Number that ranks share which are compared; the parts of a copy that is divided differ.
     """
 
     value: str
@@ -53,7 +53,7 @@ def disagreement(found: Sequence[Mapping[str, Fact]]) -> str | None:
     """In one line the first fact in which ranks differ from the first of their group; None where they agree.
 
     Args:
-        found: the facts of each rank.
+        found: Facts of each rank.
     """
     for name in dict.fromkeys(name for facts in found for name in facts):
         cure = next(facts[name].cure for facts in found if name in facts)
@@ -115,8 +115,8 @@ def weights_of(kinds: Mapping[str, Iterable[Tensor]], part: int) -> dict[str, Fa
     """The sums of weights by what they are; those that a strategy divides apart from those that each rank has whole.
 
     Args:
-        kinds: tensors by a name for them.
-        part: of a divided copy, which this rank has.
+        kinds: Tensors by a name for them.
+        part: Number of the part of a divided copy that this rank has.
     """
     facts = {}
     for kind, tensors in kinds.items():

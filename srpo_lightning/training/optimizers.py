@@ -92,10 +92,10 @@ def check_settings(trainer: Trainer, dtype: torch.dtype, trial: Optimizer, *, in
     """Refuse settings of the trainer that do not go together with the policy's or the optimizer's.
 
     Args:
-        trainer: with its strategy and precision.
-        dtype: of the trained weights.
-        trial: an optimizer of the chosen class, of any parameters.
-        in_backward: whether it will step in the backward pass.
+        trainer: Trainer with its strategy and precision.
+        dtype: Dtype of the trained weights.
+        trial: Optimizer of the chosen class, of any parameters.
+        in_backward: Whether it will step in the backward pass.
 
     Raises:
         ValueError: naming the setting to change.
@@ -142,7 +142,7 @@ class InBackward:
     another order. A parameter whose gradient is not finite is left alone, and so is its state.
 
     Args:
-        clip_norm: Norm that the gradient of each parameter is clipped to on its own; None: not clipped.
+        clip_norm: Norm that each parameter's gradient is clipped to on its own; None clips none.
     """
 
     def __init__(self, clip_norm: float | None = None) -> None:

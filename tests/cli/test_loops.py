@@ -21,13 +21,13 @@ def config(models, features, tmp_path) -> str:
     [
         (["max_epochs=1"], "no epochs: set trainer.max_steps .*, or give epochs a length with trainer.limit_train_b"),
         (["num_sanity_val_steps=2"], "set it to -1 for all of it, or to 0 for none, and data.num_eval_prompts"),
-        (["limit_val_batches=1"], "leave it away .* set data.num_eval_prompts"),
-        (["limit_val_batches=0.5"], "leave it away .* set data.num_eval_prompts"),
+        (["limit_val_batches=1"], "leave it out .* set data.num_eval_prompts"),
+        (["limit_val_batches=0.5"], "leave it out .* set data.num_eval_prompts"),
         (["limit_train_batches=0.5"], "set trainer.max_steps, or a whole number of batches per epoch"),
         (["limit_train_batches=5", "accumulate_grad_batches=2"], "5, which .* 2, does not divide: .* set it to 6"),
         (["accumulate_grad_batches=3"], "2 micro-batches, which .* 3, does not divide: .* set it to 3"),
         (["overfit_batches=2"], "set data.train to a file with the few prompts"),
-        (["enable_checkpointing=false"], "leave it away, and set checkpoint.every_n_steps"),
+        (["enable_checkpointing=false"], "leave it out, and set checkpoint.every_n_steps"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -61,8 +61,8 @@ class Option(NamedTuple):
     """A change of the configuration that may save memory.
 
     Args:
-        setting: as a person would write it.
-        change: of a configuration, in place; False if it is there already or does not apply.
+        setting: Setting as a person would write it.
+        change: Change of a configuration in place; it returns False where it is there already or does not apply.
     """
 
     setting: str
@@ -247,12 +247,12 @@ def estimate(
     """Predict the memory of training, per device, without a GPU and without weights.
 
     Args:
-        config: the configuration file that `fit` would get.
-        devices: instead of the configuration's; with ShardedStrategy they share one copy.
-        device_memory: what one device has, such as 80GiB or 24GB.
-        reserve: of it, what is kept free for the CUDA context, kernels' workspaces and fragmentation.
-        target: whose rules of autocast count, and whose optimizer kernels.
-        options: whether to try, one by one, what would save memory: every one is a prediction of its own.
+        config: Configuration file that `fit` would get.
+        devices: Number of devices instead of the configuration's; with ShardedStrategy they share one copy.
+        device_memory: Memory of one device, such as 80GiB or 24GB.
+        reserve: Share of the memory kept free for the CUDA context, kernels' workspaces and fragmentation.
+        target: Kind of device whose rules of autocast and optimizer kernels count.
+        options: Whether to try, one by one, what would save memory; each is a prediction of its own.
 
     Raises:
         ValueError: with the cure, if the configuration cannot be read or asks for a model whose shape is not known.

@@ -31,8 +31,8 @@ def check_room(config: Namespace, trainer: Trainer) -> None:
     A prediction that fails lets the run pass: a model of one's own may do what tensors without memory cannot.
 
     Args:
-        config: of `fit`, with its strategy chosen.
-        trainer: built of it; its devices are the ones looked at.
+        config: Configuration of `fit`, with its strategy chosen.
+        trainer: Trainer built of it, whose devices are looked at.
 
     Raises:
         ValueError: naming `estimate` and the settings that save memory.

@@ -49,17 +49,17 @@ def export(
     """Write a checkpoint as a diffusers transformer, a single file for ComfyUI, or LoRA files, with a model card.
 
     Args:
-        config: the run's own config.yaml.
-        output: the folder to write.
-        ckpt_path: last, best (in checkpoint.monitor), or a checkpoint, sharded or not.
-        format: a folder for the transformer's `from_pretrained` in diffusers; a safetensors file with the names of the
-            model's first publication, for ComfyUI; or an adapter's own weights, for the pipeline's `load_lora_weights`
-            (lora) or ComfyUI (lora-comfy). The first two of a run that trained an adapter have it in the weights.
-        weights: weights to write: the ema, or the policy.
-        dtype: of the weights written.
-        check: run the code of the model card, compare its picture of the first evaluation prompt with that of the
-            checkpoint by this project's sampler, and write both to `check/`. Takes the memory of sampling.
-        device: where both are drawn; auto takes a GPU if there is one.
+        config: The run's own config.yaml.
+        output: Folder to write.
+        ckpt_path: Checkpoint: last, best (in checkpoint.monitor), or the path of one, sharded or not.
+        format: Form of what is written. diffusers is a folder for `from_pretrained`. single-file is a safetensors
+            file with the names of the model's first publication, for ComfyUI. lora and lora-comfy are an adapter's
+            own weights, for `load_lora_weights` and for ComfyUI. The first two hold a trained adapter too.
+        weights: Weights to write: the ema, or the policy.
+        dtype: Dtype of the weights written.
+        check: Whether to run the code of the model card and compare its picture of the first evaluation prompt with
+            the checkpoint's own. Both are written to `check/`. Takes the memory of sampling.
+        device: Device that draws both pictures: auto, cuda or cpu; auto takes a GPU if there is one.
 
     Raises:
         ValueError: naming the cure, if configuration, checkpoint and format do not fit together, or the check fails.

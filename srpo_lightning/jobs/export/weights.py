@@ -9,12 +9,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from srpo_lightning.callbacks.lora import PREFIX
 from srpo_lightning.files.checkpoints import METADATA
 from srpo_lightning.files.pretrained import safetensors_files, stream_into
-from srpo_lightning.files.sharded_checkpoint import SafeReader, TensorsOnly
+from srpo_lightning.files.sharded_checkpoint import SafeReader, read_alone
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import adapters
 from srpo_lightning.policies.flow_policy import FlowPolicy
@@ -124,5 +123,5 @@ def _sharded(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Stored]]:
 def _gathered(reader: SafeReader, name: str, own: TensorStorageMetadata) -> Tensor:
     """One tensor from all ranks' parts of it."""
     tensor = torch.empty(own.size, dtype=own.properties.dtype)
-    _load_state_dict({name: tensor}, reader, planner=TensorsOnly(), no_dist=True)
+    read_alone({name: tensor}, reader)
     return tensor
