@@ -138,10 +138,10 @@ def test_who_holds_the_folder_removes_what_others_left_unfinished(tmp_path, othe
 
 
 def test_a_run_in_a_folder_below_keeps_what_it_is_writing(tmp_path, other):
-    writing = checkpoint_path(tmp_path / "below", 3)
+    writing = RunFolder(tmp_path / "below").checkpoint(3)
     writing = writing.with_name(f"{writing.name}{PARTIAL}-{HERE}-{other.pid}")
     writing.mkdir(parents=True)
-    with run_lock(tmp_path):
+    with RunFolder(tmp_path).lock():
         pass
     assert writing.is_dir()
 
