@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from srpo_lightning import flow
 from srpo_lightning.batch import Size, Text
 from srpo_lightning.policies.base import Policy
-from srpo_lightning.policies.packing import CELL, pack, unpack
+from srpo_lightning.policies.packing import CELL, VAE_FACTOR, pack, unpack
 from srpo_lightning.policies.single_file import SingleFile
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
 
@@ -97,32 +98,66 @@ class Family(Policy):
         tokens = (size[0] // self.cell) * (size[1] // self.cell)
         return resolution_dependent_shift(tokens, scheduler) if dynamic else float(scheduler["shift"])
 
+    def schedule(self, num_steps: int, size: Size) -> Float[Tensor, " N"]:
+        """The levels of the pipeline's sampler, `num_steps + 1` from 1 to 0, in float64."""
+        return flow.schedule(num_steps, self.shift_for(num_steps, size))
+
     def guide(self, conditional: Latents, unconditional: Latents, guidance: float) -> Latents:
         """U + g (c - u): classifier-free guidance (arXiv 2207.12598) in diffusers' convention, where 1 is none."""
         return unconditional + guidance * (conditional - unconditional)
 
 
-class PackedFamily(Family):
+class SpatialFamily(Family):
+    """A family that reads a scaled VAE's latents as they are: [c, h, w], h = H / 8."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        return int(self.configs["transformer"].get("in_channels", 64))
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """(c, h, w)."""
+        height, width = size or self.size
+        return self.latent_channels, height // VAE_FACTOR, width // VAE_FACTOR
+
+    def to_vae(self, vae: Any, latents: Latents, size: Size) -> Tensor:
+        """With the VAE's own scale and shift."""
+        return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+
+    def from_vae(self, vae: Any, z: Tensor) -> Latents:
+        """Undo `to_vae`."""
+        return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def pipeline_noise(self, generator: torch.Generator, dtype: torch.dtype) -> Latents:
+        """Drawn as the VAE's latents."""
+        height, width = (side // VAE_FACTOR for side in self.size)
+        return torch.randn(1, self.latent_channels, height, width, generator=generator, dtype=dtype).float()
+
+
+class PackedFamily(SpatialFamily):
     """A family that reads 2 x 2 cells of a scaled VAE's latents as tokens: [L, C], L = (H / 16) (W / 16)."""
 
-    def latent_shape(self, size: Size | None = None) -> tuple[int, int]:
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents; a token has four times as many."""
+        return super().latent_channels // 4
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
         """(L, C)."""
         height, width = size or self.size
-        return (height // CELL) * (width // CELL), self.configs["transformer"].get("in_channels", 64)
+        return (height // CELL) * (width // CELL), 4 * self.latent_channels
 
     def to_vae(self, vae: Any, latents: Latents, size: Size) -> Tensor:
         """Unpacked, with the VAE's own scale and shift."""
-        return unpack(latents, size) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return super().to_vae(vae, unpack(latents, size), size)
 
     def from_vae(self, vae: Any, z: Tensor) -> Latents:
         """Scaled and packed."""
-        return pack((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+        return pack(super().from_vae(vae, z))
 
     def pipeline_noise(self, generator: torch.Generator, dtype: torch.dtype) -> Latents:
         """Drawn as the VAE's latents, then packed."""
-        height, width = (2 * side // CELL for side in self.size)
-        channels = self.latent_shape()[1] // 4
-        return pack(torch.randn(1, channels, height, width, generator=generator, dtype=dtype)).float()
+        return pack(super().pipeline_noise(generator, dtype))
 
 
 def resolution_dependent_shift(num_tokens: int, scheduler: Mapping[str, Any]) -> float:

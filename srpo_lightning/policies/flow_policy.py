@@ -286,7 +286,7 @@ class FlowPolicy(Family):
 
     def sigmas(self, num_steps: int, shift: float | None = None, size: Size | None = None) -> Float[Tensor, " N"]:
         """The noise levels of the model's own scheduler, or of a given `shift`."""
-        return flow.schedule(num_steps, self.shift_for(num_steps, size or self.size) if shift is None else shift)
+        return self.schedule(num_steps, size or self.size) if shift is None else flow.schedule(num_steps, shift)
 
     @property
     def fingerprint(self) -> str:

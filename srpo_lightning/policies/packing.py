@@ -14,8 +14,11 @@ from srpo_lightning.batch import Size
 Packed: TypeAlias = Float[Tensor, "B L C"]
 Spatial: TypeAlias = Float[Tensor, "B c h w"]
 
-CELL = 16
-"""Pixels along a token's side: the VAE halves three times, packing once more."""
+VAE_FACTOR = 8
+"""Pixels along a side of one of the VAE's latents: it halves three times."""
+
+CELL = 2 * VAE_FACTOR
+"""Pixels along a token's side."""
 
 
 def pack(z: Spatial) -> Packed:
