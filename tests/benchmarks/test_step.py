@@ -46,7 +46,7 @@ def test_full_geometry_is_built_at_random_where_its_files_are_not(path):
     weights = torch.cat([p.flatten() for p in module.parameters()])
     assert weights.isfinite().all()
     assert module.policy.transformer.x_embedder.weight.std() > 0
-    batch = step.fake_conditions(config, config.data.batch_size)
+    batch = step.fake_conditions(config, module.policy, config.data.batch_size)
     step.BareStep(module, config, batch, module.configure_optimizers())(step.Meter(lambda: 0.0, lambda a, b: b - a))
 
 
