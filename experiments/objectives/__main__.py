@@ -1,6 +1,7 @@
 """`python -m experiments.objectives --config experiments/objectives/emoji.yaml`."""
 
 import sys
+from pathlib import Path
 
 from srpo_lightning.files.quiet import quiet
 
@@ -8,6 +9,9 @@ quiet()
 
 from experiments.objectives.job import benchmark  # noqa: E402
 from srpo_lightning.cli import as_program, run_job  # noqa: E402
+from srpo_lightning.errors import OWN  # noqa: E402
+
+OWN.add(Path(__file__).parent)
 
 
 def main(args: list[str] | None = None) -> None:

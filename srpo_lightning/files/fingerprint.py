@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,28 @@ def described(value: Any) -> Any:
 
 
 def arguments(value: Recorded) -> dict[str, Any]:
-    """What a constructor was called with, by the names of its parameters, defaults included."""
+    """What a constructor was called with, by the names of its parameters, defaults included.
+
+    What it hands on to its base as `**kwargs` counts under the names that it has there.
+    """
     args, kwargs = value.__dict__[MADE_OF]
     bound = inspect.signature(type(value).__init__).bind(value, *args, **kwargs)
     bound.apply_defaults()
-    return dict(list(bound.arguments.items())[1:])
+    named = dict(list(bound.arguments.items())[1:])
+    defaults = _defaults_of_bases(type(value))
+    handed_on = named.pop("kwargs") if defaults else {}
+    return defaults | named | handed_on
+
+
+def _defaults_of_bases(cls: type) -> dict[str, Any]:
+    """The defaults that a constructor leaves to those of its bases by a parameter called `**kwargs`."""
+    constructors = [inspect.signature(vars(own)["__init__"]) for own in cls.__mro__ if "__init__" in vars(own)]
+    defaults: dict[str, Any] = {}
+    for constructor, base in pairwise(constructors):
+        if "kwargs" not in constructor.parameters:
+            break
+        defaults = {p.name: p.default for p in base.parameters.values() if p.default is not p.empty} | defaults
+    return defaults
 
 
 def content_of(path: Path) -> str:

@@ -30,10 +30,10 @@ class Owner(NamedTuple):
     """A process, on whatever machine.
 
     Args:
-        host: name of the machine.
-        pid: number of the process there.
-        started_s: when it started, in seconds after the machine did: numbers come again.
-        since: the same for people.
+        host: Name of the machine.
+        pid: Number of the process there.
+        started_s: Start of the process, in seconds after the machine's: process numbers come again.
+        since: Start of the process as people write it.
     """
 
     host: str
@@ -69,8 +69,6 @@ def _started_s(pid: int) -> float | None:
 def run_lock(folder: Path) -> Iterator[None]:
     """Be the only process that trains in a run folder, for as long as it lasts; SIGTERM ends it as an error does.
 
-    Unfinished files in it are removed: nobody is there any more to finish them.
-
     Raises:
         ValueError: if another process holds it, naming that, and the cure.
     """
@@ -81,7 +79,6 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         while not _begin(path, own) and _held_by(path) != own:
             _take_over(path, own)
-        remove_unfinished(folder)
         yield
     finally:
         _on_sigterm(before)
@@ -169,16 +166,6 @@ def is_left(path: Path) -> bool:
     """Whether the process that an unfinished file is named by has ended."""
     host, _, pid = path.name.rpartition(f"{PARTIAL}-")[2].rpartition("-")
     return pid.isdecimal() and host == socket.gethostname() and _started_s(int(pid)) is None
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove from a run folder what killed processes were writing, and among its checkpoints all that is unfinished.
-
-    What another process is writing stays, for instance the checkpoint of a run whose folder is in this one.
-    """
-    for left in [*folder.rglob(f"*{PARTIAL}*"), *folder.glob("checkpoints/*.deleted")]:
-        if left.parent == folder / "checkpoints" or is_left(left):
-            discard(left)
 
 
 def discard(path: Path) -> None:

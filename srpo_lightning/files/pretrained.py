@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from srpo_lightning.files.crc import crc32
 from srpo_lightning.files.fingerprint import ends
@@ -154,11 +153,11 @@ def load_whole(
     Left to themselves the libraries fill what a folder lacks with random numbers, or leave it without memory.
 
     Args:
-        cls: with `from_pretrained`.
-        pretrained: a folder or a hub id.
-        subfolder: of it.
-        unread: beginnings of the names of tensors that the folder may hold beside the model's own.
-        settings: for `from_pretrained`.
+        cls: Class with `from_pretrained`.
+        pretrained: Folder or hub id.
+        subfolder: Folder of the model within `pretrained`.
+        unread: Beginnings of the names of tensors that the folder may hold beside the model's own.
+        settings: Arguments for `from_pretrained`.
 
     Raises:
         ValueError: naming the folder and the first differences, or what is damaged.
@@ -246,8 +245,8 @@ def own_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """This rank's part of a parameter, and where in the whole it lies."""
     if not isinstance(parameter, DTensor):
         return parameter, (slice(None),) * parameter.ndim
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    places = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    (chunk,) = parameter.__create_chunk_list__()
+    places = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
     return parameter.to_local(), places
 
 

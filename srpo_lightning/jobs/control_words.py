@@ -49,14 +49,14 @@ class Pair(NamedTuple):
     """What a reward model makes of two words.
 
     Args:
-        words: "positive/negative".
-        contrast: mean over the pictures of R(positive. prompt) - R(negative. prompt).
-        spread: its standard deviation over the pictures: the same contrast everywhere tells no pictures apart.
-        separation: spread over that of pairs of invented words; about 1 is no more than chance, more is strength, which
+        words: Pair as "positive/negative".
+        contrast: Mean over the pictures of R(positive. prompt) - R(negative. prompt).
+        spread: Standard deviation of that over the pictures; a contrast that is the same everywhere tells none apart.
+        separation: Ratio of `spread` to that of pairs of invented words. About 1 is chance; more is strength, which
             need not be the right meaning.
-        pull: norm of the contrast's gradient in the pixels over that of the plain score's: what training feels.
-        auc: how often a picture of `images` has the larger contrast than one of `against`; 0.5 is chance. The one
-            measure of meaning.
+        pull: Norm of the contrast's gradient in the pixels over that of the plain score's: what training feels.
+        auc: Probability that a picture of `images` has a larger contrast than one of `against`; 0.5 is chance. It is
+            the one measure of meaning.
     """
 
     words: str
@@ -84,19 +84,19 @@ def control_words(
     """Measure, on given pictures, how strongly a reward model separates pairs of control words.
 
     Args:
-        reward: the reward model, for instance `HPSv2` with `--reward.pretrained`.
-        images: a folder of pictures.
-        prompts: what they are of: a prompt file whose lines follow the pictures' names in order, or a .jsonl with keys
-            `file` and `prompt`, as the samples and predictions of a run have it.
-        words: pairs such as `[Real/Painting, Detailed/Flat]`; None: all pairs of the reward's own word lists.
-        against: a folder of pictures that the negative words should fit better than the positive ones.
-        against_prompts: what those are of; None: `prompts`.
-        template: how a word meets a prompt.
-        batch_size: pictures scored at once.
-        device: where; auto takes a GPU if there is one.
-        output: a .json file for the table.
-        max_picture_megapixels: pictures of more are refused before they are decoded.
-        max_picture_megabytes: files of pictures that are larger are refused before they are read.
+        reward: Reward model, for instance `HPSv2` with `--reward.pretrained`.
+        images: Folder of pictures.
+        prompts: Prompt file whose lines follow the names of the pictures in order. A .jsonl may hold the keys `file`
+            and `prompt` instead, as the samples and predictions of a run do.
+        words: Pairs such as `[Real/Painting, Detailed/Flat]`; null takes all pairs of the reward's own word lists.
+        against: Folder of pictures that the negative words should fit better than the positive ones.
+        against_prompts: Prompt file of the pictures of `against`; null takes `prompts`.
+        template: Text that joins a word and a prompt.
+        batch_size: Number of pictures scored at once.
+        device: Device that scores: auto, cuda or cpu; auto takes a GPU if there is one.
+        output: File in JSON for the table; null writes none.
+        max_picture_megapixels: Megapixels of the largest picture that is decoded; larger ones are refused before.
+        max_picture_megabytes: Megabytes of the largest picture file that is read; larger ones are refused before.
 
     Raises:
         ValueError: naming the cure, if pictures, prompts or words are missing or do not fit together.
@@ -139,9 +139,9 @@ class Measured(NamedTuple):
     """N pictures under P pairs of words.
 
     Args:
-        scores: [N] of the bare prompts.
-        contrasts: [N, P].
-        pulls: [N, P].
+        scores: Scores [N] of the bare prompts.
+        contrasts: Contrasts [N, P] of each picture and pair.
+        pulls: Pulls [N, P] of each picture and pair.
     """
 
     scores: Float[Tensor, " N"]

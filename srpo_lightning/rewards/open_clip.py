@@ -35,9 +35,9 @@ def clip_model(state: Mapping[str, Tensor], num_heads: int, source: str | Path) 
     """The model that an open_clip state dict is of.
 
     Args:
-        state: tensors by open_clip's names.
-        num_heads: of both towers' attention, the one size that the weights do not show (16 for ViT-H-14).
-        source: named in errors.
+        state: Tensors by open_clip's names.
+        num_heads: Number of heads in both towers' attention, 16 for ViT-H-14; the weights do not show it.
+        source: Origin of the weights, named in errors.
 
     Raises:
         ValueError: listing the first differences, if these are not the weights of a CLIP vision transformer.

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from srpo_lightning.callbacks import OverOptimizationGuard, RunCheckpoint
 from srpo_lightning.callbacks.settings import RunSettings, differences, settings_of
-from srpo_lightning.files.checkpoints import checkpoint_path
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.callbacks.test_checkpoint import assert_same_run, states
 
@@ -30,7 +30,7 @@ def fit(models, features, folder, max_steps, settings, lr=1e-3, scheduler=None, 
     trainer = tiny.new_trainer(
         folder, [RunCheckpoint(1, keep=9), RunSettings(settings), *callbacks], max_steps=max_steps
     )
-    path = checkpoint_path(folder, resume) if resume else None
+    path = RunFolder(folder).checkpoint(resume) if resume else None
     trainer.fit(module, tiny.new_data(models, features), ckpt_path=path)
     return rates
 
@@ -105,7 +105,7 @@ def test_an_optimizer_of_another_class_is_refused(models, features, tmp_path):
     module = tiny.new_module(models, optimizer=lambda params: torch.optim.SGD(params, lr=1e-3))
     with pytest.raises(ValueError, match=r"SGD, which cannot go on from the states of torch.optim.adamw.AdamW"):
         tiny.new_trainer(tmp_path, max_steps=2).fit(
-            module, tiny.new_data(models, features), ckpt_path=checkpoint_path(tmp_path, 1)
+            module, tiny.new_data(models, features), ckpt_path=RunFolder(tmp_path).checkpoint(1)
         )
 
 

@@ -13,7 +13,7 @@ from srpo_lightning.files.fingerprint import Recorded, content_of, described, fi
 from srpo_lightning.objectives import SRPO, ControlWords, Plain, Relative
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import Lora
-from srpo_lightning.rewards import ClipReward, HPSv2, PickScore, Reward, Term, WeightedReward
+from srpo_lightning.rewards import SGPHPS, ClipReward, HPSv2, PickScore, Reward, Term, WeightedReward
 from tests import tiny
 
 
@@ -57,6 +57,10 @@ SAME = {
         clip(models),
         clip(models, processor=None, logit_scale_divisor=None, dtype="float32", cache_size=16384),
     ),
+    "defaults of a base spelled out": lambda models: (
+        SGPHPS(pretrained=str(models.clip)),
+        SGPHPS(pretrained=str(models.clip), fit="crop", dtype="float32", as_probability=True),
+    ),
     "another order": lambda _: (OfOnesOwn(factor=2.0, dtype=torch.float16), OfOnesOwn(dtype=torch.float16, factor=2.0)),
     "by place or by name": lambda _: (OfOnesOwn(2.0), OfOnesOwn(factor=2.0)),
     "whole numbers": lambda _: (OfOnesOwn(2), OfOnesOwn(2.0)),
@@ -70,6 +74,7 @@ SAME = {
 
 OTHER = {
     "dtype": lambda models: (clip(models), clip(models, dtype="bfloat16")),
+    "dtype of a base": lambda models: (HPSv2(str(models.clip)), HPSv2(str(models.clip), dtype="bfloat16")),
     "logit scale": lambda models: (clip(models), clip(models, logit_scale_divisor=20.0)),
     "processor": lambda models: (clip(models), clip(models, processor=str(models.judge))),
     "weights": lambda models: (clip(models), clip(models, pretrained=str(models.judge))),
@@ -117,6 +122,12 @@ def test_a_description_is_json_and_names_no_place_of_this_machine(models):
     text = json.dumps(described([weighted(models), policy(models)]))
     assert str(models.pipeline.parent) not in text
     assert "0x" not in text
+
+
+def test_what_is_handed_on_to_a_base_is_described_by_the_names_that_a_configuration_has(models):
+    assert set(described(SGPHPS(pretrained=str(models.clip)))[1]) == {
+        "pretrained", "filename", "processor", "fit", "logit_scale_divisor", "dtype", "cache_size", "as_probability",
+    }  # fmt: skip
 
 
 def test_files_that_an_argument_of_an_argument_names_count(models, tmp_path):

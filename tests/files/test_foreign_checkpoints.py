@@ -12,8 +12,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageIn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from srpo_lightning.files.checkpoints import METADATA, AtomicCheckpointIO, check_whole, checkpoint_path, gathered
+from srpo_lightning.files.checkpoints import METADATA, AtomicCheckpointIO, check_whole, gathered
 from srpo_lightning.files.sharded_checkpoint import INDEX, SafeReader, sums_of, write_sums
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.refusals import refused
 
@@ -95,7 +96,7 @@ def test_nothing_in_a_foreign_folder_runs(tmp_path, poison):
 def test_no_command_runs_what_a_foreign_checkpoint_holds(models, features, tmp_path, capsys, command, poison):
     run, mark = tmp_path / "run", tmp_path / "mark"
     config = str(tiny.write_config(models, run, features))
-    path = checkpoint_path(run, 1)
+    path = RunFolder(run).checkpoint(1)
     path.parent.mkdir(parents=True)
     if poison is None:
         torch.save({"srpo": Touch(mark)}, path)

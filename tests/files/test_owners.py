@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from srpo_lightning.files import owners
-from srpo_lightning.files.checkpoints import begin_folder, checkpoint_path, complete_or_absent
+from srpo_lightning.files.checkpoints import begin_folder, complete_or_absent
 from srpo_lightning.files.owners import LOCK, PARTIAL, Owner, partial_path, run_lock, this_process
+from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 from tests.refusals import refused
 
@@ -123,7 +124,7 @@ def test_of_processes_that_find_the_lock_of_a_dead_one_at_once_one_gets_it(tmp_p
 
 def test_who_holds_the_folder_removes_what_others_left_unfinished(tmp_path, other):
     """Among checkpoints all, since nobody else writes any; elsewhere what surely nobody is writing."""
-    checkpoint, table = checkpoint_path(tmp_path, 2), tmp_path / "tables" / "base.safetensors"
+    checkpoint, table = RunFolder(tmp_path).checkpoint(2), tmp_path / "tables" / "base.safetensors"
     for folder in (checkpoint.parent, table.parent):
         folder.mkdir()
     (checkpoint.parent / f"step-00000001.ckpt{PARTIAL}-elsewhere-1").mkdir()
@@ -131,16 +132,16 @@ def test_who_holds_the_folder_removes_what_others_left_unfinished(tmp_path, othe
     kept = [checkpoint, table, *(Path(f"{table}{PARTIAL}-{who}") for who in ("elsewhere-1", f"{HERE}-{other.pid}"))]
     for path in (*kept, Path(f"{checkpoint}{PARTIAL}"), Path(f"{table}{PARTIAL}-{HERE}-{ended()}")):
         path.touch()
-    with run_lock(tmp_path):
+    with RunFolder(tmp_path).lock():
         pass
     assert {path for path in tmp_path.rglob("*") if not path.is_dir()} == set(kept)
 
 
 def test_a_run_in_a_folder_below_keeps_what_it_is_writing(tmp_path, other):
-    writing = checkpoint_path(tmp_path / "below", 3)
+    writing = RunFolder(tmp_path / "below").checkpoint(3)
     writing = writing.with_name(f"{writing.name}{PARTIAL}-{HERE}-{other.pid}")
     writing.mkdir(parents=True)
-    with run_lock(tmp_path):
+    with RunFolder(tmp_path).lock():
         pass
     assert writing.is_dir()
 

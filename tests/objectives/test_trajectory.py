@@ -106,7 +106,7 @@ def test_draft_lv_averages_the_last_step_and_steps_from_other_noise():
 def test_drtune_is_autograd_through_the_chain_with_detached_inputs(step):
     f = Formula(ESTIMATORS["drtune"], step)
     stop = len(f.states) - 1
-    trained, x = f.objective.trained(stop, f.draws), f.states[0]
+    trained, x = f.objective.trained_steps(stop, f.draws), f.states[0]
     assert len(trained) == 2
     for i in range(stop + 1):
         v = f.v(x.detach(), i)
@@ -117,10 +117,12 @@ def test_drtune_is_autograd_through_the_chain_with_detached_inputs(step):
 def test_drtune_stops_in_the_last_part_and_spaces_its_steps_equally_from_a_drawn_first_one():
     objective = DRTune(num_steps=25)
     assert {objective.stop(Draws(0, step)) for step in range(200)} == set(range(15, 25))
-    drawn = {tuple(objective.trained(20, Draws(0, step))) for step in range(200)}
+    drawn = {tuple(objective.trained_steps(20, Draws(0, step))) for step in range(200)}
     assert drawn == {(first, first + 7, first + 14) for first in range(7)}
-    assert objective.trained(20, Draws(0, 5)) == objective.trained(20, Draws(0, 5, rank=3))
-    at_the_end = [stop in objective.trained(stop, d) for d in map(partial(Draws, 0), range(1000)) for stop in (15, 24)]
+    assert objective.trained_steps(20, Draws(0, 5)) == objective.trained_steps(20, Draws(0, 5, rank=3))
+    at_the_end = [
+        stop in objective.trained_steps(stop, d) for d in map(partial(Draws, 0), range(1000)) for stop in (15, 24)
+    ]
     assert 0.09 < sum(at_the_end) / 2000 < 0.19  # one in 6 and one in 9
 
 
@@ -147,7 +149,7 @@ def times(v: Tensor, factor: float) -> Tensor:
 @pytest.mark.parametrize("step", range(3))
 def test_flow_bp_sparse_is_the_euler_sum_with_a_few_trained_velocities(step, rescale):
     f = Formula(FlowBPSparse(gradient_rescale=rescale, **SETTINGS), step)
-    support = f.objective.late_steps(f.draws, "support", 0, N, 3)
+    support = f.objective.draw_steps(f.draws, "support", 0, N, 3)
     assert len(support) == 3
     gain = 1 + rescale * (f.sigma[0] / sum(-f.d(i) for i in support) - 1)  # the whole way from noise to picture is 1
     v = [f.v(f.states[i], i) for i in range(N)]
@@ -236,7 +238,7 @@ def test_quadrature_weights_sum_to_the_interval_and_integrate_polynomials_exactl
 
 def test_late_steps_are_drawn_more_often():
     objective = FlowBPSparse(num_steps=10)
-    drawn = torch.tensor([objective.late_steps(Draws(0, step), "support", 0, 10, 3) for step in range(200)])
+    drawn = torch.tensor([objective.draw_steps(Draws(0, step), "support", 0, 10, 3) for step in range(200)])
     assert (drawn.diff(dim=1) > 0).all()
     counts = torch.bincount(drawn.flatten(), minlength=10)
     assert counts[:5].sum() < counts[5:].sum() / 3
@@ -248,7 +250,7 @@ def test_along_the_exact_flow_every_estimator_arrives_at_the_picture(objective):
     for step in range(5):
         draws = Draws(0, step)
         rollout = toy.rollout(policy, objective, conditions, draws)
-        end = objective.end(policy, conditions, rollout.trajectory, toy.levels(policy, N, 2), draws)
+        end = objective.x0_hat(policy, conditions, rollout.trajectory, toy.levels(policy, N, 2), draws)
         torch.testing.assert_close(end, policy.picture.expand_as(end), rtol=0, atol=1e-12)
 
 
@@ -299,7 +301,7 @@ def test_pictures_in_place_of_trajectories_are_refused(objective):
         (DRaFT, {"num_trained_steps": 26}, "train fewer"),
         (DRaFT, {"num_trained_steps": 2, "num_variants": 2}, "set num_trained_steps to 1"),
         (DRTune, {"num_trained_steps": 20}, "lower early_stop"),
-        (LeapAlign, {"num_steps": 1}, "set 2 or more"),
+        (LeapAlign, {"num_steps": 1}, "need 2 steps or more"),
         (FlowBPSparse, {"num_trained_steps": 26}, "at most all 25"),
         (FlowBPBridge, {"num_trained_steps": 1}, "trains 2 or more"),
         (FlowBPLagrange, {"num_steps": 2}, "need 3 steps or more"),

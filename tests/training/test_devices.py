@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from srpo_lightning.policies import image, text
-from srpo_lightning.policies.image import FluxImageEncoder
-from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.encoding import Encoding
+from srpo_lightning.policies import FluxPolicy, flow_policy, text_encoder
 from srpo_lightning.training.devices import chosen_device
 from tests import tiny
 from tests.refusals import refused
@@ -14,16 +13,16 @@ CURE = "is meta, with which nothing can be computed here .*: set it to cpu, or t
 
 @pytest.fixture(autouse=True)
 def _nothing_is_read(monkeypatch):
-    for module in (text, image):
+    for module in (text_encoder, flow_policy):
         monkeypatch.setattr(module, "load_whole", lambda *_, **__: pytest.fail("weights were read"))
 
 
-@pytest.mark.parametrize("encode", [lambda m: FluxTextEncoder(m, device=NOWHERE).encode(["a"]),
-                                    lambda m: FluxImageEncoder(m, device=NOWHERE).encode(torch.zeros(1, 3, 32, 32))],
-                         ids=["texts", "pictures"])  # fmt: skip
-def test_an_encoders_device_is_looked_at_before_its_weights_are_read(models, encode):
+def test_an_encoders_device_is_looked_at_before_its_weights_are_read(models):
+    encoder = FluxPolicy(str(models.pipeline), 32, 32).encoder(Encoding(device=NOWHERE))
     with pytest.raises(ValueError, match=f"^data.text_device {CURE}"):
-        encode(str(models.pipeline))
+        encoder.text.encode(["a"])
+    with pytest.raises(ValueError, match=f"^data.text_device {CURE}"):
+        encoder.images().encode(torch.zeros(1, 3, 32, 32))
 
 
 def test_fit_refuses_a_device_that_is_not_here_before_it_reads_any_weights(models, tmp_path, capsys):
