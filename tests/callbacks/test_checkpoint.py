@@ -127,7 +127,7 @@ def test_a_run_whose_time_is_up_while_gradients_accumulate_goes_on_from_before_t
     fit(models, features, tmp_path / "a", EMA(0.5), RunCheckpoint(9), **settings)
     fit(models, features, tmp_path / "b", OutOfTime(5), EMA(0.5), RunCheckpoint(9), **settings)
     assert steps(tmp_path / "b") == [1]
-    path = checkpoint_path(tmp_path / "b", 1)
+    path = RunFolder(tmp_path / "b").checkpoint(1)
     fit(models, features, tmp_path / "b", EMA(0.5), RunCheckpoint(9), **settings, ckpt_path=path)
     assert_same_run(states(tmp_path / "a", 3), states(tmp_path / "b", 3))
 
