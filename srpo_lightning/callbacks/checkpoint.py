@@ -122,8 +122,12 @@ class RunCheckpoint(Checkpoint):
                 self._save(trainer, can_wait=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step."""
-        self._save(trainer)
+        """Save the result; where a run was stopped between the micro-batches of a step, the state before that step."""
+        assert isinstance(pl_module, SRPOModule)
+        if pl_module.num_accumulated:  # trainer.max_time may end it anywhere
+            self._save_last_step(trainer, pl_module)
+        else:
+            self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between steps: after skipped steps, which left the last good weights, or in an evaluation."""

@@ -114,6 +114,24 @@ def test_a_run_stopped_while_gradients_accumulate_goes_on_without_losing_any(mod
     assert_same_run(states(tmp_path / "a", 4), states(tmp_path / "b", 4))
 
 
+class OutOfTime(Stop):
+    """Does what trainer.max_time does."""
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.after -= 1
+        trainer.should_stop |= self.after == 0
+
+
+def test_a_run_whose_time_is_up_while_gradients_accumulate_goes_on_from_before_that_step(models, features, tmp_path):
+    settings = {"accumulate_grad_batches": 3, "max_steps": 3}
+    fit(models, features, tmp_path / "a", EMA(0.5), RunCheckpoint(9), **settings)
+    fit(models, features, tmp_path / "b", OutOfTime(5), EMA(0.5), RunCheckpoint(9), **settings)
+    assert steps(tmp_path / "b") == [1]
+    path = RunFolder(tmp_path / "b").checkpoint(1)
+    fit(models, features, tmp_path / "b", EMA(0.5), RunCheckpoint(9), **settings, ckpt_path=path)
+    assert_same_run(states(tmp_path / "a", 3), states(tmp_path / "b", 3))
+
+
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), (2, 4)])
 def test_another_number_of_samples_per_step_is_said_when_a_run_is_resumed(
     models, features, tmp_path, batch_size, accumulate
