@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from srpo_lightning.data.dataset import PromptDataset, collate
 from srpo_lightning.data.features import FeatureCache
 from srpo_lightning.data.order import Order, Segment, StepSampler, Stream
 from srpo_lightning.data.prompts import Prompt, PromptSet, read_prompts
-from srpo_lightning.policies.text import FluxTextEncoder, TextFeatures
+from srpo_lightning.policies.flux import FluxTextEncoder
 
 MEGABYTE = 1e6
 
@@ -48,9 +49,9 @@ class RandomEncoder(FluxTextEncoder):
         """There is one of these only."""
         return {"model": "random", "fingerprint": "random"}
 
-    def encode(self, prompts: list[str]) -> list[TextFeatures]:
+    def encode(self, prompts: list[str]) -> list[dict[str, torch.Tensor]]:
         """Noise."""
-        return [TextFeatures(*(torch.randn(s).to(self.dtype) for s in self.shapes.values())) for _ in prompts]
+        return [{n: torch.randn(s).to(self.dtype) for n, s in self.shapes.items()} for _ in prompts]
 
 
 def read(
@@ -89,7 +90,14 @@ def batches(prompts: PromptSet, cache: FeatureCache, batch_size: int, num_worker
     order = Order([Stream(1.0, [(np.arange(len(prompts)), 1.0)])], 0, 8192, [Segment(0, batch_size)])
     dataset = PromptDataset([prompts], cache, None, [])
     sampler = StepSampler(order, batch_size)
-    return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers))
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=partial(collate, ragged=frozenset(), unconditional=None),
+            num_workers=num_workers,
+        )
+    )
 
 
 def prompts(count: int = 1_000_000) -> None:
@@ -115,7 +123,7 @@ def shrink(pretrained: str = "srpo_lightning/assets/emoji-flux") -> None:
     kinds = {"noise, bfloat16": torch.randn(512, 4096).bfloat16()}
     for dtype in (torch.bfloat16, torch.float32):
         encoded = FluxTextEncoder(pretrained, dtype=dtype).encode(texts)
-        kinds[f"built-in T5, {str(dtype).removeprefix('torch.')}"] = torch.stack([f.prompt_embeds for f in encoded])
+        kinds[f"built-in T5, {str(dtype).removeprefix('torch.')}"] = torch.stack([f["prompt_embeds"] for f in encoded])
     print(f"{'of the bytes':28}{'zstd':>8}{'planes + zstd':>15}{'fp8 + zstd':>12}{'fp8 error':>11}")
     for name, tensor in kinds.items():
         raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -38,6 +38,7 @@ from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.cli import QUIET
 from srpo_lightning.config.arguments import read_config
+from srpo_lightning.config.classes import of_class
 from srpo_lightning.jobs.estimate.job import POLICY, local_files
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
 from srpo_lightning.jobs.estimate.prediction import (
@@ -113,10 +114,10 @@ class BareStep:
         self.conditions = conditions
         self.optimizer = optimizer
         self.parameters = [p for _, p in module.trainable_parameters()]
-        self.average = next((EMA(**vars(c.init_args)) for c in config.trainer.callbacks if is_average(c)), None)
+        self.ema = next((EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)), None)
         self.progress: Any = SimpleNamespace(global_step=0)
-        if self.average:
-            self.average.on_fit_start(self.progress, module)
+        if self.ema:
+            self.ema.on_fit_start(self.progress, module)
 
     def __call__(self, meter: Any) -> None:
         """Make one; `meter` learns the phases."""
@@ -130,12 +131,8 @@ class BareStep:
             self.optimizer.step()
         meter.phase = AVERAGING
         self.progress.global_step += 1
-        if self.average:
-            self.average.on_train_batch_end(self.progress, self.module, None, self.conditions, 0)
-
-
-def is_average(callback: Namespace) -> bool:
-    return str(callback.class_path).endswith(".EMA")
+        if self.ema:
+            self.ema.on_train_batch_end(self.progress, self.module, None, self.conditions, 0)
 
 
 def fresh(conditions: Conditions, step: int) -> Conditions:
@@ -166,7 +163,7 @@ def model_flops(config: Namespace) -> Mapping[str, float]:
         module.configure_model()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker("", {}):
         make_fake(module)
-        conditions = fake_conditions(config, config.data.batch_size)
+        conditions = fake_conditions(config, module.policy, config.data.batch_size)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
             meter = Meter(counter.get_total_flops, lambda start, end: end - start)
             with phases(module, meter):
@@ -242,12 +239,12 @@ class TakingTurns(Dataset[Conditions]):
         return self.num_steps + 1
 
     def __getitem__(self, index: int) -> Conditions:
-        synchronize(self.conditions.prompt_embeds.device)
+        synchronize(self.conditions.device)
         if index:
             self.lightning.append(Spent.since(self._handed_over))
         start = Spent.since(NOTHING)
         self.make_bare_step()
-        synchronize(self.conditions.prompt_embeds.device)
+        synchronize(self.conditions.device)
         self.bare.append(Spent.since(start))
         self._handed_over = Spent.since(NOTHING)
         return fresh(self.conditions, -index)
@@ -261,13 +258,13 @@ def synchronize(device: torch.device) -> None:
 def lightning_share(module: SRPOModule, config: Namespace, conditions: Conditions, num_steps: int) -> list[Spent]:
     """What a step through Trainer.fit takes over what a bare one does, pair by pair."""
     turns = TakingTurns(conditions, num_steps)
-    own = [EMA(**vars(c.init_args)) for c in config.trainer.callbacks if is_average(c)]
+    emas = [EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)]
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             default_root_dir=folder,
-            accelerator=conditions.prompt_embeds.device.type,
+            accelerator=conditions.device.type,
             devices=1,
             max_steps=num_steps + 1,
             precision=config.trainer.precision,
@@ -276,7 +273,7 @@ def lightning_share(module: SRPOModule, config: Namespace, conditions: Condition
             logger=TensorBoardLogger(folder),
             enable_checkpointing=False,
             enable_model_summary=False,
-            callbacks=[*own, TQDMProgressBar(refresh_rate=10)],
+            callbacks=[*emas, TQDMProgressBar(refresh_rate=10)],
         )
         nothing: Any = SimpleNamespace(phase="")
 
@@ -345,7 +342,7 @@ def main(
         dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
         flops = model_flops(config)
         module = load(config, device, geometry)
-        conditions = on_device(fake_conditions(config, config.data.batch_size), device)
+        conditions = on_device(fake_conditions(config, module.policy, config.data.batch_size), device)
         as_is = partial(torch.compiler.set_stance, "force_eager")
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {"eager": as_is}
         if compile:

@@ -4,38 +4,19 @@ jsonargparse explains an error by an indented tree: keys and classes as branches
 """
 
 import argparse
-import difflib
-import inspect
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from traceback import walk_tb
 from types import FrameType
 from typing import Any, NamedTuple
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from srpo_lightning.files.full_disk import CURE, is_full
+from srpo_lightning.suggestions import class_names, nearest, nearest_setting, settings_of
 
 TRACEBACK = "SRPO_TRACEBACK"
 """The environment variable that shows where a refusal comes from."""
-
-MODULES = (
-    "srpo_lightning.policies",
-    "srpo_lightning.rewards",
-    "srpo_lightning.objectives",
-    "srpo_lightning.callbacks",
-    "srpo_lightning.training.strategies",
-    "torch.optim",
-    "torch.optim.lr_scheduler",
-    "lightning.pytorch.callbacks",
-    "lightning.pytorch.loggers",
-    "lightning.pytorch.profilers",
-)
-"""Where the classes are that a configuration usually names."""
 
 KINDS = {
     "int": "a whole number",
@@ -116,6 +97,7 @@ WHOLE = (
     (r"Unexpected config: *$", "the configuration is empty"),
     (r"Unexpected config: (.*)", r"the configuration is no mapping of settings: \1"),
     (r"^Linked \"(.*)\" must be given via \"(.*)\"", r"\1 follows \2: set that"),
+    (r"^argument \w+\(model\) --> (data\.\w+): .*", r"\1 follows model.policy: set that"),
     (r"^the following arguments are required: (.*model\.policy.*)",
      r"these settings are missing: \1 (give them, or --config FILE)"),
     (r"^the following arguments are required: (.*)", r"these settings are missing: \1"),
@@ -224,44 +206,6 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) if names else "none"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` with the known name that is most like another; empty where none is."""
-    lower = {other.lower(): other for other in known} | {o.rpartition(".")[2].lower(): o for o in known}
-    for word, cutoff in ((name.lower(), 0.8), (name.rpartition(".")[2].lower(), 0.7)):
-        if close := difflib.get_close_matches(word, lower, 1, cutoff):
-            return f"; did you mean {lower[close[0]]}?"
-    return ""
-
-
-def nearest_setting(name: str, settings: set[str]) -> str:
-    """The same among dotted names, where the first part that is wrong may be any."""
-    parts = name.split(".")
-    for depth in range(len(parts), 0, -1):
-        same_depth = [other for other in settings if other.count(".") == depth - 1]
-        if close := difflib.get_close_matches(".".join(parts[:depth]), same_depth, 1, 0.8):
-            return f"; did you mean {close[0]}?" if close[0] != name else ""
-    return nearest(parts[-1], sorted(settings))
-
-
-def class_names() -> list[str]:
-    """The classes that a configuration usually names, by their class_path."""
-    return [
-        f"{module}.{name}"
-        for module in MODULES
-        for name, cls in vars(import_module(module)).items()
-        if inspect.isclass(cls) and not name.startswith("_") and not inspect.isabstract(cls)
-    ]
-
-
-def settings_of(class_path: str) -> list[str]:
-    """The names of a class's arguments."""
-    module, _, name = class_path.rpartition(".")
-    try:
-        return [own for own in inspect.signature(getattr(import_module(module), name)).parameters if own != "params"]
-    except (ImportError, AttributeError, ValueError, TypeError):
-        return []
-
-
 @contextmanager
 def naming(setting: str | None = None) -> Iterator[None]:
     """What is raised within, by another package, becomes a refusal that names the setting, or the class that refused.
@@ -287,7 +231,7 @@ def _class_of(frame: FrameType) -> str | None:
     if not is_constructor or module.startswith(("jsonargparse", "argparse", "lightning.pytorch.cli")):
         return None
     cls = type(frame.f_locals["self"])
-    return None if cls.__module__ == "srpo_lightning.cli" else cls.__name__
+    return None if cls.__module__ == "srpo_lightning.trainer_cli" else cls.__name__
 
 
 def one_line(error: BaseException) -> str | None:
@@ -298,6 +242,9 @@ def one_line(error: BaseException) -> str | None:
         return f"the disk is full ({_joined(error)}): {CURE}"
     if isinstance(error, argparse.ArgumentError):
         return explain(str(error), ())
+    import torch  # not at the top: what is refused above needs none of it
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     if isinstance(error, MisconfigurationException):
         return f"{_joined(str(error))} ({TRACEBACK}=1 shows where)"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

@@ -16,8 +16,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from srpo_lightning.cli import JOBS
+
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["srpo_lightning.cli", "tests.tiny"])
+CONTEXT.set_forkserver_preload(["srpo_lightning.trainer_cli", *JOBS.values(), "tests.tiny"])
 LIMIT_S = 1200.0
 """For what hangs, on whatever machine: no test is about how long anything takes."""
 

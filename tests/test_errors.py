@@ -6,7 +6,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from srpo_lightning.errors import explain, naming, nearest, nearest_setting, one_line
+from srpo_lightning.errors import explain, naming, one_line
+from srpo_lightning.suggestions import nearest, nearest_setting
 
 SETTINGS = {"trainer.max_steps", "trainer.max_time", "model.objective", "data.train", "checkpoint.monitor"}
 UNION = """Parser key "trainer.callbacks":

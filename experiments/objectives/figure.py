@@ -11,8 +11,9 @@ from PIL import Image
 
 from experiments.objectives.report import Report
 from experiments.objectives.results import Results
-from srpo_lightning.evaluation.pictures import contact_sheet, sample_path
+from srpo_lightning.evaluation.pictures import contact_sheet
 from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.run_folder import RunFolder
 
 PANELS = {
     "reward": "training reward",
@@ -60,7 +61,7 @@ def show(results: Results, path: Path, num_columns: int = 12) -> str:
     rows = {}
     for name, curves in results.items():
         run = curves[0].run
-        paths = [sample_path(run.folder, run.steps, "policy", index) for index in range(num_columns)]
+        paths = [RunFolder(run.folder).samples.picture(run.steps, "policy", index) for index in range(num_columns)]
         rows[name] = [Image.open(picture).convert("RGB") for picture in paths if picture.is_file()]
     rows = {name: pictures for name, pictures in rows.items() if pictures}
     if not rows:

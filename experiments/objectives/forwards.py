@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from srpo_lightning import flow
-from srpo_lightning.batch import Conditions, Size
+from srpo_lightning.batch import Conditions, Size, Text
 from srpo_lightning.draws import Draws
 from srpo_lightning.objectives.base import Objective
 from srpo_lightning.policies.base import Policy, Shard
@@ -43,7 +43,7 @@ def count_forwards(objective: Objective, batch_size: int, seed: int, steps: Iter
     latents = torch.zeros(batch_size, *policy.latent_shape())
     features = torch.zeros(batch_size, 1, 1)
     conditions = Conditions(
-        [""] * batch_size, features, features[:, 0], torch.arange(batch_size), x0=latents if is_real else None
+        [""] * batch_size, Text({"none": features}), torch.arange(batch_size), x0=latents if is_real else None
     )
     rollouts = 0
     for step in numbers:

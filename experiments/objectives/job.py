@@ -12,6 +12,8 @@ from experiments.objectives.plan import Plan, Row, Run, Settings
 from experiments.objectives.processes import Runner, is_done
 from experiments.objectives.report import Report, write
 from experiments.objectives.results import Curve, Results, read_curve
+from srpo_lightning.callbacks.tracking import RewardTracking
+from srpo_lightning.config.classes import is_class
 
 QUICK = 4
 
@@ -124,7 +126,7 @@ def untried(row: Row, learning_rates: list[float]) -> Row:
 def labels_of(fit: Mapping[str, Any]) -> list[str]:
     """Those that RewardTracking tells images apart by, if it measures all rows alike."""
     for callback in fit["trainer"]["callbacks"]:
-        if callback["class_path"].endswith("RewardTracking"):
+        if is_class(callback["class_path"], RewardTracking):
             if "form" not in callback["init_args"]:
                 raise ValueError(
                     "RewardTracking measures every objective by its own form, which compares nothing: give it one, for "

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from experiments.objectives.plan import Run, write_config
-from srpo_lightning.callbacks.tracking import base_path, read_records
-from srpo_lightning.files.checkpoints import checkpoints, complete_or_absent
+from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.run_folder import RunFolder
 
 PROGRAM = "srpo_lightning.__main__"
 LOG, PEAK = "log.txt", "peak.json"
@@ -27,8 +27,9 @@ KIB = 1024
 
 def is_done(run: Run) -> bool:
     """Whether the last evaluation of a run is there, and the weights before training are measured."""
-    is_evaluated = not run.steps or any(record["step"] == run.steps for record in read_records(run.folder))
-    return is_evaluated and base_path(run.folder).is_file()
+    folder = RunFolder(run.folder)
+    is_evaluated = not run.steps or any(record["step"] == run.steps for record in folder.read_metrics())
+    return is_evaluated and folder.base_table.is_file()
 
 
 class Runner:
@@ -73,8 +74,8 @@ class Runner:
         config = write_config(run)
         arguments = ["fit" if run.steps else "validate", "--config", str(config)]
         if base:
-            keep_table(base_path(base.folder), base_path(run.folder))
-        if checkpoints(run.folder):
+            keep_table(RunFolder(base.folder).base_table, RunFolder(run.folder).base_table)
+        if RunFolder(run.folder).checkpoints():
             arguments += ["--ckpt_path", "last"]
         process = self.context.Process(target=command, args=(arguments, run.folder))
         process.start()
@@ -83,7 +84,7 @@ class Runner:
     def finish(self, run: Run) -> None:
         """Keep numbers, and no weights."""
         if is_done(run):
-            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+            RunFolder(run.folder).discard_checkpoints()
             return
         self.failed.append(run)
         print(f"{run.folder} failed; the end of {run.folder / LOG}:\n{last_lines(run.folder / LOG)}", flush=True)

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from experiments.objectives.plan import Run
 from experiments.objectives.processes import PEAK
-from srpo_lightning.callbacks.tracking import base_path, read_records
-from srpo_lightning.evaluation.comparison import read_table, summary
+from srpo_lightning.evaluation.comparison import summary
 from srpo_lightning.evaluation.metrics import Interval
+from srpo_lightning.run_folder import RunFolder
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """The 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom."""
@@ -72,10 +72,10 @@ def first_crossing(points: Iterable[tuple[float, float]], value: float) -> float
 
 def read_curve(run: Run, labels: Sequence[str]) -> Curve:
     """The evaluations of the policy's own weights."""
-    table = read_table(base_path(run.folder))
+    table = RunFolder(run.folder).read_base()
     assert table is not None
     records = {0: summary(table, None, labels) | {"drift": 0.0}}
-    for record in read_records(run.folder):
+    for record in RunFolder(run.folder).read_metrics():
         if record["weights"] == "policy" and record["step"]:
             records[int(record["step"])] = {k: float(v) for k, v in record.items() if k not in ("step", "weights")}
     seconds = seconds_per_step(run.folder) if run.steps else 0.0
@@ -86,7 +86,7 @@ def read_curve(run: Run, labels: Sequence[str]) -> Curve:
 
 def training_seconds(folder: Path) -> dict[int, float]:
     """Of each step of a run that logs every step, without evaluations."""
-    events = EventAccumulator(str(folder / "logs"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(RunFolder(folder).logs), size_guidance={"scalars": 0})
     events.Reload()
     parts = [{e.step: e.value for e in events.Scalars(f"train/seconds_{what}")} for what in ("rollout", "update")]
     return {step: parts[0][step] + parts[1][step] for step in parts[0].keys() & parts[1].keys()}

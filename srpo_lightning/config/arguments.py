@@ -1,7 +1,7 @@
 """What a configuration file may hold beside its classes' own arguments, for every command that reads one."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any, NoReturn
@@ -14,11 +14,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from srpo_lightning.callbacks import RunCheckpoint
 from srpo_lightning.config.values import check_values
 from srpo_lightning.data import PromptData
+from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.errors import explain, naming
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.policies.base import Policy
 from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
-
-COMMANDS = ("fit", "validate", "test", "predict")
 
 OWNERS = {"trainer": Trainer, "model": SRPOModule, "data": PromptData, "checkpoint": RunCheckpoint}
 """The classes whose arguments a configuration has without naming them."""
@@ -52,30 +52,50 @@ class Parser(LightningArgumentParser):
         check_settings(plain.get(str(plain.get("subcommand")), plain))
         return values
 
+    def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Namespace:
+        """A group that is empty is lost on the way: where no setting could be in it, make it one to be refused."""
+        for group, key in list(_empty_groups(cfg, f"{parent_key}." if parent_key else "", self._places)):
+            group[key] = None
+        return super()._apply_actions(cfg, parent_key, *args, **kwargs)
+
+    @property
+    def _places(self) -> set[str]:
+        """The dotted names under which settings are kept, those of a command with its name; of groups none."""
+        names = set()
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                names |= {f"{command}.{name}" for command, own in action.choices.items() for name in own._places}
+            elif not action.dest.endswith(".help"):
+                names.add(action.dest)
+        return names - {name[:place] for name in names for place, letter in enumerate(name) if letter == "."}
+
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
         """What a class refuses is told by its name."""
         with naming():
             return super().instantiate_classes(*args, **kwargs)
 
 
+def _empty_groups(settings: Any, prefix: str, places: set[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """What holds an empty group in which no setting could be, and the group's name therein."""
+    own = settings if isinstance(settings, dict) else vars(settings)
+    for key, value in own.items():
+        name = f"{prefix}{key}."
+        if isinstance(value, dict | Namespace) and not any(name.startswith(f"{place}.") for place in places):
+            if not value and not any(place.startswith(name) for place in places):
+                yield own, key
+            yield from _empty_groups(value, name, places)
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse what a parser lets pass.
 
     Args:
-        settings: of a command, as nested mappings.
+        settings: Settings of a command, as nested mappings.
 
     Raises:
         ValueError: naming the setting.
     """
     check_values(settings, OWNERS)
-    if "model" not in settings or "data" not in settings:
-        return
-    policy = settings["model"]["policy"]
-    if policy.get("init_args", {}).get("pretrained") is None and settings["data"].get("pretrained") is None:
-        raise ValueError(
-            f"model.policy.init_args.pretrained is missing: data reads the text encoders from there, so that the "
-            f"constructor of {policy['class_path']} needs an argument of this name"
-        )
 
 
 def add_project_arguments(parser: LightningArgumentParser) -> None:
@@ -85,13 +105,13 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
         "--memory_check",
         type=bool,
         default=True,
-        help="predict the memory of large models before `fit` reads them, and refuse what cannot fit the device",
+        help="Prediction of the memory that large models need: `fit` refuses what cannot fit the device, before "
+        "reading it.",
     )
     parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
     parser.link_arguments("model.updates_per_rollout", "data.repeats")
-    for name in ("pretrained", "height", "width"):
-        parser.link_arguments(f"model.policy.init_args.{name}", f"data.{name}")
+    parser.link_arguments("model", "data.encoder", compute_fn=encoder_of, apply_on="instantiate")
     parser.set_defaults(
         {
             "trainer.default_root_dir": "runs/default",
@@ -105,6 +125,32 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
             },
         }
     )
+
+
+def encoder_of(module: SRPOModule) -> Callable[[Encoding], Encoder]:
+    """What data makes its encoders with."""
+    return module.policy.encoder
+
+
+def new_policy(settings: Namespace) -> Policy:
+    """The policy of a configuration, without weights."""
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(Policy, "policy")
+    policy: Policy = parser.instantiate_classes(Namespace(policy=settings.model.policy.clone())).policy
+    return policy
+
+
+def new_data(settings: Namespace, policy: Policy) -> PromptData:
+    """The prompts and pictures of a configuration.
+
+    Args:
+        settings: a configuration.
+        policy: its policy.
+    """
+    parser = LightningArgumentParser()
+    parser.add_class_arguments(PromptData, "data", skip={"encoder"}, instantiate=False)
+    values = parser.instantiate_classes(Namespace(data=settings.data.clone())).data
+    return PromptData(encoder=policy.encoder, **vars(values))
 
 
 def read_config(path: str) -> Namespace:

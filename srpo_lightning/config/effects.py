@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # no public name tells processes apart
 from lightning.pytorch.utilities import rank_zero_warn
 
 from srpo_lightning.callbacks.checkpoint import RunCheckpoint
@@ -16,11 +16,11 @@ from srpo_lightning.callbacks.report import Report
 from srpo_lightning.callbacks.samples import SampleLogger
 from srpo_lightning.callbacks.tracking import RewardTracking
 from srpo_lightning.data import PromptData
-from srpo_lightning.errors import nearest
 from srpo_lightning.files.fingerprint import arguments, described
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.weighted import WeightedReward
+from srpo_lightning.suggestions import nearest
 from srpo_lightning.training.strategies import ShardedStrategy
 
 ADD_TRACKING = "add srpo_lightning.callbacks.RewardTracking to trainer.callbacks"
@@ -35,30 +35,63 @@ def check_effects(command: str, trainer: Trainer, module: SRPOModule, data: Prom
     """Refuse what would be ignored.
 
     Args:
-        command: fit, validate, test or predict.
+        command: Name of the command: fit, validate, test or predict.
 
     Raises:
         ValueError: naming the setting and the cure.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
     _check_strategy(trainer.strategy)
-    tracking = _first(callbacks, RewardTracking)
+    tracking = next(iter(_all(callbacks, RewardTracking)), None)
     if tracking is not None and command != "predict":
         _check_judge(tracking, module.reward)
     if command in ("validate", "test") and tracking is None:
         raise ValueError(f"{command} measures nothing without RewardTracking: {ADD_TRACKING}, or draw with `predict`")
     if command == "fit":
-        idle = why_nothing_is_evaluated(trainer)
-        weights = evaluated_weights(_first(callbacks, EMA))
-        numbers = tracking.numbers(data.eval_samples_per_prompt) if tracking else []
-        names = [f"{kind}/{name}" for kind in weights for name in numbers]
-        _check_monitor(_first(callbacks, RunCheckpoint), tracking, names, idle)
-        _check_guard(_first(callbacks, OverOptimizationGuard), tracking, weights, idle)
-        _check_other_monitors(callbacks, names)
-        _check_report(_first(callbacks, Report), tracking, _first(callbacks, SampleLogger))
+        evaluations = _evaluations(trainer, callbacks, tracking, data.eval_samples_per_prompt)
+        for checkpoint in _all(callbacks, RunCheckpoint):
+            _check_monitor(checkpoint, evaluations)
+        for guard in _all(callbacks, OverOptimizationGuard):
+            _check_guard(guard, evaluations)
+        _check_other_monitors(callbacks, evaluations.numbers)
+        if _all(callbacks, Report):
+            _check_report(evaluations, has_pictures=bool(_all(callbacks, SampleLogger)))
         if data.offline_ratio:
             module.objective.check_pictures()
         _check_margin(module)
+
+
+class Evaluations(NamedTuple):
+    """What is measured while a run trains.
+
+    Args:
+        tracking: Callback that measures; None where there is none.
+        weights: Kinds of weights whose samples are measured.
+        numbers: Names of what is measured, as `<weights>/<name>`.
+        idle: Setting for which no evaluation comes, with the cure; None where one comes.
+    """
+
+    tracking: RewardTracking | None
+    weights: list[str]
+    numbers: list[str]
+    idle: str | None
+
+    def needed(self, what: str) -> RewardTracking:
+        """The callback that measures; refuse `what`, which is made of its numbers, where there are none."""
+        if self.tracking is None:
+            raise ValueError(f"{what}, which RewardTracking measures, and it is not there: {ADD_TRACKING}")
+        if self.idle:
+            raise ValueError(f"{what}, but while training there is none: {self.idle}")
+        return self.tracking
+
+
+def _evaluations(
+    trainer: Trainer, callbacks: Iterable[Callback], tracking: RewardTracking | None, samples_per_prompt: int
+) -> Evaluations:
+    weights = evaluated_weights(next(iter(_all(callbacks, EMA)), None))
+    names = tracking.numbers(samples_per_prompt) if tracking else []
+    numbers = [f"{kind}/{name}" for kind in weights for name in names]
+    return Evaluations(tracking, weights, numbers, why_nothing_is_evaluated(trainer))
 
 
 def evaluated_weights(ema: EMA | None) -> list[str]:
@@ -72,7 +105,7 @@ def why_nothing_is_evaluated(trainer: Trainer) -> str | None:
     """The setting for which no evaluation comes while training, with the cure; None where one comes."""
     interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
     if trainer.limit_val_batches == 0:
-        return "trainer.limit_val_batches is 0, leave it away"
+        return "trainer.limit_val_batches is 0, leave it out"
     if every is not None and not isinstance(trainer.limit_train_batches, int):
         return (
             "trainer.check_val_every_n_epoch counts epochs, and the stream of training prompts has no end: set it to "
@@ -105,8 +138,8 @@ def _check_other_monitors(callbacks: Iterable[Callback], names: list[str]) -> No
             raise ValueError(f"{type(callback).__name__}.monitor is {monitor}, which nothing logs{near}")
 
 
-def _first(callbacks: Iterable[Callback], kind: type[Kind]) -> Kind | None:
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+def _all(callbacks: Iterable[Callback], kind: type[Kind]) -> list[Kind]:
+    return [callback for callback in callbacks if isinstance(callback, kind)]
 
 
 def check_single(callbacks: Iterable[Callback]) -> None:
@@ -119,15 +152,12 @@ def check_single(callbacks: Iterable[Callback]) -> None:
     for kind, count in counts.items():
         if count > 1 and kind.__module__.startswith("srpo_lightning"):
             where = "it is what checkpoint.* sets" if kind is RunCheckpoint else "they would write over each other"
-            raise ValueError(f"trainer.callbacks has {kind.__name__} {count} times: {where}; leave one away")
+            raise ValueError(f"trainer.callbacks has {kind.__name__} {count} times: {where}; leave one out")
 
 
-def _check_monitor(
-    checkpoint: RunCheckpoint | None, tracking: RewardTracking | None, names: list[str], idle: str | None
-) -> None:
-    if checkpoint is None:
-        return
-    if checkpoint.monitor is None:
+def _check_monitor(checkpoint: RunCheckpoint, evaluations: Evaluations) -> None:
+    monitor, numbers = checkpoint.monitor, evaluations.numbers
+    if monitor is None:
         for name, default in (("mode", "max"), ("keep_best", 1)):
             if getattr(checkpoint, name) != default:
                 raise ValueError(
@@ -135,46 +165,32 @@ def _check_monitor(
                     "is best: set that to a number of RewardTracking, for instance policy/held_out"
                 )
         return
-    _check_evaluations(f"checkpoint.monitor is {checkpoint.monitor}", tracking, idle)
-    if checkpoint.monitor not in names:
-        own = dict.fromkeys(name.partition("/")[2] for name in names)
-        kinds = dict.fromkeys(name.partition("/")[0] for name in names)
-        near = nearest(checkpoint.monitor, names) or f": that is {' or '.join(kinds)}, then / and {', '.join(own)}"
-        raise ValueError(f"checkpoint.monitor is {checkpoint.monitor}, which RewardTracking does not write{near}")
+    evaluations.needed(f"checkpoint.monitor is {monitor}")
+    if monitor not in numbers:
+        names = dict.fromkeys(number.partition("/")[2] for number in numbers)
+        kinds = " or ".join(evaluations.weights)
+        near = nearest(monitor, numbers) or f": that is {kinds}, then / and {', '.join(names)}"
+        raise ValueError(f"checkpoint.monitor is {monitor}, which RewardTracking does not write{near}")
 
 
-def _check_guard(
-    guard: OverOptimizationGuard | None, tracking: RewardTracking | None, weights: list[str], idle: str | None
-) -> None:
-    if guard is None:
-        return
-    _check_evaluations("OverOptimizationGuard watches evaluations", tracking, idle)
-    assert tracking is not None
-    if guard.weights not in weights:
+def _check_guard(guard: OverOptimizationGuard, evaluations: Evaluations) -> None:
+    tracking = evaluations.needed("OverOptimizationGuard watches evaluations")
+    if guard.weights not in evaluations.weights:
         raise ValueError(
             f"OverOptimizationGuard.weights is {guard.weights}, whose samples are not evaluated, only those of "
-            f"{' and '.join(weights)}: set it to that, or EMA.evaluate to both"
+            f"{' and '.join(evaluations.weights)}: set it to that, or EMA.evaluate to both"
         )
     if guard.max_drift is not None and not tracking.has_features:
         raise ValueError(
             f"OverOptimizationGuard.max_drift is {guard.max_drift}, but the drift is measured by the judge's image "
-            f"features, and {type(tracking.judge).__name__} has none: take a ClipReward as judge, or leave it away"
+            f"features, and {type(tracking.judge).__name__} has none: take a ClipReward as judge, or leave it out"
         )
 
 
-def _check_evaluations(what: str, tracking: RewardTracking | None, idle: str | None) -> None:
-    if tracking is None:
-        raise ValueError(f"{what}, which RewardTracking measures, and it is not there: {ADD_TRACKING}")
-    if idle:
-        raise ValueError(f"{what}, but while training there is none: {idle}")
-
-
-def _check_report(report: Report | None, tracking: RewardTracking | None, samples: SampleLogger | None) -> None:
-    if report is None:
-        return
-    if tracking is None:
+def _check_report(evaluations: Evaluations, has_pictures: bool) -> None:
+    if evaluations.tracking is None:
         raise ValueError(f"Report is made of what RewardTracking measures, and it is not there: {ADD_TRACKING}")
-    if samples is None:
+    if not has_pictures:
         rank_zero_warn(
             "Report will have no pictures: they are SampleLogger's, srpo_lightning.callbacks.SampleLogger in "
             "trainer.callbacks"

@@ -2,9 +2,6 @@
 
 from typing import Any
 
-FOLDER_OF_TRIAL = "fast_dev_run"
-"""Where, in the run folder, a run of a few batches to try a configuration writes."""
-
 LEAST = {
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,
@@ -25,8 +22,8 @@ def check_loops(trainer: Any, command: str) -> None:
     The stream of training prompts has no end, and an evaluation is of all evaluation prompts, so that all compare.
 
     Args:
-        trainer: its settings, as attributes.
-        command: fit, validate, test or predict.
+        trainer: Settings of the trainer, as attributes.
+        command: Name of the command: fit, validate, test or predict.
 
     Raises:
         ValueError: naming the setting and the cure.
@@ -44,11 +41,11 @@ def check_loops(trainer: Any, command: str) -> None:
         if value not in allowed or (value == 1 and isinstance(value, int)):
             raise ValueError(
                 f"trainer.{name} is {value}: the numbers of a part would be compared with those of all evaluation "
-                f"prompts; leave it away (0: no evaluation), and set {evaluation}"
+                f"prompts; leave it out (0: no evaluation), and set {evaluation}"
             )
     if not trainer.enable_checkpointing and trainer.enable_checkpointing is not None:
         raise ValueError(
-            "trainer.enable_checkpointing is false, but a run keeps checkpoints: leave it away, and set "
+            "trainer.enable_checkpointing is false, but a run keeps checkpoints: leave it out, and set "
             "checkpoint.every_n_steps and checkpoint.keep to have few; trainer.fast_dev_run tries a run without any"
         )
     if command == "fit":
@@ -63,7 +60,7 @@ def _check_training(trainer: Any, evaluation: str) -> None:
             )
     if trainer.max_steps > 0 and (trainer.min_steps or 0) > trainer.max_steps:
         raise ValueError(
-            f"trainer.min_steps is {trainer.min_steps}, more than trainer.max_steps, {trainer.max_steps}: leave it away"
+            f"trainer.min_steps is {trainer.min_steps}, more than trainer.max_steps, {trainer.max_steps}: leave it out"
         )
     if trainer.use_distributed_sampler:
         raise ValueError(

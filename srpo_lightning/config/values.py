@@ -11,8 +11,8 @@ def check_values(settings: Mapping[str, Any], owners: Mapping[str, Callable[...,
     """Refuse NaN, infinity and null.
 
     Args:
-        settings: as nested mappings and lists, with `class_path` and `init_args` where a class is named.
-        owners: what takes the settings that have no class_path, by their name.
+        settings: Settings as nested mappings and lists, with `class_path` and `init_args` where a class is named.
+        owners: Classes whose arguments a group of settings holds without a class_path, by the group's name.
 
     Raises:
         ValueError: naming the setting.
@@ -50,7 +50,7 @@ def _check_null(name: str, settings: Mapping[str, Any], owner: Callable[..., Any
             if default is Parameter.empty:
                 raise ValueError(f"{name}.{key} is missing: {getattr(owner, '__name__', owner)} needs it")
             if default is not None:
-                raise ValueError(f"{name}.{key} is null, which means nothing there: leave it away ({default!r} then)")
+                raise ValueError(f"{name}.{key} is null, which means nothing there: leave it out ({default!r} then)")
         _check_class(f"{name}.{key}", value)
 
 

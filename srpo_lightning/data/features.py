@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from srpo_lightning.data.chunks import Item, key_of
 from srpo_lightning.data.manifest import CURE
 from srpo_lightning.data.store import ChunkStore, per_chunk
-from srpo_lightning.policies.text import FluxTextEncoder, TextFeatures
+from srpo_lightning.encoding import TextEncoder
 
 
 class FeatureCache(ChunkStore):
@@ -19,7 +21,7 @@ class FeatureCache(ChunkStore):
         mirror: see `ChunkStore`.
     """
 
-    def __init__(self, folder: str, encoder: FluxTextEncoder, mirror: str = ".cache/mirror") -> None:
+    def __init__(self, folder: str, encoder: TextEncoder, mirror: str = ".cache/mirror") -> None:
         super().__init__(folder, encoder.description(), mirror)
         self.encoder = encoder
 
@@ -46,13 +48,13 @@ class FeatureCache(ChunkStore):
 
     def encode(self, prompts: list[Any]) -> list[Item]:
         """The features of prompts, as they are stored."""
-        return [features._asdict() for features in self.encoder.encode(prompts)]
+        return list(self.encoder.encode(prompts))
 
-    def features(self, row: int) -> TextFeatures:
-        """The features in a row."""
-        return TextFeatures(**self.read(row))
+    def features(self, row: int) -> dict[str, Tensor]:
+        """The features in a row, by name."""
+        return self.read(row)
 
-    def __getitem__(self, prompt: str) -> TextFeatures:
+    def __getitem__(self, prompt: str) -> dict[str, Tensor]:
         """The features of a prompt that is there."""
         (row,) = self.find([key_of(prompt)])
         if row < 0:

@@ -1,4 +1,4 @@
-"""Evaluations beside each other: what was measured on the same prompts from the same noise, by other weights."""
+"""Evaluations of several weights beside each other, on the same prompts from the same noise."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file, save
 
 from srpo_lightning.evaluation.metrics import (
+    PICTURE_STATISTICS,
     QUANTILES,
     Interval,
     Table,
@@ -26,15 +27,15 @@ from srpo_lightning.files.markdown import escaped, markdown_table
 from srpo_lightning.files.strict_json import strict_json
 
 BASE = "base"
-"""The weights before training, by this name beside `policy` and `ema`."""
+"""The name of the weights before training, beside `policy` and `ema`."""
 
 HELD_OUT = "held_out"
-"""The column with one number that training knows nothing of, to choose by."""
+"""The column with the one number to choose checkpoints by, of which training knows nothing."""
 
 LABEL = "label"
 """The column with the number of the label that the judge finds an image most like."""
 
-NOT_WON = (LABEL, "saturation", "brightness", "high_frequency")
+NOT_WON = (LABEL, *(name for name, own in PICTURE_STATISTICS.items() if not own.is_compared))
 """Columns of which more is not better."""
 
 HEADER = "table"
@@ -47,7 +48,7 @@ def by_tag(table: Table, tags: Sequence[Sequence[str]]) -> dict[str, Table]:
     """The rows of each tag, by its name, sorted.
 
     Args:
-        tags: of each prompt.
+        tags: Tags of each prompt.
     """
     of_row = [tags[group] for group in table.groups.tolist()]
     names = sorted({tag for own in tags for tag in own})
@@ -60,10 +61,16 @@ def are_paired(table: Table, base: Table | None) -> bool:
 
 
 def summary(table: Table, base: Table | None, labels: Sequence[str]) -> dict[str, float]:
-    """One number each of what a run's records and curves show.
+    """The numbers that a run's records and curves show.
 
-    The mean of each column by its name; `share/<label>`; of the features `diversity`, `prompt_diversity` and `drift`,
-    the CMMD from the base; `win/<column>`, the share of samples that score higher than the base's from the same noise.
+    They are the mean of each column by its name, `share/<label>`, and where there are features `diversity`,
+    `prompt_diversity` and `drift`, the CMMD from the base. `win/<column>` is the share of samples that score higher
+    than the base's from the same noise.
+
+    Args:
+        table: Numbers of every sample.
+        base: Numbers of every sample of the base; None: nothing is compared.
+        labels: Names of the labels, in the order of their numbers.
     """
     numbers = {name: float(column.mean()) for name, column in table.columns.items() if name != LABEL}
     if LABEL in table.columns:
@@ -87,14 +94,25 @@ def won(table: Table, base: Table) -> list[str]:
     return [name for name in table.columns if name not in NOT_WON and name in base.columns]
 
 
+def warn_of_unknown(weights: str, table: Table, step: int) -> None:
+    """Warn of samples with a score that is not a number: the mean over all samples is none either."""
+    unknown = torch.stack([~column.isfinite() for column in table.columns.values()]).any(0)
+    if unknown.any():
+        rank_zero_warn(
+            f"step {step}: {int(unknown.sum())} of {len(unknown)} samples of {weights} have scores that are not "
+            f"numbers, sample {int(table.indices[unknown][0])} the first: look at the pictures; lower the learning "
+            "rate, or draw in a wider precision (trainer.precision)"
+        )
+
+
 class Measure(NamedTuple):
     """A column of one table.
 
     Args:
-        mean: with its interval over prompts.
-        std: over samples.
-        quantiles: at metrics.QUANTILES.
-        win: rate against the base, with its interval; None where there is none.
+        mean: Mean, with its interval over prompts.
+        std: Standard deviation over samples.
+        quantiles: Quantiles at metrics.QUANTILES.
+        win: Win rate against the base, with its interval; None where there is none.
     """
 
     mean: Interval
@@ -104,7 +122,7 @@ class Measure(NamedTuple):
 
 
 def measures(table: Table, base: Table | None) -> dict[str, Measure]:
-    """All columns of a table but the label."""
+    """The measures of all columns of a table but the label."""
     found = {}
     for name, column in table.columns.items():
         if name == LABEL:
@@ -134,7 +152,7 @@ def compare(tables: Mapping[str, Table], tags: Sequence[Sequence[str]] = ()) -> 
 
 
 def write_comparison(path: Path, compared: Compared, head: Mapping[str, Any]) -> str:
-    """Write `<path>.json` with every number and `<path>.md` with a table per tag; returns the latter's text."""
+    """Write `<path>.json` with every number and `<path>.md` with a table per tag; return the text of the second."""
     content = {
         tag: {weights: {name: as_dict(m) for name, m in of.items()} for weights, of in by_weights.items()}
         for tag, by_weights in compared.items()
@@ -147,7 +165,7 @@ def write_comparison(path: Path, compared: Compared, head: Mapping[str, Any]) ->
 
 
 def as_dict(measure: Measure) -> dict[str, Any]:
-    """For JSON."""
+    """The measure as nested dictionaries, for JSON."""
     win = measure.win and measure.win._asdict()
     return {**measure._asdict(), "mean": measure.mean._asdict(), "win": win}
 
@@ -172,7 +190,13 @@ def markdown(tag: str, by_weights: Mapping[str, Mapping[str, Measure]]) -> str:
 
 
 def save_table(path: Path, table: Table, key: str) -> None:
-    """Keep a table, complete or absent, under what its numbers depend on, with a sum of every byte of the file."""
+    """Save a table, complete or absent, with a sum of every byte of the file.
+
+    Args:
+        path: Path of the file.
+        table: Numbers of every sample.
+        key: What the numbers depend on, as a hash; empty where nobody asks.
+    """
     columns = {f"column/{name}": column.contiguous() for name, column in table.columns.items()}
     tensors = {"indices": table.indices, "groups": table.groups, "features": table.features, **columns}
     header = {"key": key, "columns": list(table.columns), "crc32": NO_SUM.decode()}
@@ -184,10 +208,10 @@ def save_table(path: Path, table: Table, key: str) -> None:
 
 
 def read_table(path: Path, key: str | None = None) -> Table | None:
-    """A table that was kept; None if there is none, or one under another key, or a damaged one where a key is given.
+    """A table that was saved; None if there is none, or one of another key, or a damaged one where a key is given.
 
     Raises:
-        ValueError: if it is damaged, and no key says how to measure it again.
+        ValueError: if it is damaged and no key is given, so that nobody will measure it again.
     """
     if not path.is_file():
         return None

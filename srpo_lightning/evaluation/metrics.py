@@ -4,7 +4,7 @@ Shapes: B images, T texts, E features, N samples, G groups (prompts).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,31 @@ def high_frequency(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     return (power * fine).sum((-2, -1)) / total.clamp(min=1e-12)
 
 
+class Statistic(NamedTuple):
+    """A number of every evaluation picture, logged by its name.
+
+    Args:
+        measure: Numbers [B] of images [B, 3, H, W] in [0, 1]; the first line of its docstring says what they are.
+        is_compared: Whether more is better, so that samples win against the base's by it.
+    """
+
+    measure: Callable[[Tensor], Tensor]
+    is_compared: bool = False
+
+    @property
+    def meaning(self) -> str:
+        """What the number is, in one line."""
+        return (self.measure.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
+PICTURE_STATISTICS = {
+    "saturation": Statistic(saturation),
+    "brightness": Statistic(brightness),
+    "high_frequency": Statistic(high_frequency),
+}
+"""What is measured on every evaluation picture, by the name of its column: a function and a line here make one more."""
+
+
 def luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B H W"]:
     """Brightness of every pixel."""
     return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
@@ -66,7 +91,7 @@ def most_like(scores: Float[Tensor, "B T"]) -> Float[Tensor, " B"]:
 
 
 def nan_where(unknown: Bool[Tensor, " N"], values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Values but for those that nobody knows: a comparison with NaN is false, whichever way it is asked."""
+    """Values, with NaN where they are unknown: a comparison with NaN is false, whichever way it is asked."""
     return values.masked_fill(unknown, torch.nan)
 
 
@@ -74,10 +99,10 @@ class Table(NamedTuple):
     """Numbers of N samples, one row each, in the order of their indices.
 
     Args:
-        indices: [N], each once.
-        groups: [N], which prompt each sample is of.
-        columns: [N] each, by name.
-        features: [N, E] of the images, unit length; E may be 0.
+        indices: Indices of the samples, [N], each once.
+        groups: Prompts of the samples, [N], as numbers.
+        columns: Numbers of the samples by name, [N] each.
+        features: Features of the images, [N, E], of unit length; E may be 0.
     """
 
     indices: Int[Tensor, " N"]
@@ -86,16 +111,9 @@ class Table(NamedTuple):
     features: Float[Tensor, "N E"]
 
     def where(self, rows: Bool[Tensor, " N"]) -> "Table":
-        """Some of the rows."""
+        """The table with some of its rows."""
         columns = {name: column[rows] for name, column in self.columns.items()}
         return Table(self.indices[rows], self.groups[rows], columns, self.features[rows])
-
-
-class Evaluation(NamedTuple):
-    """A table, and one number each of what was made of it, by name."""
-
-    table: Table
-    numbers: dict[str, float]
 
 
 class SampleTable(Metric):
@@ -104,8 +122,8 @@ class SampleTable(Metric):
     A sample that several ranks had, because their shares were filled up, counts once.
 
     Args:
-        names: of the columns.
-        num_prompts: sample i is of prompt i mod num_prompts.
+        names: Names of the columns.
+        num_prompts: Number of prompts; sample i is of prompt i mod num_prompts.
     """
 
     full_state_update = False
@@ -129,7 +147,7 @@ class SampleTable(Metric):
         self.features.append(functional.normalize(features.float(), dim=-1))
 
     def compute(self) -> Table:
-        """All samples so far, on the CPU; torchmetrics takes the dimension from those of one, see `table`."""
+        """All samples so far, on the CPU; of a single one torchmetrics drops the dimension of samples, see `table`."""
         indices, values, features = (
             (torch.cat(list(state)) if isinstance(state, list) else state).cpu()
             for state in (self.indices, self.values, self.features)
@@ -151,7 +169,7 @@ class SampleTable(Metric):
 
 
 class Interval(NamedTuple):
-    """An estimate, and the bounds between which it lies with the confidence that was asked for; NaN: not known."""
+    """An estimate, and the bounds between which it lies with the confidence that was asked for; NaN: unknown."""
 
     value: float
     low: float
@@ -182,11 +200,14 @@ def bootstrap_mean(
     """The mean, and its percentile interval over resampled groups.
 
     Samples of one prompt are alike: whole prompts are drawn with replacement, never samples alone. Of one group there
-    is no interval (NaN); of fewer than `FEW_GROUPS` it is too narrow: of normal groups, intervals of 95 % hold the mean
+    is no interval (NaN). Of fewer than `FEW_GROUPS` it is too narrow: of normal groups, intervals of 95 % hold the mean
     in 72 % of cases for 3 groups, 88 % for 8 and 92 % for 12.
 
     Args:
-        groups: which prompt each value is of; None: each value is one.
+        values: Values to take the mean of.
+        groups: Prompt of each value, as a number; None: each value is a group.
+        confidence: Share of cases in which the interval is to hold the mean.
+        num_resamples: Number of resampled sets of groups.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
     """

@@ -16,18 +16,11 @@ from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.provenance import software
 from srpo_lightning.files.strict_json import strict_json
 
-SAMPLES = "samples"
-PREDICTIONS = "predictions"
 DRAWN_FROM = ("prompt", "seed", "guidance", "num_steps")
-"""What pictures that are compared have in common, by their records."""
+"""The entries of their records in which pictures must agree to be compared."""
 
 LABEL_PX = 14
 LETTER_PX = 6  # of Pillow's own font, on average
-
-
-def sample_path(run_folder: str | Path, step: int, weights: str, index: int, kind: str = SAMPLES) -> Path:
-    """Where the picture of evaluation prompt `index` after `step` optimizer steps lies."""
-    return Path(run_folder) / kind / f"step-{step:08d}" / weights / f"{index:05d}.png"
 
 
 def as_picture(image: Tensor) -> Image.Image:
@@ -36,7 +29,7 @@ def as_picture(image: Tensor) -> Image.Image:
 
 
 def write_picture(path: Path, picture: Image.Image, record: Mapping[str, Any]) -> None:
-    """Save a PNG, complete or absent, with what it is of in its metadata: `prompt` in words, all else in `srpo`."""
+    """Save a PNG, complete or absent, with its record in its metadata: the prompt in `prompt`, all in `srpo`."""
     info = PngInfo()
     info.add_itxt("prompt", str(record["prompt"]))
     info.add_itxt("srpo", strict_json({**record, "software": software()}))
@@ -45,27 +38,28 @@ def write_picture(path: Path, picture: Image.Image, record: Mapping[str, Any]) -
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a picture is of."""
+    """The record in a picture."""
     with Image.open(path) as picture:
         content: dict[str, Any] = json.loads(picture.info["srpo"])
     return content
 
 
 def record_if_whole(path: Path) -> dict[str, Any] | None:
-    """What a picture is of; None if there is none, or one that is damaged or not of this project."""
+    """The record in a picture; None if there is no picture, or one that is damaged or not of this project."""
     try:
         with Image.open(path) as picture:
             picture.verify()  # the sum of every part
-        return read_record(path)
+        record = read_record(path)
     except (OSError, SyntaxError, KeyError, ValueError, struct.error, Image.DecompressionBombError):
         return None
+    return record if isinstance(record, dict) else None
 
 
 def picture_if_whole(path: Path, of: Mapping[str, Any] | None = None) -> Image.Image | None:
     """A picture that was written here; None if there is none, or a damaged one, which is said.
 
     Args:
-        of: the record of what it is to stand beside; None too if it was drawn of something else.
+        of: Record of the picture that it is to stand beside; a picture of something else counts as none.
     """
     if not path.is_file():
         return None
@@ -84,9 +78,9 @@ def contact_sheet(
     """Rows of pictures, each under its name; None leaves a place empty.
 
     Args:
-        rows: pictures of one size, or smaller ones, by the name of their row.
-        scale: whole number that pictures are enlarged by, their pixels kept square.
-        columns: what stands over the columns.
+        rows: Pictures of one size, or smaller ones, by the name of their row.
+        scale: Whole number that pictures are enlarged by; their pixels stay square.
+        columns: Texts that stand over the columns.
     """
     sizes = [picture.size for row in rows.values() for picture in row if picture is not None]
     width, height = (scale * max(side) for side in zip(*sizes, strict=True))

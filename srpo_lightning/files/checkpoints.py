@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and finding the newest one."""
+"""Checkpoints that are there whole or not at all."""
 
 import os
 import pickle
@@ -16,54 +16,29 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from srpo_lightning.files.full_disk import room_for
 from srpo_lightning.files.owners import PARTIAL, discard, is_left, partial_path
 from srpo_lightning.files.pretrained import UNPICKLING, check_archive
-from srpo_lightning.files.sharded_checkpoint import INDEX, SUMS, SafeReader, TensorsOnly, damage, foreign_object
+from srpo_lightning.files.sharded_checkpoint import (
+    INDEX,
+    SUMS,
+    SafeReader,
+    TensorsOnly,
+    damage,
+    foreign_object,
+    read_alone,
+)
 
-FOLDER = "checkpoints"
-SUFFIX = ".ckpt"
 METADATA = _METADATA_FILENAME  # where Lightning looks for what of a sharded checkpoint is no tensor
-
-
-def checkpoint_path(run_folder: str | Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
-    return Path(run_folder) / FOLDER / f"step-{step:08d}{SUFFIX}"
-
-
-def checkpoints(run_folder: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((Path(run_folder) / FOLDER).glob(f"step-*{SUFFIX}"))
-
-
-def step_of(path: Path) -> int:
-    """The number of optimizer steps that a checkpoint's name tells."""
-    return int(path.name.removeprefix("step-").removesuffix(SUFFIX))
-
-
-def newest(run_folder: str | Path) -> Path:
-    """The newest whole checkpoint.
-
-    Raises:
-        ValueError: if there is none; a run never starts from scratch where it was asked to resume.
-    """
-    found = checkpoints(run_folder)
-    if not found:
-        raise ValueError(
-            f"--ckpt_path last: no checkpoint in {Path(run_folder) / FOLDER}. "
-            "Point --trainer.default_root_dir at the run to resume, or leave --ckpt_path away to start anew"
-        )
-    return found[-1]
 
 
 def check_whole(path: Path, content: bool = True) -> None:
     """Refuse a checkpoint that is damaged, or holds more than tensors, numbers and texts, before anything is read.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint.
-        content: compare the sums of all bytes, at about 2 GB a second; otherwise names and sizes.
+        path: File of a checkpoint, or folder of a sharded one.
+        content: Whether to compare the sums of all bytes, at about 2 GB a second; otherwise names and sizes.
 
     Raises:
         ValueError: naming the file, and the checkpoints that there are instead.
@@ -71,7 +46,7 @@ def check_whole(path: Path, content: bool = True) -> None:
     found = _damage_of_folder(path, content) if path.is_dir() else _damage_of_file(path, content)
     if found is None:
         return
-    others = [other.name for other in checkpoints(path.parent.parent) if other != path]
+    others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
     cure = f"resume from one of {', '.join(others)} beside it" if others else "start anew without --ckpt_path"
     raise ValueError(f"checkpoint {path} is damaged: {found}. Copy it again from where it was written, or {cure}")
 
@@ -152,15 +127,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **{"map_location": "cpu"} | kwargs)
 
 
-class _Everything(TensorsOnly, _EmptyStateDictLoadPlanner):
+class _Everything(TensorsOnly, _EmptyStateDictLoadPlanner):  # public is only dcp_to_torch_save, which unpickles
     """All that a folder holds, without asking for it by name."""
 
 
 def gathered(path: Path) -> dict[str, Any]:
     """A sharded checkpoint as one process would have written it."""
     checkpoint: dict[str, Any] = torch.load(path / METADATA, weights_only=True)
-    sharded: dict[str, Any] = {}
-    _load_state_dict(sharded, storage_reader=SafeReader(path), planner=_Everything(), no_dist=True)
+    read_alone({}, SafeReader(path), planner := _Everything())
+    sharded = planner.original_state_dict
     optimizers = [sharded.pop(key) for key in sorted(sharded) if key.startswith("optimizer_")]
     return checkpoint | sharded | {"optimizer_states": [_numbered(state) for state in optimizers]}
 

@@ -38,8 +38,8 @@ def room_for(path: Path, partial: Path | None = None) -> Iterator[None]:
     """Leave nothing of what finds no room.
 
     Args:
-        path: what is told of.
-        partial: a file or a folder that is written to, and removed then.
+        path: File or folder that the message names.
+        partial: File or folder that is written to, and removed if there is no room.
 
     Raises:
         FullDiskError: in the place of whatever a full disk makes others raise.

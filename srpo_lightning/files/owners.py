@@ -23,15 +23,17 @@ LOCK = "run.lock"
 PARTIAL = ".partial"
 TOLERANCE_S = 2.0  # of a process's start, which is counted from the machine's, whose clock is set now and then
 
+BEGINNING_S = 1.0  # a process that has made a lock has said in it by then who it is
+
 
 class Owner(NamedTuple):
     """A process, on whatever machine.
 
     Args:
-        host: name of the machine.
-        pid: number of the process there.
-        started_s: when it started, in seconds after the machine did: numbers come again.
-        since: the same for people.
+        host: Name of the machine.
+        pid: Number of the process there.
+        started_s: Start of the process, in seconds after the machine's: process numbers come again.
+        since: Start of the process as people write it.
     """
 
     host: str
@@ -67,8 +69,6 @@ def _started_s(pid: int) -> float | None:
 def run_lock(folder: Path) -> Iterator[None]:
     """Be the only process that trains in a run folder, for as long as it lasts; SIGTERM ends it as an error does.
 
-    Unfinished files in it are removed: nobody is there any more to finish them.
-
     Raises:
         ValueError: if another process holds it, naming that, and the cure.
     """
@@ -79,7 +79,6 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         while not _begin(path, own) and _held_by(path) != own:
             _take_over(path, own)
-        remove_unfinished(folder)
         yield
     finally:
         _on_sigterm(before)
@@ -95,10 +94,14 @@ def _begin(path: Path, own: Owner) -> bool:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        json.dump(own._asdict(), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(own._asdict(), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:  # a full disk: it would be a lock of nobody's
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -114,6 +117,9 @@ def _take_over(path: Path, own: Owner) -> None:
         if not path.exists() or path.stat().st_ino != os.fstat(stream.fileno()).st_ino:
             return  # somebody else's turn was first
         held = _read(stream.read())
+        if held is None:  # perhaps it was made a moment ago
+            time.sleep(BEGINNING_S)
+            held = _held_by(path)
         if held is None:
             raise ValueError(f"{path} says of no process: if nothing trains in this folder, delete it")
         if not held.is_gone:
@@ -160,13 +166,6 @@ def is_left(path: Path) -> bool:
     """Whether the process that an unfinished file is named by has ended."""
     host, _, pid = path.name.rpartition(f"{PARTIAL}-")[2].rpartition("-")
     return pid.isdecimal() and host == socket.gethostname() and _started_s(int(pid)) is None
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove from a run folder what killed processes were writing, and among checkpoints all that is unfinished."""
-    for left in [*folder.rglob(f"*{PARTIAL}*"), *folder.glob("checkpoints/*.deleted")]:
-        if left.parent.name == "checkpoints" or is_left(left):
-            discard(left)
 
 
 def discard(path: Path) -> None:

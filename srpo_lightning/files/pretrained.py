@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from srpo_lightning.files.crc import crc32
 from srpo_lightning.files.fingerprint import ends
@@ -154,11 +153,11 @@ def load_whole(
     Left to themselves the libraries fill what a folder lacks with random numbers, or leave it without memory.
 
     Args:
-        cls: with `from_pretrained`.
-        pretrained: a folder or a hub id.
-        subfolder: of it.
-        unread: beginnings of the names of tensors that the folder may hold beside the model's own.
-        settings: for `from_pretrained`.
+        cls: Class with `from_pretrained`.
+        pretrained: Folder or hub id.
+        subfolder: Folder of the model within `pretrained`.
+        unread: Beginnings of the names of tensors that the folder may hold beside the model's own.
+        settings: Arguments for `from_pretrained`.
 
     Raises:
         ValueError: naming the folder and the first differences, or what is damaged.
@@ -196,11 +195,18 @@ def safetensors_files(pretrained: str, subfolder: str, stem: str) -> dict[str, P
     """Where each tensor of a model lies: in one file, or in the several that an index names."""
     index = f"{stem}.safetensors.index.json"
     try:
-        names: dict[str, str] = read_json(pretrained, subfolder, index)["weight_map"]
+        names = read_json(pretrained, subfolder, index).get("weight_map")
     except ValueError:
+        if (Path(pretrained).expanduser() / subfolder / index).is_file():
+            raise
         path = Path(part(pretrained, subfolder, f"{stem}.safetensors"))
         with unreadable_is_refused(pretrained), safe_open(path, "pt") as file:
             return dict.fromkeys(file.keys(), path)
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(
+            f"{Path(pretrained) / subfolder / index} does not say in which file each tensor is: copy or download the "
+            "folder again"
+        )
     paths = {name: Path(part(pretrained, subfolder, name)) for name in set(names.values())}
     return {tensor: paths[name] for tensor, name in names.items()}
 
@@ -239,8 +245,8 @@ def own_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """This rank's part of a parameter, and where in the whole it lies."""
     if not isinstance(parameter, DTensor):
         return parameter, (slice(None),) * parameter.ndim
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    places = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    (chunk,) = parameter.__create_chunk_list__()
+    places = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
     return parameter.to_local(), places
 
 
@@ -255,7 +261,11 @@ def same_files(paths: Iterable[Path]) -> str:
 def read_json(pretrained: str, subfolder: str, filename: str) -> dict[str, Any]:
     """A configuration file of a model."""
     with unreadable_is_refused(pretrained):
-        return dict(json.loads(Path(part(pretrained, subfolder, filename)).read_text(encoding="utf-8")))
+        path = Path(part(pretrained, subfolder, filename))
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object but a {type(content).__name__}: copy or download the folder again")
+    return content
 
 
 @contextmanager

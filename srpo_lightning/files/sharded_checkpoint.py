@@ -7,6 +7,7 @@ pickles beside them; left to itself it runs both.
 import io
 import json
 import pickle
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -61,7 +62,7 @@ class SafeReader(FileSystemReader):
     """A reader for which a list of tensors is a list of tensors, and is read once.
 
     Args:
-        path: the folder.
+        path: Folder of the checkpoint.
 
     Raises:
         ValueError: where the list is used, if it is damaged, or names what no list of tensors holds.
@@ -94,6 +95,10 @@ def read_list(folder: Path) -> Metadata:
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError(f"it is a {type(found).__name__}")
         names = {own.relative_path for own in found.storage_data.values()}
+        for index, own in found.storage_data.items():
+            found.state_dict_metadata[index.fqn]
+            if not isinstance(own.relative_path, str) or min(own.offset, own.length) < 0:
+                raise pickle.UnpicklingError(f"{index.fqn} is at no place in a file")
     except (OSError, *UNPICKLING) as error:
         raise ValueError(f"{INDEX} cannot be read as a list of tensors ({error})") from error
     for name in names:
@@ -132,6 +137,13 @@ def read_into(state: dict[str, Any], folder: Path) -> None:
     load(state, storage_reader=SafeReader(folder), planner=TensorsOnly())
 
 
+def read_alone(state: dict[str, Any], reader: SafeReader, planner: TensorsOnly | None = None) -> None:
+    """Fill a state dict from all ranks' parts, in one process, whatever others do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is asked for here
+        load(state, storage_reader=reader, planner=planner or TensorsOnly(), no_dist=True)
+
+
 def sums_of(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
     """Size and CRC-32 of files, by their names."""
     return {path.name: _sum(path) for path in paths}
@@ -147,7 +159,7 @@ def damage(folder: Path, content: bool = True) -> str | None:
     """What is wrong with a folder's files by their sums; None if nothing is, or there are no sums (older checkpoints).
 
     Args:
-        content: read all files; otherwise their sizes are compared.
+        content: Whether to read all files; otherwise their sizes are compared.
     """
     if not (folder / SUMS).is_file():
         return None

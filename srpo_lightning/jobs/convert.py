@@ -15,9 +15,9 @@ def convert(source: str, output: str, processor: str = "laion/CLIP-ViT-H-14-laio
     """Write the published HPSv2 or HPSv2.1 weights as a transformers CLIPModel folder.
 
     Args:
-        source: HPS_v2.1_compressed.pt or HPS_v2_compressed.pt.
-        output: the folder to write; give it to `HPSv2` as `pretrained`.
-        processor: a folder or hub id with CLIP's tokenizer; the `tokenizer` folder of FLUX.1-dev has it too.
+        source: File HPS_v2.1_compressed.pt or HPS_v2_compressed.pt.
+        output: Folder to write, for `HPSv2` to take as `pretrained`.
+        processor: Folder or hub id with CLIP's tokenizer; the `tokenizer` folder of FLUX.1-dev has it too.
 
     Raises:
         ValueError: if the source is another file, or the output exists.

@@ -120,7 +120,7 @@ class DirectAlign(FormObjective):
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
         """Step 1: a clean sample and the noise it grew from; offline a real image and fresh noise."""
         shape = (conditions.batch_size, *policy.latent_shape(conditions.size))
-        noise = draws.noise(shape, shared=self.shared_noise).to(conditions.prompt_embeds.device, non_blocking=True)
+        noise = draws.noise(shape, shared=self.shared_noise).to(conditions.device, non_blocking=True)
         if conditions.x0 is not None:
             return Rollout(conditions.x0.to(noise), noise)
         x0 = flow.integrate(

@@ -228,7 +228,7 @@ class GRPO(TrajectoryObjective):
         # Drawn per prompt and member, so that it does not depend on how prompts are divided over ranks.
         members = [0] * self.group_size if same else range(self.group_size)
         noise = [draws.noise(shape, shared=False, purpose=f"{purpose} of {g}") for g in members]
-        return torch.cat(noise).to(groups.prompt_embeds.device, non_blocking=True)
+        return torch.cat(noise).to(groups.device, non_blocking=True)
 
 
 def clipped_gain(ratio: Float[Tensor, " B"], advantage: Float[Tensor, " B"], clip_range: float) -> Float[Tensor, " B"]:

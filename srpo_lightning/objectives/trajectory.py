@@ -88,7 +88,7 @@ class RewardGradientObjective(TrajectoryObjective):
         if conditions.x0 is not None:
             self.check_pictures()
         shape = (conditions.batch_size, *policy.latent_shape(conditions.size))
-        noise = draws.noise(shape, shared=self.shared_noise).to(conditions.prompt_embeds.device, non_blocking=True)
+        noise = draws.noise(shape, shared=self.shared_noise).to(conditions.device, non_blocking=True)
         states, sigmas = [noise], self.sigmas(policy, conditions, noise)
         for sigma, sigma_next in pairwise(sigmas[: self.stop(draws) + 1]):
             velocity = self.velocity(policy, states[-1], sigma, conditions)

@@ -22,6 +22,7 @@ from srpo_lightning.rewards.open_clip import clip_model
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED, SEMANTIC_GUIDED
 
+FILENAME = "HPS_v2.1_compressed.pt"
 NUM_HEADS = 16  # of ViT-H-14, image and text tower
 
 
@@ -32,7 +33,8 @@ class HPSv2(ClipReward):
 
     Args:
         pretrained: Published file, a folder that holds it or that `convert` wrote, or the hub id.
-        filename: Name of the published file in the folder or on the hub, HPS_v2_compressed.pt for v2.
+        filename: Name of the published file in the folder or on the hub, HPS_v2_compressed.pt for v2; refused where
+            `pretrained` is a file, or what `convert` wrote.
         processor: Folder or hub id with CLIP's tokenizer; null takes the folder that `convert` wrote, or LAION's
             ViT-H-14.
         fit: Way to a square picture: crop the centre, as SRPO trains, or pad with black, as HPSv2 evaluates.
@@ -43,7 +45,7 @@ class HPSv2(ClipReward):
     def __init__(
         self,
         pretrained: str = "xswu/HPSv2",
-        filename: str = "HPS_v2.1_compressed.pt",
+        filename: str = FILENAME,
         processor: str | None = None,
         fit: Literal["crop", "pad"] = "crop",
         **kwargs: Any,
@@ -54,8 +56,19 @@ class HPSv2(ClipReward):
         super().__init__(pretrained, processor, **kwargs)
         self.filename = filename
         self.fit = fit
+        self._check_filename()
         if Path(pretrained).expanduser().exists() and not self.is_converted:
             weights_file(pretrained, filename)
+
+    def _check_filename(self) -> None:
+        file = Path(self.pretrained).expanduser()
+        is_other = self.filename not in (FILENAME, file.name)
+        if is_other and (self.is_converted or file.is_file()):
+            what = "a folder that `convert` wrote, with weights of its own" if self.is_converted else "a file itself"
+            raise ValueError(
+                f"filename is {self.filename}, but pretrained is {what} ({file}): leave filename away, or name the "
+                "folder that holds the published file"
+            )
 
     def read_preprocessor(self) -> dict[str, object]:
         """Check the tokenizer's path, no more: the pixels are the same for every HPSv2."""

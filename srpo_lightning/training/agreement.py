@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 SMALL = 1 << 24
@@ -21,10 +22,10 @@ class Fact(NamedTuple):
     """What one rank has found, and every rank should have.
 
     Args:
-        value: compared.
-        told: what of it a person can tell apart.
-        cure: for ranks that differ.
-        group: ranks with the same one are compared; the parts of a copy that is divided differ.
+        value: Text that is compared.
+        told: Form of it that a person can tell apart.
+        cure: Advice for ranks that differ.
+        group: Number that ranks share which are compared; the parts of a copy that is divided differ.
     """
 
     value: str
@@ -52,7 +53,7 @@ def disagreement(found: Sequence[Mapping[str, Fact]]) -> str | None:
     """In one line the first fact in which ranks differ from the first of their group; None where they agree.
 
     Args:
-        found: the facts of each rank.
+        found: Facts of each rank.
     """
     for name in dict.fromkeys(name for facts in found for name in facts):
         cure = next(facts[name].cure for facts in found if name in facts)
@@ -92,12 +93,30 @@ def identity_of_checkpoint(path: Path) -> str:
         return digest(f"{entry.filename} {entry.file_size} {entry.CRC}" for entry in archive.infolist())
 
 
+def check_weights(policy: nn.Module, reward: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Compare the weights of all ranks; one process has no others.
+
+    Args:
+        policy: Module whose parameters that require a gradient are trained.
+        reward: Frozen module.
+        mesh: Layout of a strategy that divides the policy; None: every rank has all of it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    kinds: dict[str, list[Tensor]] = {
+        "trained weights": [p for p in policy.parameters() if p.requires_grad],
+        "frozen weights of the policy": [t for t in (*policy.parameters(), *policy.buffers()) if not t.requires_grad],
+        "weights of the reward": [*reward.parameters(), *reward.buffers()],
+    }
+    check_agreement(weights_of(kinds, mesh["shard"].get_local_rank() if mesh else 0))
+
+
 def weights_of(kinds: Mapping[str, Iterable[Tensor]], part: int) -> dict[str, Fact]:
     """The sums of weights by what they are; those that a strategy divides apart from those that each rank has whole.
 
     Args:
-        kinds: tensors by a name for them.
-        part: of a divided copy, which this rank has.
+        kinds: Tensors by a name for them.
+        part: Number of the part of a divided copy that this rank has.
     """
     facts = {}
     for kind, tensors in kinds.items():

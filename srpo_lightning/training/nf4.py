@@ -25,8 +25,8 @@ def keep_in_4_bits(module: nn.Module, double: bool = False, but: Container[str] 
     had.
 
     Args:
-        double: round the scales to 8 bits too: 4.13 bits per weight.
-        but: names of layers that stay as they are.
+        double: Whether to round the scales to 8 bits too: 4.13 bits per weight.
+        but: Names of layers that stay as they are.
     """
     bitsandbytes: Any = importlib.import_module("bitsandbytes.nn")
     for name, layer in list(module.named_modules()):

@@ -44,13 +44,13 @@ class ShardedStrategy(ModelParallelStrategy):
     Both sizes are given, and their product must be the number of ranks.
 
     Args:
-        shard_size: ranks that share one copy.
-        replicate_size: copies.
-        cpu_offload: keep parameters, gradients and optimizer states in host memory; slower.
-        reshard_after_forward: free each block's gathered parameters after its forward pass; False keeps them from the
-            first step of a rollout to the backward pass: each is gathered once per micro-batch, and all stay whole.
-        timeout_minutes: how long ranks wait for one that is late, at the start as well; then they end. A rank may need
-            as much longer than the others to read its weights, or to write its part of a checkpoint.
+        shard_size: Number of ranks that share one copy of the weights.
+        replicate_size: Number of copies of the weights.
+        cpu_offload: Whether parameters, gradients and optimizer states stay in host memory; slower.
+        reshard_after_forward: Whether each block's gathered parameters are freed after its forward pass. If not, they
+            stay from the first step of a rollout to the backward pass: each is gathered once per micro-batch.
+        timeout_minutes: Minutes that ranks wait for one that is late, at the start as well; then they end. A rank may
+            need that much longer than the others to read its weights, or to write its part of a checkpoint.
     """
 
     def __init__(
@@ -179,8 +179,8 @@ class ReplicatedStrategy(DDPStrategy):
     """DDP: all weights on every rank, gradients averaged between them. `trainer.strategy: ddp` means this.
 
     Args:
-        timeout_minutes: how long ranks wait for one that is late, at the start as well; then they end. The first rank
-            writes checkpoints, and may take as long for one.
+        timeout_minutes: Minutes that ranks wait for one that is late, at the start as well; then they end. The first
+            rank writes checkpoints, and may take that long for one.
     """
 
     def __init__(self, timeout_minutes: PositiveFloat = TIMEOUT_MINUTES) -> None:

@@ -59,7 +59,7 @@ def change(config: str, **settings) -> None:
 def features(config: str) -> dict[str, torch.Tensor]:
     data = read_data(config)
     data.cache.open()
-    return {text: data.cache[text].prompt_embeds for text in data.selection.texts}
+    return {text: data.cache[text]["prompt_embeds"] for text in data.selection.texts}
 
 
 def test_every_prompt_is_encoded_once_and_fit_finds_it(config, tmp_path, small_chunks, capsys, monkeypatch):
@@ -73,9 +73,9 @@ def test_every_prompt_is_encoded_once_and_fit_finds_it(config, tmp_path, small_c
     data = read_data(config)
     expected = data.cache.encoder.encode(data.selection.texts)
     assert all(
-        torch.equal(found, own.prompt_embeds) for found, own in zip(features(config).values(), expected, strict=True)
+        torch.equal(found, own["prompt_embeds"]) for found, own in zip(features(config).values(), expected, strict=True)
     )
-    monkeypatch.setattr("srpo_lightning.policies.text.FluxTextEncoder._load", lambda self: pytest.fail("encoded again"))
+    monkeypatch.setattr("srpo_lightning.policies.flux.FluxTextEncoder._load", lambda self: pytest.fail("encoded again"))
     main(["cache", "--config", config])
     assert "10 of 10 are there; 0 to encode" in capsys.readouterr().out
     change(config, max_prompts_to_encode=0)
@@ -104,7 +104,9 @@ def test_several_processes_share_the_chunks(config, tmp_path):
     assert data.cache.open().num_items == 1203
     assert len(files(tmp_path)) == 2
     text = data.selection.texts[1100]
-    assert torch.allclose(data.cache[text].prompt_embeds, data.cache.encoder.encode([text])[0].prompt_embeds, atol=1e-6)
+    assert torch.allclose(
+        data.cache[text]["prompt_embeds"], data.cache.encoder.encode([text])[0]["prompt_embeds"], atol=1e-6
+    )
 
 
 def test_a_killed_job_goes_on_behind_its_finished_chunks(config, tmp_path, small_chunks, capsys):

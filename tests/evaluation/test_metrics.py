@@ -3,12 +3,16 @@
 import colorsys
 import itertools
 import math
+from importlib import import_module
+from runpy import run_path
 
 import pytest
 import torch
 
 from srpo_lightning.evaluation.metrics import (
+    PICTURE_STATISTICS,
     SampleTable,
+    Statistic,
     bootstrap_mean,
     brightness,
     cmmd,
@@ -184,3 +188,21 @@ def test_cmmd_equals_the_kernel_written_out():
 
     assert cmmd(3 * x, 2 * y) == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)), rel=1e-9)
     assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_every_statistic_of_pictures_says_what_it_is_and_is_a_number_of_each_picture():
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for name, statistic in PICTURE_STATISTICS.items():
+        assert statistic.meaning, name
+        assert statistic.measure(images).shape == (2,), name
+
+
+def test_a_statistic_of_pictures_is_a_column_and_is_compared_if_it_says_so(monkeypatch):
+    """A function and a line are all that a new one needs."""
+    added = {"red": Statistic(lambda images: images[:, 0].mean((-2, -1)), is_compared=True)}
+    monkeypatch.setattr("srpo_lightning.evaluation.metrics.PICTURE_STATISTICS", PICTURE_STATISTICS | added)
+    names = ["srpo_lightning.evaluation.comparison", "srpo_lightning.callbacks.tracking"]
+    comparison, tracking = (run_path(import_module(name).__file__, run_name=name) for name in names)
+    assert "red" not in comparison["NOT_WON"]
+    assert "saturation" in comparison["NOT_WON"]
+    assert "red" in tracking["OWN_COLUMNS"]

@@ -16,31 +16,29 @@ from srpo_lightning.files.checkpoints import (
     AtomicCheckpointIO,
     begin_folder,
     check_whole,
-    checkpoint_path,
-    checkpoints,
     finish_folder,
-    newest,
     remove,
 )
 from srpo_lightning.files.owners import PARTIAL, partial_path
+from srpo_lightning.run_folder import RunFolder
 from tests.processes import CONTEXT, LIMIT_S
 
 
 def save_forever(run: Path) -> None:
     for step in itertools.count():
         saved = {"step": step, "x": torch.full((4_000_000,), step)}
-        AtomicCheckpointIO().save_checkpoint(saved, checkpoint_path(run, step))
+        AtomicCheckpointIO().save_checkpoint(saved, RunFolder(run).checkpoint(step))
 
 
 def test_what_was_saved_is_what_is_loaded(tmp_path):
-    path = checkpoint_path(tmp_path, 7)
+    path = RunFolder(tmp_path).checkpoint(7)
     AtomicCheckpointIO().save_checkpoint({"x": torch.arange(3)}, path)
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(path, weights_only=True)["x"], torch.arange(3))
     assert [p.name for p in path.parent.iterdir()] == ["step-00000007.ckpt"]
 
 
 def test_an_error_in_the_middle_of_writing_leaves_the_older_file_of_that_name_whole(tmp_path, monkeypatch):
-    path = checkpoint_path(tmp_path, 1)
+    path = RunFolder(tmp_path).checkpoint(1)
     AtomicCheckpointIO().save_checkpoint({"x": 1}, path)
 
     def fail_half_way(checkpoint, stream):
@@ -51,8 +49,8 @@ def test_an_error_in_the_middle_of_writing_leaves_the_older_file_of_that_name_wh
         patch.setattr("srpo_lightning.files.checkpoints.torch.save", fail_half_way)
         for step in (1, 2):
             with pytest.raises(OSError, match="disk full"):
-                AtomicCheckpointIO().save_checkpoint({"x": 2}, checkpoint_path(tmp_path, step))
-    assert newest(tmp_path) == path
+                AtomicCheckpointIO().save_checkpoint({"x": 2}, RunFolder(tmp_path).checkpoint(step))
+    assert RunFolder(tmp_path).find_checkpoint("last", None, "max") == path
     assert torch.load(path, weights_only=True) == {"x": 1}
 
 
@@ -64,30 +62,31 @@ def test_a_kill_while_writing_leaves_every_checkpoint_whole(tmp_path):
         process.start()
         try:
             deadline = time.monotonic() + LIMIT_S
-            while len(checkpoints(run)) < 2 or not list(run.rglob(f"*{PARTIAL}-*")):
+            while len(RunFolder(run).checkpoints()) < 2 or not list(run.rglob(f"*{PARTIAL}-*")):
                 assert time.monotonic() < deadline
                 assert process.is_alive()
             time.sleep(delay_s)
         finally:
             process.kill()
             process.join()
-        for path in checkpoints(run):
+        for path in RunFolder(run).checkpoints():
             saved = torch.load(path, weights_only=True)
-            assert path == checkpoint_path(run, saved["step"])
+            assert path == RunFolder(run).checkpoint(saved["step"])
             assert (saved["x"] == saved["step"]).all()
 
 
 def test_the_newest_is_the_one_with_most_steps_and_partial_files_do_not_count(tmp_path):
     for step in (9, 100, 20):
-        AtomicCheckpointIO().save_checkpoint({}, checkpoint_path(tmp_path, step))
-    partial_path(checkpoint_path(tmp_path, 200)).write_bytes(b"half")
-    assert newest(tmp_path) == checkpoint_path(tmp_path, 100)
-    assert [path.stem for path in checkpoints(tmp_path)] == ["step-00000009", "step-00000020", "step-00000100"]
+        AtomicCheckpointIO().save_checkpoint({}, RunFolder(tmp_path).checkpoint(step))
+    partial_path(RunFolder(tmp_path).checkpoint(200)).write_bytes(b"half")
+    assert RunFolder(tmp_path).find_checkpoint("last", None, "max") == RunFolder(tmp_path).checkpoint(100)
+    steps = [path.stem for path in RunFolder(tmp_path).checkpoints()]
+    assert steps == ["step-00000009", "step-00000020", "step-00000100"]
 
 
 def test_no_checkpoint_at_all_is_refused_with_the_cure(tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint in .*Point --trainer.default_root_dir"):
-        newest(tmp_path)
+        RunFolder(tmp_path).find_checkpoint("last", None, "max")
 
 
 def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -96,7 +95,7 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync") or fsync(descriptor))
     monkeypatch.setattr(Path, "replace", lambda self, target: calls.append("rename") or replace(self, target))
-    AtomicCheckpointIO().save_checkpoint({}, checkpoint_path(tmp_path, 1))
+    AtomicCheckpointIO().save_checkpoint({}, RunFolder(tmp_path).checkpoint(1))
     assert calls == ["fsync", "rename", "fsync"]
 
 
@@ -129,7 +128,7 @@ def cut(path: Path) -> None:
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
-    path = checkpoint_path(tmp_path, 3)
+    path = RunFolder(tmp_path).checkpoint(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this is one process
         save({"state_dict": {"x": torch.arange(1000), "y": torch.arange(5)}}, checkpoint_id=path, no_dist=True)
@@ -139,8 +138,8 @@ def sharded(tmp_path) -> Path:
 
 def test_whole_checkpoints_pass(sharded):
     check_whole(sharded)
-    AtomicCheckpointIO().save_checkpoint({"x": 1}, checkpoint_path(sharded.parents[1], 2))
-    check_whole(checkpoint_path(sharded.parents[1], 2))
+    AtomicCheckpointIO().save_checkpoint({"x": 1}, RunFolder(sharded.parents[1]).checkpoint(2))
+    check_whole(RunFolder(sharded.parents[1]).checkpoint(2))
 
 
 @pytest.mark.parametrize(
@@ -162,8 +161,8 @@ def test_a_damaged_part_of_a_sharded_checkpoint_is_named(sharded, name, damage, 
 
 def test_a_file_that_was_cut_off_is_named_with_the_checkpoints_that_are_whole(tmp_path):
     for step in (1, 2):
-        AtomicCheckpointIO().save_checkpoint({"x": torch.arange(1000)}, checkpoint_path(tmp_path, step))
-    path = checkpoint_path(tmp_path, 2)
+        AtomicCheckpointIO().save_checkpoint({"x": torch.arange(1000)}, RunFolder(tmp_path).checkpoint(step))
+    path = RunFolder(tmp_path).checkpoint(2)
     cut(path)
     with pytest.raises(ValueError, match=f"{path} is damaged: .* cut off.* resume from one of step-00000001.ckpt"):
         check_whole(path)

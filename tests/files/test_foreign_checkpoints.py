@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from srpo_lightning.files.checkpoints import METADATA, AtomicCheckpointIO, check_whole, checkpoint_path, gathered
+from srpo_lightning.files.checkpoints import METADATA, AtomicCheckpointIO, check_whole, gathered
 from srpo_lightning.files.sharded_checkpoint import INDEX, SafeReader, sums_of, write_sums
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.refusals import refused
 
@@ -94,7 +96,7 @@ def test_nothing_in_a_foreign_folder_runs(tmp_path, poison):
 def test_no_command_runs_what_a_foreign_checkpoint_holds(models, features, tmp_path, capsys, command, poison):
     run, mark = tmp_path / "run", tmp_path / "mark"
     config = str(tiny.write_config(models, run, features))
-    path = checkpoint_path(run, 1)
+    path = RunFolder(run).checkpoint(1)
     path.parent.mkdir(parents=True)
     if poison is None:
         torch.save({"srpo": Touch(mark)}, path)
@@ -115,6 +117,22 @@ def test_a_list_that_names_a_file_elsewhere_is_refused(tmp_path):
     seal(folder)
     with pytest.raises(ValueError, match=r"names '\.\./elsewhere', which is no file in it"):
         check_whole(folder)
+
+
+@pytest.mark.parametrize(
+    "place", [("x", 0, "much"), ("x", None, 1), ("x", -5, 2), (5, 0, 1), ("x", 0, 1 << 60)], ids=str
+)
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_list_of_an_earlier_version_whose_places_are_damaged_is_refused_by_name(tmp_path, place, name):
+    """It has no sums."""
+    path = tmp_path / "checkpoints" / "step-00000001.ckpt"
+    path.mkdir(parents=True)
+    stored = {MetadataIndex("a"): _StorageInfo(*place)}
+    (path / INDEX).write_bytes(pickle.dumps(Metadata({name: BytesStorageMetadata()}, storage_data=stored)))
+    (path / "x").write_bytes(b"123")
+    torch.save({}, path / METADATA)
+    with pytest.raises(ValueError, match=rf"^checkpoint {path} is damaged: (\{INDEX}|x) .*, or start anew without"):
+        check_whole(path)
 
 
 def test_a_list_of_tensors_is_read_as_torch_reads_it(tmp_path):

@@ -9,17 +9,13 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from srpo_lightning.callbacks import records
 from srpo_lightning.cli import main
 from srpo_lightning.errors import one_line
 from srpo_lightning.files import checkpoints as writing
-from srpo_lightning.files.checkpoints import (
-    checkpoint_path,
-    checkpoints,
-    complete_or_absent,
-    complete_or_absent_folder,
-)
+from srpo_lightning.files import records
+from srpo_lightning.files.checkpoints import complete_or_absent, complete_or_absent_folder
 from srpo_lightning.files.full_disk import FullDiskError, is_full
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.kill.test_kill import assert_equal
 from tests.refusals import refused
@@ -108,10 +104,10 @@ def test_a_last_checkpoint_without_room_is_one_line_and_the_run_goes_on_to_the_s
     with monkeypatch.context() as patch:
         without_room(patch, 3, 4, 5, 6)
         with pytest.warns(UserWarning, match="without a checkpoint of step [34]"):
-            refused(["fit", "--config", config], f"{checkpoint_path(run, 4)} has no room in", capsys)
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [path.name for path in checkpoints(run)]
-    assert checkpoints(run)[-1] == checkpoint_path(run, 2)
+            refused(["fit", "--config", config], f"{RunFolder(run).checkpoint(4)} has no room in", capsys)
+    assert list((run / "checkpoints").iterdir()) == RunFolder(run).checkpoints()
+    assert RunFolder(run).checkpoints()[-1] == RunFolder(run).checkpoint(2)
     main(["fit", "--config", config, "--ckpt_path", "last"])
-    a, b = (torch.load(checkpoint_path(tmp_path / name, 4), weights_only=True) for name in ("whole", "run"))
+    a, b = (torch.load(RunFolder(tmp_path / name).checkpoint(4), weights_only=True) for name in ("whole", "run"))
     for part in ("state_dict", "optimizer_states", "ema", "srpo", "PromptData"):
         assert_equal(a[part], b[part], part)

@@ -62,4 +62,4 @@ def test_tags_labels_and_columns_of_a_report_are_foreign():
     text = markdown("<b>|\n# x", {BASE: {"share/<i>|": measure}, "policy": {"share/<i>|": measure}})
     assert text.splitlines()[0] == "### &lt;b&gt;\\| \\# x"
     assert "| share/&lt;i&gt;\\| | 0.5 +- 0.1 |" in text
-    assert "<" not in report({"before": {"step": 0, "weights": "policy", "share/<i>|": 0.1}})
+    assert "<" not in report({"base": {"step": 0, "weights": "policy", "share/<i>|": 0.1}})

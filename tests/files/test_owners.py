@@ -1,5 +1,6 @@
 """One process trains in a run folder; what another is writing, or has left there, is told apart by host and process."""
 
+import errno
 import json
 import os
 import signal
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from srpo_lightning.files import owners
-from srpo_lightning.files.checkpoints import begin_folder, checkpoint_path, complete_or_absent
+from srpo_lightning.files.checkpoints import begin_folder, complete_or_absent
 from srpo_lightning.files.owners import LOCK, PARTIAL, Owner, partial_path, run_lock, this_process
+from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 from tests.refusals import refused
 
@@ -122,7 +124,7 @@ def test_of_processes_that_find_the_lock_of_a_dead_one_at_once_one_gets_it(tmp_p
 
 def test_who_holds_the_folder_removes_what_others_left_unfinished(tmp_path, other):
     """Among checkpoints all, since nobody else writes any; elsewhere what surely nobody is writing."""
-    checkpoint, table = checkpoint_path(tmp_path, 2), tmp_path / "tables" / "base.safetensors"
+    checkpoint, table = RunFolder(tmp_path).checkpoint(2), tmp_path / "tables" / "base.safetensors"
     for folder in (checkpoint.parent, table.parent):
         folder.mkdir()
     (checkpoint.parent / f"step-00000001.ckpt{PARTIAL}-elsewhere-1").mkdir()
@@ -130,9 +132,37 @@ def test_who_holds_the_folder_removes_what_others_left_unfinished(tmp_path, othe
     kept = [checkpoint, table, *(Path(f"{table}{PARTIAL}-{who}") for who in ("elsewhere-1", f"{HERE}-{other.pid}"))]
     for path in (*kept, Path(f"{checkpoint}{PARTIAL}"), Path(f"{table}{PARTIAL}-{HERE}-{ended()}")):
         path.touch()
-    with run_lock(tmp_path):
+    with RunFolder(tmp_path).lock():
         pass
     assert {path for path in tmp_path.rglob("*") if not path.is_dir()} == set(kept)
+
+
+def test_a_run_in_a_folder_below_keeps_what_it_is_writing(tmp_path, other):
+    writing = RunFolder(tmp_path / "below").checkpoint(3)
+    writing = writing.with_name(f"{writing.name}{PARTIAL}-{HERE}-{other.pid}")
+    writing.mkdir(parents=True)
+    with RunFolder(tmp_path).lock():
+        pass
+    assert writing.is_dir()
+
+
+def test_a_lock_that_finds_no_room_is_nobodys_lock(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("srpo_lightning.files.owners.json.dump", no_room)
+        with pytest.raises(OSError, match="No space left"), run_lock(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_made_a_moment_ago_is_asked_again(tmp_path, other, monkeypatch):
+    path = tmp_path / LOCK
+    path.touch()
+    monkeypatch.setattr(time, "sleep", lambda _: lock(tmp_path, owner_of(other)))
+    with pytest.raises(ValueError, match=f"process {other.pid} on host {HERE} has been training"), run_lock(tmp_path):
+        pass
 
 
 def test_two_processes_never_write_to_the_same_unfinished_file(tmp_path, monkeypatch):

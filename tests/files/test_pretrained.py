@@ -155,3 +155,12 @@ def test_the_files_of_a_model_in_several_parts_are_found_by_its_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     files = safetensors_files(str(tmp_path), "", "model")
     assert {name: path.name for name, path in files.items()} == {"a": "one.safetensors", "b": "two.safetensors"}
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "null", '{"weight_map": {"a": 5}}', "{ damaged"])
+def test_a_damaged_index_is_refused_by_its_name_and_cure(tmp_path, content):
+    """Though one file is there too, as of an earlier download."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^(the model in )?/\S+ .*copy or download the folder again$"):
+        safetensors_files(str(tmp_path), "", "model")

@@ -28,6 +28,7 @@ from srpo_lightning.jobs.estimate.prediction import (
     STATES,
     STEP,
     TRAINED,
+    build,
     fake_conditions,
     num_devices,
     predict,
@@ -35,7 +36,7 @@ from srpo_lightning.jobs.estimate.prediction import (
     without_weights,
 )
 from srpo_lightning.jobs.estimate.published import PUBLISHED
-from srpo_lightning.policies import FluxPolicy, flux
+from srpo_lightning.policies import FluxPolicy, loading
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import tiny
 from tests.processes import LIMIT_S
@@ -252,7 +253,7 @@ def test_published_architectures_have_the_published_numbers_of_weights(tmp_path)
 
 def test_neither_compiled_blocks_nor_other_attention_kernels_are_predicted_with(small, monkeypatch):
     """Both take tensors with numbers in them."""
-    monkeypatch.setattr(flux, "compile_blocks", None)
+    monkeypatch.setattr(loading, "compile_blocks", None)
     monkeypatch.setattr(FluxTransformer2DModel, "set_attention_backend", None)
     chosen = {f"{POLICY}.compile": True, f"{POLICY}.attention": "_native_math"}
     assert peak(changed(small, **chosen)) == peak(changed(small))
@@ -310,5 +311,5 @@ def test_a_size_without_a_unit_is_refused():
 
 def test_of_several_sizes_of_pictures_the_one_with_the_most_pixels_is_estimated(small):
     config = changed(small, data__sizes=[(64, 16), (16, 96), (32, 32)])
-    assert fake_conditions(config, 2).size == (96, 16)
-    assert fake_conditions(changed(small), 2).size is None
+    assert fake_conditions(config, build(config).policy, 2).size == (96, 16)
+    assert fake_conditions(changed(small), build(config).policy, 2).size is None

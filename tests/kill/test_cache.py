@@ -35,7 +35,7 @@ def in_small_chunks(seconds: float | None, clock: Path) -> None:
 def encoded(config: Path) -> dict[str, torch.Tensor]:
     data = read_data(str(config))
     data.cache.open()
-    return {text: data.cache[text].prompt_embeds for text in data.selection.texts}
+    return {text: data.cache[text]["prompt_embeds"] for text in data.selection.texts}
 
 
 def names(folder: Path) -> set[str]:

@@ -9,7 +9,7 @@ import torch._inductor.metrics
 from diffusers.models.attention_dispatch import attention_backend
 from torch._dynamo.utils import counters
 
-from srpo_lightning.policies import FluxPolicy, flux, parallel
+from srpo_lightning.policies import FluxPolicy, loading, parallel
 from srpo_lightning.policies.adapters import Lora
 from tests import tiny
 
@@ -22,7 +22,7 @@ pytestmark = [  # torch.compile's own, of torch 2.13
 @pytest.fixture
 def traced(monkeypatch):
     """Dynamo and AOTAutograd, which decide about names, gradients and recompilations, without generated code."""
-    monkeypatch.setattr(flux, "compile_blocks", lambda blocks: parallel.compile_blocks(blocks, backend="aot_eager"))
+    monkeypatch.setattr(loading, "compile_blocks", lambda blocks: parallel.compile_blocks(blocks, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -94,7 +94,7 @@ def test_dora_is_not_compiled(models):
 
 def test_another_attention_kernel_gives_the_same_velocity_and_gradient(models, own_attention):
     chosen, default = tiny.new_policy(models, attention="_native_math"), tiny.new_policy(models)
-    backends = {block.attn.processor._attention_backend for _, block in flux.blocks(chosen.transformer)}
+    backends = {block.attn.processor._attention_backend for _, block in loading.blocks(chosen.transformer)}
     assert {backend.value for backend in backends} == {"_native_math"}
     with attention_backend("native"):
         expected = run(default, 2, grad=True)

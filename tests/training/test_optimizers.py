@@ -14,8 +14,9 @@ from lightning.pytorch import Callback
 
 from srpo_lightning.callbacks import EMA, RunCheckpoint
 from srpo_lightning.cli import main
-from srpo_lightning.files.checkpoints import checkpoint_path, gathered
+from srpo_lightning.files.checkpoints import gathered
 from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.training.low_bit import AdamW8bit
 from srpo_lightning.training.optimizers import InBackward
 from tests import processes, tiny
@@ -52,7 +53,7 @@ def write(models, features, run: Path, model: dict, dtype: str = "float32", **tr
 
 
 def saved(run: Path, step: int) -> dict:
-    return torch.load(checkpoint_path(run, step), weights_only=True, map_location="cpu")
+    return torch.load(RunFolder(run).checkpoint(step), weights_only=True, map_location="cpu")
 
 
 def numbers(state: dict) -> list[torch.Tensor]:
@@ -180,7 +181,7 @@ def test_the_other_precisions_train_validate_and_resume_bit_for_bit(models, feat
 
     fit("whole", 4)
     fit("parted", 2)
-    fit("parted", 4, checkpoint_path(tmp_path / "parted", 2))
+    fit("parted", 4, RunFolder(tmp_path / "parted").checkpoint(2))
     final = saved(tmp_path / "whole", 4)
     assert_same(final, saved(tmp_path / "parted", 4))
     assert {t.dtype for t in final["state_dict"].values()} == {getattr(torch, dtype)}
@@ -207,13 +208,13 @@ def test_stepping_in_the_backward_pass_changes_no_bit(wide, features, tmp_path, 
     after, during = EMA(decay=0.9), EMA(decay=0.9)
     run(wide, features, tmp_path / "after", [after], **model)
     trainer, module = run(wide, features, tmp_path / "during", [during], **model, **IN_BACKWARD)
-    path = checkpoint_path(tmp_path / "after", 2)
+    path = RunFolder(tmp_path / "after").checkpoint(2)
     run(wide, features, tmp_path / "resumed", [EMA(decay=0.9)], path=path, **model, **IN_BACKWARD)
     assert (trainer.global_step, module.micro_step, during.num_updates) == (4, 4, 4)
     final = saved(tmp_path / "after", 4)
     for other in ("during", "resumed"):
         assert_same(final, saved(tmp_path / other, 4))
-    assert all(torch.equal(average, during.average[name]) for name, average in after.average.items())
+    assert all(torch.equal(average, during.weights[name]) for name, average in after.weights.items())
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3 / 16
 
 
@@ -283,7 +284,8 @@ def test_a_gradient_that_is_not_finite_leaves_its_own_parameter_alone(models, fe
 def test_each_parameter_is_clipped_to_a_norm_of_its_own_and_the_whole_norm_is_told():
     """Gradients of norm 5 and 0.5 under a limit of 1; SGD shows them."""
     large, little = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
-    stepper = InBackward(torch.optim.SGD([large, little], lr=1.0), clip_norm=1.0)
+    stepper = InBackward(clip_norm=1.0)
+    stepper.attach(torch.optim.SGD([large, little], lr=1.0))
     (large @ torch.tensor([3.0, 4.0]) + little @ torch.tensor([0.3, 0.4])).backward()
     torch.testing.assert_close(large.detach(), torch.tensor([-0.6, -0.8]), rtol=0, atol=1e-6)
     torch.testing.assert_close(little.detach(), torch.tensor([-0.3, -0.4]))
@@ -317,7 +319,10 @@ def test_two_ranks_step_their_shards_in_the_backward_pass_and_skip_what_is_not_f
     """The same weights, in bfloat16 with eight-bit states, as those of a step after the backward pass."""
     strategy = {"class_path": "srpo_lightning.training.strategies.ShardedStrategy", "init_args": {"shard_size": 2}}
     model = {
-        "reward": {"class_path": "tests.training.test_optimizers.NanOnOneRank", "init_args": {"pretrained": str(wide.clip)}},
+        "reward": {
+            "class_path": "tests.training.test_optimizers.NanOnOneRank",
+            "init_args": {"pretrained": str(wide.clip)},
+        },
         "optimizer": {"class_path": "srpo_lightning.training.low_bit.AdamW8bit", "init_args": {"lr": 1e-3}},
     }
     trainer = {"devices": 2, "strategy": strategy, "precision": "bf16-mixed", "gradient_clip_val": 0, "max_steps": 3}
@@ -328,6 +333,6 @@ def test_two_ranks_step_their_shards_in_the_backward_pass_and_skip_what_is_not_f
     for config in configs:
         done = processes.start(["fit", "--config", config], num_ranks=2, before=uncompiled)
         assert done.returncode == 0, done.output
-    after, during = (gathered(checkpoint_path(tmp_path / name, 3)) for name in ("after", "during"))
+    after, during = (gathered(RunFolder(tmp_path / name).checkpoint(3)) for name in ("after", "during"))
     assert_same(after, during)
     assert {float(state["step"]) for state in during["optimizer_states"][0]["state"].values()} == {2.0}

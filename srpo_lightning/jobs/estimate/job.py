@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
+from srpo_lightning.callbacks.ema import EMA
 from srpo_lightning.config.arguments import choose_strategy, read_config, sharded
+from srpo_lightning.config.classes import of_class
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
 from srpo_lightning.jobs.estimate.prediction import (
     CASTS,
@@ -24,6 +27,7 @@ from srpo_lightning.jobs.estimate.prediction import (
 )
 from srpo_lightning.jobs.estimate.published import PUBLISHED, write_small_files
 from srpo_lightning.policies.adapters import Lora
+from srpo_lightning.training.optimizers import is_eight_bit
 
 
 @contextmanager
@@ -34,6 +38,7 @@ def local_files(config: Namespace) -> Iterator[list[str]]:
 
         def visit(value: Any) -> Any:
             if isinstance(value, Namespace):
+                value.pop("filename", None)  # of weights, which are not read
                 for key, own in vars(value).items():
                     value[key] = visit(own)
             elif isinstance(value, list):
@@ -56,8 +61,8 @@ class Option(NamedTuple):
     """A change of the configuration that may save memory.
 
     Args:
-        setting: as a person would write it.
-        change: of a configuration, in place; False if it is there already or does not apply.
+        setting: Setting as a person would write it.
+        change: Change of a configuration in place; it returns False where it is there already or does not apply.
     """
 
     setting: str
@@ -85,7 +90,7 @@ def smaller_batch(config: Namespace) -> bool:
 
 def small_states(config: Namespace) -> bool:
     """AdamW with states of 8 bits."""
-    if config.model.optimizer.class_path.endswith("8bit"):
+    if is_eight_bit(resolve_name(config.model.optimizer.class_path)):
         return False
     config.model.optimizer.class_path = "srpo_lightning.training.low_bit.AdamW8bit"
     return True
@@ -102,9 +107,7 @@ def in_backward(config: Namespace) -> bool:
 
 def average_on_host(config: Namespace) -> bool:
     """The average out of the way."""
-    found = [
-        c for c in config.trainer.callbacks or [] if c.class_path.endswith(".EMA") and c.init_args.device != "host"
-    ]
+    found = [own for own in of_class(config.trainer.callbacks, EMA) if own.init_args.device != "host"]
     for callback in found:
         callback.init_args.device = "host"
     return bool(found)
@@ -244,12 +247,12 @@ def estimate(
     """Predict the memory of training, per device, without a GPU and without weights.
 
     Args:
-        config: the configuration file that `fit` would get.
-        devices: instead of the configuration's; with ShardedStrategy they share one copy.
-        device_memory: what one device has, such as 80GiB or 24GB.
-        reserve: of it, what is kept free for the CUDA context, kernels' workspaces and fragmentation.
-        target: whose rules of autocast count, and whose optimizer kernels.
-        options: whether to try, one by one, what would save memory: every one is a prediction of its own.
+        config: Configuration file that `fit` would get.
+        devices: Number of devices instead of the configuration's; with ShardedStrategy they share one copy.
+        device_memory: Memory of one device, such as 80GiB or 24GB.
+        reserve: Share of the memory kept free for the CUDA context, kernels' workspaces and fragmentation.
+        target: Kind of device whose rules of autocast and optimizer kernels count.
+        options: Whether to try, one by one, what would save memory; each is a prediction of its own.
 
     Raises:
         ValueError: with the cure, if the configuration cannot be read or asks for a model whose shape is not known.

@@ -48,8 +48,8 @@ class MemoryTracker(TorchDispatchMode):
     Fake numbers that a program asks for are 1, or True.
 
     Args:
-        phase: the first one; set it as the program goes on.
-        casts: the label of copies of another dtype, by the label of what is copied; others have their phase's.
+        phase: Name of the first phase; set it as the program goes on.
+        casts: Labels of copies of another dtype, by the label of what is copied; others have their phase's.
     """
 
     def __init__(self, phase: str, casts: Mapping[str, str]) -> None:

@@ -13,9 +13,9 @@ are freed before training; and host memory.
 
 import logging
 import math
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol, runtime_checkable
 from unittest.mock import patch
@@ -34,17 +34,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from srpo_lightning.batch import Conditions
+from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.callbacks import EMA
+from srpo_lightning.callbacks.tracking import RewardTracking
+from srpo_lightning.config.classes import is_class, of_class
 from srpo_lightning.draws import Draws
+from srpo_lightning.encoding import Encoding
 from srpo_lightning.files import pretrained as reading
-from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.stand_ins import EightBitStates, keep_in_4_bits
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import adapters, flux
-from srpo_lightning.policies.base import Shard
+from srpo_lightning.policies import adapters, flow_policy, loading
+from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.rewards.base import Reward
+from srpo_lightning.training.optimizers import is_eight_bit
 from srpo_lightning.training.strategies import ShardedStrategy
 
 TRAINED, FROZEN, JUDGES = "trained weights", "frozen weights", "judges of evaluation"
@@ -96,7 +99,7 @@ def train(
     with tracker, phases(module, tracker):
         if ema:
             ema.on_fit_start(progress, module)
-            tracker.label(ema.average.values(), AVERAGE if ema.device == "same" and not offloads else "")
+            tracker.label(ema.weights.values(), AVERAGE if ema.device == "same" and not offloads else "")
         has_buckets = num_devices(trainer) > 1 and not is_sharded(trainer)
         buckets = [torch.zeros_like(parameter) for parameter in parameters if has_buckets]
         tracker.label(buckets, BUCKETS)
@@ -233,10 +236,11 @@ def without_weights(device: str = "meta") -> Iterator[None]:
 
     with (
         patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)),
-        patch.object(flux, "safetensors_files", lambda *_: {}),
+        patch.object(flow_policy, "safetensors_files", lambda *_: {}),
+        patch.object(loading, "safetensors_files", lambda *_: {}),
         patch.object(reading, "safetensors_files", lambda *_: {}),
-        patch.object(flux, "keep_in_4_bits", keep_in_4_bits),
-        patch.object(flux, "stream_into", lambda *_: None),
+        patch.object(loading, "keep_in_4_bits", keep_in_4_bits),
+        patch.object(loading, "stream_into", lambda *_: None),
         patch.object(adapters, "stream_into", lambda *_: None),
         patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)),
     ):
@@ -247,7 +251,7 @@ def judges_of(trainer: Namespace) -> list[Reward]:
     """The reward models of RewardTracking, which are on the device while it evaluates."""
     parser = LightningArgumentParser()
     parser.add_argument("--judges", type=list[Reward])
-    chosen = [c.init_args for c in trainer.callbacks or [] if c.class_path.endswith(".RewardTracking")]
+    chosen = [own.init_args for own in of_class(trainer.callbacks, RewardTracking)]
     judges = [judge for own in chosen for judge in (own.judge, *(own.get("metrics") or {}).values())]
     return list(parser.instantiate_classes(Namespace(judges=judges)).judges)
 
@@ -273,14 +277,13 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
         ValueError: with a cure, if a model cannot be built, or shapes in it depend on numbers.
     """
     config = config.clone()
-    if re.search("adamw?8bit$", config.model.optimizer.class_path, re.IGNORECASE):
+    if is_eight_bit(resolve_name(config.model.optimizer.class_path)):
         config.model.optimizer = Namespace(
             class_path=f"{EightBitStates.__module__}.EightBitStates", init_args=Namespace()
         )
     eager(config)
     module = build(config)
-    averages = [c for c in config.trainer.callbacks or [] if c.class_path.endswith(".EMA")]
-    ema = EMA(**vars(averages[0].init_args)) if averages else None
+    ema = next((EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)), None)
     if hasattr(module.objective, "num_rollout_steps"):
         module.objective.num_rollout_steps = 1  # no more at a time, however many there are
     tracker = MemoryTracker(ROLLOUT, dict.fromkeys((TRAINED, FROZEN), CASTS))
@@ -300,10 +303,10 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
         for judge in judges:
             make_fake(judge)
         try:
-            conditions = fake_conditions(config, config.data.batch_size)
+            conditions = fake_conditions(config, module.policy, config.data.batch_size)
             lasting = train(module, conditions, config.trainer, ema, tracker, on_cuda=target == "cuda")
             if judges:
-                conditions = fake_conditions(config, config.data.eval_batch_size)
+                conditions = fake_conditions(config, module.policy, config.data.eval_batch_size)
                 evaluate(module, judges, conditions, config.trainer.precision, tracker)
             del lasting
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
@@ -332,7 +335,7 @@ def build(config: Namespace) -> SRPOModule:
 
 def is_sharded(trainer: Namespace) -> bool:
     """Whether the strategy is FSDP2."""
-    return str(getattr(trainer.strategy, "class_path", "")).endswith(".ShardedStrategy")
+    return isinstance(trainer.strategy, Namespace) and is_class(trainer.strategy.class_path, ShardedStrategy)
 
 
 def num_devices(trainer: Namespace) -> int:
@@ -386,19 +389,19 @@ def make_fake(module: torch.nn.Module) -> None:
             setattr(owner, name, torch.empty_like(buffer, device="cpu"))
 
 
-def fake_conditions(config: Namespace, size: int) -> Conditions:
+def fake_conditions(config: Namespace, policy: Policy, size: int) -> Conditions:
     """A batch of the shapes that the data module would hand out; of several sizes of pictures the largest."""
     sizes = [(height, width) for width, height in config.data.get("sizes") or []]
-    pretrained = config.model.policy.init_args.pretrained
-    transformer = read_json(pretrained, "transformer", "config.json")
-    length = config.data.max_sequence_length
-    if length is None:
-        length = min(512, int(read_json(pretrained, "tokenizer_2", "tokenizer_config.json")["model_max_length"]))
-    dtype = getattr(torch, config.data.text_dtype)
+    wanted = Encoding(config.data.max_sequence_length, getattr(torch, config.data.text_dtype))
+    shapes = policy.text_shapes(wanted)
+
+    def text(rows: int) -> Text:
+        return Text({name: torch.zeros(rows, *shape, dtype=wanted.dtype) for name, shape in shapes.items()})
+
     return Conditions(
         [f"prompt {i}" for i in range(size)],
-        torch.zeros(size, length, transformer["joint_attention_dim"], dtype=dtype),
-        torch.zeros(size, transformer["pooled_projection_dim"], dtype=dtype),
+        text(size),
         torch.zeros(size, dtype=torch.int64),
         max(sizes, key=math.prod, default=None),
+        unconditional=text(1) if policy.has_negative else None,
     )

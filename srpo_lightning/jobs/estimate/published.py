@@ -38,6 +38,8 @@ FLUX: dict[str, dict[str, Any]] = {
         "use_post_quant_conv": False,
     },
     "scheduler/scheduler_config.json": {"shift": 3.0, "use_dynamic_shifting": True},
+    "text_encoder/config.json": {"hidden_size": 768},
+    "text_encoder_2/config.json": {"d_model": 4096},
     "tokenizer_2/tokenizer_config.json": {"model_max_length": 512},
 }
 

@@ -12,6 +12,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from srpo_lightning.callbacks.tracking import RewardTracking
+from srpo_lightning.config.classes import is_class
 from srpo_lightning.jobs.estimate.job import OPTIONS, local_files
 from srpo_lightning.jobs.estimate.memory import GIB
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
@@ -29,8 +31,8 @@ def check_room(config: Namespace, trainer: Trainer) -> None:
     A prediction that fails lets the run pass: a model of one's own may do what tensors without memory cannot.
 
     Args:
-        config: of `fit`, with its strategy chosen.
-        trainer: built of it; its devices are the ones looked at.
+        config: Configuration of `fit`, with its strategy chosen.
+        trainer: Trainer built of it, whose devices are looked at.
 
     Raises:
         ValueError: naming `estimate` and the settings that save memory.
@@ -44,7 +46,7 @@ def check_room(config: Namespace, trainer: Trainer) -> None:
     settings.trainer.devices = len(devices)
     callbacks = settings.trainer.callbacks or []
     # Training has the highest peak, but for judges much larger than what is trained: half the time for the other case.
-    settings.trainer.callbacks = [c for c in callbacks if not c.class_path.endswith(".RewardTracking")]
+    settings.trainer.callbacks = [own for own in callbacks if not is_class(own.class_path, RewardTracking)]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         prediction = pool.submit(predicted_peak, settings, "cuda" if kind == "cuda" else "cpu")
         failure = prediction.exception()

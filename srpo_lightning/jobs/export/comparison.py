@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from srpo_lightning.batch import Conditions
+from srpo_lightning.batch import Conditions, Text
+from srpo_lightning.encoding import TextEncoder
 from srpo_lightning.evaluation.pictures import as_picture, contact_sheet
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import FluxPolicy
-from srpo_lightning.policies.flux import pack
-from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.policies.flow_policy import FlowPolicy
 
 
 class Difference(NamedTuple):
@@ -33,7 +32,7 @@ class Difference(NamedTuple):
         return f"mean {self.mean:.2g}, largest {self.largest:.2g}, of a range of 1; allowed mean {self.allowed:.2g}"
 
 
-def own_picture(module: SRPOModule, encoder: FluxTextEncoder, prompt: str, device: torch.device) -> Image:
+def own_picture(module: SRPOModule, encoder: TextEncoder, prompt: str, device: torch.device) -> Image:
     """By the module's sampler, from the noise that a generator with the module's seed gives diffusers.
 
     Text encoders and transformer are on the device one after the other. In bfloat16 it computes under autocast.
@@ -45,17 +44,21 @@ def own_picture(module: SRPOModule, encoder: FluxTextEncoder, prompt: str, devic
         device: where to compute.
     """
     policy = module.policy
-    assert isinstance(policy, FluxPolicy)
-    (features,) = encoder.encode([prompt])
+    assert isinstance(policy, FlowPolicy)
+    texts = [[prompt], *([] if encoder.negative is None else [[encoder.negative]])]
+    text, *negative = (
+        Text.collate(encoder.encode(own), encoder.ragged).each(
+            lambda t: (t.float() if t.is_floating_point() else t).to(device)
+        )
+        for own in texts
+    )
     encoder.unload()
-    embeds, pooled = (feature[None].float().to(device) for feature in features)
-    height, width = (side // 8 for side in policy.size)
-    channels = policy.latent_shape()[1] // 4
-    generator = torch.Generator().manual_seed(module.seed)
-    noise = pack(torch.randn(1, channels, height, width, generator=generator, dtype=encoder.dtype)).float()
+    noise = policy.pipeline_noise(torch.Generator().manual_seed(module.seed), encoder.dtype)
     module.to(device)
+    conditions = Conditions([prompt], text, torch.zeros(1, dtype=torch.int64, device=device))
+    conditions = conditions._replace(unconditional=negative[0] if negative else None)
     with torch.autocast(device.type, torch.bfloat16, enabled=encoder.dtype == torch.bfloat16):
-        images = module.sample(Conditions([prompt], embeds, pooled, torch.zeros(1, dtype=torch.int64)), noise)
+        images = module.sample(conditions, noise)
     return as_picture(images[0])
 
 

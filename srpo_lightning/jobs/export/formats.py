@@ -8,7 +8,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -16,12 +15,11 @@ from tqdm import tqdm
 from srpo_lightning.files.pretrained import load_whole, part
 from srpo_lightning.jobs.export.streaming import as_stored, write_file, write_shards
 from srpo_lightning.jobs.export.weights import Stored, base_transformer, whole_transformer
-from srpo_lightning.policies import FluxPolicy, bfl, comfy
+from srpo_lightning.policies import comfy
 from srpo_lightning.policies.adapters import NAME, save_lora, scaled
-from srpo_lightning.policies.flux import STEM
-
-CONVERTED_WIDTH = 3072
-"""FLUX.1's, and the only one that diffusers' converter of single files knows."""
+from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.policies.loading import STEM
+from srpo_lightning.policies.single_file import SingleFile as Names
 
 
 class Format(ABC):
@@ -46,8 +44,8 @@ class Format(ABC):
 
     def __init__(
         self,
-        policy: FluxPolicy,
-        outline: FluxTransformer2DModel,
+        policy: FlowPolicy,
+        outline: Any,
         trained: Mapping[str, Stored],
         dtype: torch.dtype,
         name: str,
@@ -71,7 +69,7 @@ class Format(ABC):
         """What of the pipeline's transformer is compared bit for bit, before it is written in `dtype`."""
         return {}
 
-    def compare(self, pipeline: FluxPipeline) -> None:
+    def compare(self, pipeline: Any) -> None:
         """Refuse a pipeline whose transformer has not all of these weights as they were to be written.
 
         Raises:
@@ -89,7 +87,10 @@ class Format(ABC):
     def around(self, transformer: str | None) -> list[str]:
         """The lines that make the pipeline around a transformer that Python makes thus, or around the base's own."""
         own = "" if transformer is None else "transformer=transformer, "
-        pipe = f"pipe = FluxPipeline.from_pretrained({self.policy.pretrained!a}, {own}torch_dtype={self.dtype})"
+        made = (
+            f"{self.policy.pipeline_class}.from_pretrained({self.policy.pretrained!a}, {own}torch_dtype={self.dtype})"
+        )
+        pipe = f"pipe = {made}"
         return [f"transformer = {transformer}", pipe] if transformer else [pipe]
 
 
@@ -116,7 +117,7 @@ class Whole(Format):
 
 
 class DiffusersFolder(Whole):
-    """For `FluxTransformer2DModel.from_pretrained`."""
+    """For the transformer's `from_pretrained`."""
 
     def write(self, folder: Path) -> None:
         """One file, or several with an index."""
@@ -125,11 +126,24 @@ class DiffusersFolder(Whole):
 
     def python_transformer(self, folder: Path) -> str:
         """A line."""
-        return f"FluxTransformer2DModel.from_pretrained({str(folder)!a}, torch_dtype={self.dtype})"
+        return f"{self.policy.transformer_class}.from_pretrained({str(folder)!a}, torch_dtype={self.dtype})"
 
 
 class SingleFile(Whole):
-    """With the names of Black Forest Labs, for ComfyUI and `FluxTransformer2DModel.from_single_file`."""
+    """With the names of the model's first publication, for ComfyUI and the transformer's `from_single_file`."""
+
+    @property
+    def names(self) -> Names:
+        """Of the family.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        if self.policy.single_file is None:
+            raise ValueError(
+                f"{type(self.policy).__name__} has no names for a single file: export with --format diffusers"
+            )
+        return self.policy.single_file
 
     @property
     def comfyui(self) -> str:  # type: ignore[override]  # a constant in the others
@@ -144,16 +158,16 @@ class SingleFile(Whole):
     @property
     def is_converted(self) -> bool:
         """Whether diffusers knows how."""
-        return self.whole["x_embedder.bias"].shape == (CONVERTED_WIDTH,)
+        return self.policy.reads_single_file({name: stored.shape for name, stored in self.whole.items()})
 
     def write(self, folder: Path) -> None:
         """One file, however large."""
 
         def read(name: str, parts: list[str]) -> Tensor:
-            return bfl.joined(name, [self.whole[own].read() for own in parts])
+            return self.names.joined(name, [self.whole[own].read() for own in parts])
 
         tensors = {}
-        for name, parts in bfl.sources(self.whole).items():
+        for name, parts in self.names.sources(self.whole).items():
             shapes = [self.whole[own].shape for own in parts]
             rows = sum(shape[0] for shape in shapes)
             tensors[name] = Stored((rows, *shapes[0][1:]), partial(read, name, parts))
@@ -166,8 +180,8 @@ class SingleFile(Whole):
         if self.is_converted:
             return ""
         return (
-            f"diffusers {diffusers.__version__} converts single files of FLUX.1's width, {CONVERTED_WIDTH}, alone: for "
-            "it export with `--format diffusers`"
+            f"diffusers {diffusers.__version__} converts single files of the published widths alone: for it export "
+            "with `--format diffusers`"
         )
 
     def given(self, folder: Path) -> dict[str, Any]:
@@ -176,12 +190,12 @@ class SingleFile(Whole):
             return {}
         tensors = load_file(folder / self.file)
         source: dict[str, Tensor] = {}
-        for name, parts in bfl.sources(self.whole).items():
+        for name, parts in self.names.sources(self.whole).items():
             rows = [self.whole[own].shape[0] for own in parts]
-            source |= dict(zip(parts, bfl.divided(name, tensors.pop(name), rows), strict=True))
+            source |= dict(zip(parts, self.names.divided(name, tensors.pop(name), rows), strict=True))
         place, subfolder = self.policy.start_place
         config = str(Path(part(place, subfolder, "config.json")).parent)
-        return {"transformer": FluxTransformer2DModel.from_single_file(source, config=config, dtype=self.dtype)}
+        return {"transformer": self.policy.diffusers_class.from_single_file(source, config=config, dtype=self.dtype)}
 
     def python_transformer(self, folder: Path) -> str:
         """A line."""
@@ -190,11 +204,11 @@ class SingleFile(Whole):
         place, subfolder = self.policy.start_place
         inner = f"subfolder={subfolder!a}, " if subfolder else ""
         options = f"config={place!a}, {inner}torch_dtype={self.dtype}"
-        return f"FluxTransformer2DModel.from_single_file({str(folder / self.file)!a}, {options})"
+        return f"{self.policy.transformer_class}.from_single_file({str(folder / self.file)!a}, {options})"
 
 
 class LoraFiles(Format):
-    """For `FluxPipeline.load_lora_weights`; without DoRA for ComfyUI too."""
+    """For the pipeline's `load_lora_weights`; without DoRA for ComfyUI too."""
 
     relation = "adapter"
 
@@ -209,7 +223,8 @@ class LoraFiles(Format):
     def write(self, folder: Path) -> None:
         """One file."""
         items = tqdm(self.trained.items(), desc="weights", unit="tensor")
-        save_lora(self.outline, {name: stored.read() for name, stored in items}, folder, self.dtype)
+        weights = {name: stored.read() for name, stored in items}
+        save_lora(self.policy.pipeline_class, self.outline, weights, folder, self.dtype)
 
     @cached_property
     def scaled(self) -> dict[str, Stored]:
@@ -230,7 +245,7 @@ class LoraFiles(Format):
     def python(self, folder: Path) -> list[str]:
         """Beside the weights before training."""
         start = self.policy.start
-        made = start and f"FluxTransformer2DModel.from_pretrained({start!a}, torch_dtype={self.dtype})"
+        made = start and f"{self.policy.transformer_class}.from_pretrained({start!a}, torch_dtype={self.dtype})"
         return [*self.around(made), f"pipe.load_lora_weights({str(folder)!a})"]
 
 
@@ -279,7 +294,7 @@ class LoraComfy(LoraFiles):
 
     def given(self, folder: Path) -> dict[str, Any]:
         """With ComfyUI's arithmetic."""
-        transformer = load_whole(FluxTransformer2DModel, *self.policy.start_place, torch_dtype=self.dtype)
+        transformer = load_whole(self.policy.diffusers_class, *self.policy.start_place, torch_dtype=self.dtype)
         file = load_file(folder / self.file)
         for layer in self.layers:
             weight = transformer.get_submodule(layer).weight

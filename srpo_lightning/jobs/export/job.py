@@ -9,19 +9,19 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from srpo_lightning.callbacks.checkpoint import find_checkpoint
 from srpo_lightning.callbacks.lora import PREFIX
-from srpo_lightning.config.arguments import read_config
-from srpo_lightning.data import PromptData
-from srpo_lightning.files.checkpoints import FOLDER, check_whole, checkpoints, complete_or_absent_folder
+from srpo_lightning.config.arguments import new_data, read_config
+from srpo_lightning.encoding import Encoding
+from srpo_lightning.files.checkpoints import check_whole, complete_or_absent_folder
 from srpo_lightning.jobs.export import usage
 from srpo_lightning.jobs.export.comparison import Difference, difference, own_picture, write_pictures
 from srpo_lightning.jobs.export.formats import FORMATS, Format
 from srpo_lightning.jobs.export.model_card import Export, card
 from srpo_lightning.jobs.export.weights import Kind, read_trained
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import FluxPolicy
-from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.run_folder import RunFolder
+from srpo_lightning.training.devices import chosen_device
 
 PROMPT = "a cat"
 """Of the card's picture, where no evaluation prompt can be read."""
@@ -49,17 +49,17 @@ def export(
     """Write a checkpoint as a diffusers transformer, a single file for ComfyUI, or LoRA files, with a model card.
 
     Args:
-        config: the run's own config.yaml.
-        output: the folder to write.
-        ckpt_path: last, best (in checkpoint.monitor), or a checkpoint, sharded or not.
-        format: a folder for `FluxTransformer2DModel.from_pretrained`; a safetensors file with the names of Black Forest
-            Labs, for ComfyUI; or an adapter's own weights, for `FluxPipeline.load_lora_weights` (lora) or ComfyUI
-            (lora-comfy). The first two of a run that trained an adapter have it in the weights.
-        weights: the average, or the weights that were trained.
-        dtype: of the weights written.
-        check: run the code of the model card, compare its picture of the first evaluation prompt with that of the
-            checkpoint by this project's sampler, and write both to `check/`. Takes the memory of sampling.
-        device: where both are drawn; auto takes a GPU if there is one.
+        config: The run's own config.yaml.
+        output: Folder to write.
+        ckpt_path: Checkpoint: last, best (in checkpoint.monitor), or the path of one, sharded or not.
+        format: Form of what is written. diffusers is a folder for `from_pretrained`. single-file is a safetensors
+            file with the names of the model's first publication, for ComfyUI. lora and lora-comfy are an adapter's
+            own weights, for `load_lora_weights` and for ComfyUI. The first two hold a trained adapter too.
+        weights: Weights to write: the ema, or the policy.
+        dtype: Dtype of the weights written.
+        check: Whether to run the code of the model card and compare its picture of the first evaluation prompt with
+            the checkpoint's own. Both are written to `check/`. Takes the memory of sampling.
+        device: Device that draws both pictures: auto, cuda or cpu; auto takes a GPU if there is one.
 
     Raises:
         ValueError: naming the cure, if configuration, checkpoint and format do not fit together, or the check fails.
@@ -67,15 +67,18 @@ def export(
     folder = Path(output).expanduser()
     if folder.exists():
         raise ValueError(f"{folder} exists already: name another output, or delete it")
+    chosen = chosen_device(device) if check else "cpu"
     settings = read_config(config)
-    run = run_folder(config, settings)
-    if ckpt_path in ("last", "best") and not checkpoints(run):
-        raise ValueError(f"{run} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path")
-    checkpoint = find_checkpoint(ckpt_path, run, settings.checkpoint.monitor, settings.checkpoint.mode)
+    run = RunFolder.of_config(config, settings.trainer.default_root_dir)
+    if ckpt_path in ("last", "best") and not run.checkpoints():
+        raise ValueError(
+            f"{run.path} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path"
+        )
+    checkpoint = run.find_checkpoint(ckpt_path, settings.checkpoint.monitor, settings.checkpoint.mode)
     check_whole(checkpoint)
     module = new_module(settings)
     policy = module.policy
-    assert isinstance(policy, FluxPolicy)
+    assert isinstance(policy, FlowPolicy)
     if format.startswith("lora") and policy.adapter is None:
         raise ValueError(
             f"the run trained the whole transformer, and there is no adapter that --format {format} could write: "
@@ -84,16 +87,14 @@ def export(
     policy.transformer = policy.outline()
     trained = read_trained(checkpoint, weights, module)
     written = FORMATS[format](policy, policy.transformer, trained, getattr(torch, dtype), folder.name)
-    data = if_there(lambda: new_data(settings))
+    data = if_there(lambda: new_data(settings, policy))
     evaluation = if_there(lambda: data.eval_prompts) if data else None
     prompt = evaluation[0] if evaluation else PROMPT
-    encoder = FluxTextEncoder(policy.pretrained, settings.data.max_sequence_length)
-    length = encoder.max_sequence_length
+    length = policy.encoder(Encoding(settings.data.max_sequence_length)).text.max_sequence_length
     with complete_or_absent_folder(folder) as incomplete:
         written.write(incomplete)
         found = None
         if check:
-            chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             code = usage.python(written, module, incomplete, prompt, length)
             found = compare(written, settings, incomplete, code, prompt, torch.device(chosen))
             print(f"the picture of the card's code against the checkpoint's: {found}")
@@ -116,7 +117,7 @@ def compare(
     """
     module = new_module(settings)
     policy = module.policy
-    assert isinstance(policy, FluxPolicy)
+    assert isinstance(policy, FlowPolicy)
     policy.dtype = policy.vae_dtype = written.dtype
     policy.quantize_timesteps = False  # diffusers does not
     policy.compiles_blocks, policy.attention = False, None
@@ -124,7 +125,7 @@ def compare(
     for name, parameter in module.trainable_parameters():
         parameter.copy_(written.trained[name.removeprefix(PREFIX)].read())
     length = settings.data.max_sequence_length
-    encoder = FluxTextEncoder(policy.pretrained, length, written.dtype, device)
+    encoder = policy.encoder(Encoding(length, written.dtype, device)).text
     ours = own_picture(module, encoder, prompt, device)
     module.policy = None  # type: ignore[assignment]  # frees it
     del policy
@@ -141,12 +142,6 @@ def compare(
     return found
 
 
-def run_folder(config: str, settings: Namespace) -> Path:
-    """Where the run is: beside its config.yaml, also after it was moved, or where the configuration says."""
-    own = Path(config).expanduser().parent
-    return own if (own / FOLDER).is_dir() else Path(settings.trainer.default_root_dir)
-
-
 def new_module(settings: Namespace) -> SRPOModule:
     """The run's module without weights; a base that was kept in 4 bits is taken as it was before.
 
@@ -159,17 +154,9 @@ def new_module(settings: Namespace) -> SRPOModule:
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(SRPOModule, "model")
     module: SRPOModule = parser.instantiate_classes(Namespace(model=own)).model
-    if not isinstance(module.policy, FluxPolicy):
-        raise ValueError(f"export writes FLUX transformers, and model.policy is {type(module.policy).__name__}")
+    if not isinstance(module.policy, FlowPolicy):
+        raise ValueError(f"export writes transformers of diffusers, and model.policy is {type(module.policy).__name__}")
     return module
-
-
-def new_data(settings: Namespace) -> PromptData:
-    """The run's prompts."""
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(PromptData, "data")
-    data: PromptData = parser.instantiate_classes(Namespace(data=settings.data)).data
-    return data
 
 
 def if_there(read: Callable[[], Read]) -> Read | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,16 +10,15 @@ import diffusers
 import torch
 
 import srpo_lightning
-from srpo_lightning.callbacks.records import Record
-from srpo_lightning.callbacks.report import markdown
-from srpo_lightning.callbacks.tracking import read_records
+from srpo_lightning.callbacks.report import first_heading, markdown
 from srpo_lightning.files.markdown import Markdown, code, escaped, markdown_table
 from srpo_lightning.files.provenance import revision
 from srpo_lightning.jobs.export.comparison import Difference
 from srpo_lightning.jobs.export.formats import Format
 from srpo_lightning.jobs.export.weights import Kind
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.run_folder import RunFolder
 
 
 class Export(NamedTuple):
@@ -40,7 +39,7 @@ class Export(NamedTuple):
     format: Format
     kind: Kind
     checkpoint: Path
-    run: Path
+    run: RunFolder
     prompts: Sequence[str] | None
     difference: Difference | None
     code: str
@@ -49,7 +48,7 @@ class Export(NamedTuple):
 def card(export: Export, module: SRPOModule) -> str:
     """Markdown, with the hub's front matter."""
     policy = export.format.policy
-    kind = "average (EMA)" if export.kind == "ema" else "weights"
+    kind = "ema, the moving average" if export.kind == "ema" else "policy"
     check = f"pixels differ by: {export.difference}" if export.difference else Markdown("left out (`--check false`)")
     prompts = Markdown("not known: their files cannot be read any more")
     if export.prompts is not None:
@@ -85,9 +84,9 @@ The licence of the base model applies to these weights as well: read it before y
 {metrics(export, module)}"""
 
 
-def front_matter(export: Export, policy: FluxPolicy) -> str:
+def front_matter(export: Export, policy: FlowPolicy) -> str:
     """What the hub reads; a base that is a local folder has no name there."""
-    tags = ["srpo", "text-to-image", "flux", *(["lora"] if policy.adapter else [])]
+    tags = ["srpo", "text-to-image", policy.hub_tag, *(["lora"] if policy.adapter else [])]
     values: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     values |= {"license": "other", "license_name": "license-of-the-base-model"}
     base = policy.start or policy.pretrained
@@ -108,13 +107,12 @@ def usage(export: Export) -> str:
 
 def metrics(export: Export, module: SRPOModule) -> str:
     """The run's first evaluation beside that of the exported weights."""
-    records = read_records(export.run)
+    records = export.run.read_metrics()
     wanted = (module.loaded_steps, export.kind)
-    after = [record for record in records if (record["step"], record["weights"]) == wanted]
-    if not after:
+    exported = [record for record in records if (record["step"], record["weights"]) == wanted]
+    if not exported:
         return "These weights were not evaluated in their run.\n"
-    columns: Mapping[str, Record] = {"before": records[0], f"exported, {export.kind}": after[-1]}
-    return markdown(dict(columns))
+    return markdown({first_heading(records[0]): records[0], f"exported {export.kind}": exported[-1]})
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:

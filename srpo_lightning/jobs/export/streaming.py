@@ -1,7 +1,7 @@
 """Safetensors files, written tensor by tensor.
 
 Format: the length of a header in 8 bytes, the header in JSON, padded to whole words, then the tensors one after the
-other. Source: github.com/huggingface/safetensors, "Format".
+other. Source: github.com/huggingface/safetensors, "Format". Its own `save_file` takes tensors that are all in memory.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,10 +24,10 @@ def write_file(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype, pr
     """Write one file; no more than one tensor is in memory.
 
     Args:
-        path: of the file.
-        tensors: by name.
-        dtype: of all of them in the file.
-        progress: is told of each tensor.
+        path: File to write.
+        tensors: Tensors by name.
+        dtype: Dtype of all tensors in the file.
+        progress: Progress bar, which is told of each tensor.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -51,23 +52,13 @@ def as_stored(stored: Stored, dtype: torch.dtype) -> Tensor:
 
 def write_shards(folder: Path, stem: str, tensors: Mapping[str, Stored], dtype: torch.dtype) -> None:
     """Write `<stem>.safetensors`, or several files of at most `SHARD_BYTES`, with an index, as diffusers names them."""
-    shards: list[dict[str, Stored]] = [{}]
-    total = room = 0
-    for name, stored in tensors.items():
-        size = math.prod(stored.shape) * dtype.itemsize
-        if shards[-1] and size > room:
-            shards.append({})
-        room = (room if shards[-1] else SHARD_BYTES) - size
-        shards[-1][name] = stored
-        total += size
-    count = len(shards)
-    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    if count == 1:
-        names = [f"{stem}.safetensors"]
+    outlines = {name: torch.empty(stored.shape, dtype=dtype, device="meta") for name, stored in tensors.items()}
+    plan = split_torch_state_dict_into_shards(
+        outlines, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=SHARD_BYTES
+    )
     with tqdm(total=len(tensors), desc="weights", unit="tensor") as progress:
-        for name, shard in zip(names, shards, strict=True):
-            write_file(folder / name, shard, dtype, progress)
-    if count > 1:
-        places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        for file, names in plan.filename_to_tensors.items():
+            write_file(folder / file, {name: tensors[name] for name in names}, dtype, progress)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -19,10 +19,11 @@ def python(written: Format, module: SRPOModule, folder: Path, prompt: str, max_s
         module: for its settings of sampling.
         folder: where the files are.
         prompt: of the picture.
-        max_sequence_length: T5 tokens that the model was trained with.
+        max_sequence_length: tokens per prompt that the model was trained with.
     """
     policy = written.policy
     height, width = policy.size
+    arguments = policy.pipeline_arguments(module.sample_guidance, max_sequence_length)
     lines = written.python(folder)
     if policy.resolution_shift is not None:
         lines += [
@@ -38,12 +39,11 @@ def python(written: Format, module: SRPOModule, folder: Path, prompt: str, max_s
         f"    height={height},",
         f"    width={width},",
         f"    num_inference_steps={module.num_sample_steps},",
-        f"    guidance_scale={module.sample_guidance},",
-        f"    max_sequence_length={max_sequence_length},",
+        *(f"    {name}={value!a}," for name, value in arguments.items()),
         f"    generator=torch.Generator().manual_seed({module.seed}),",
         ").images[0]",
     ]
-    classes = ("FlowMatchEulerDiscreteScheduler", "FluxPipeline", "FluxTransformer2DModel")
+    classes = ("FlowMatchEulerDiscreteScheduler", policy.pipeline_class, policy.transformer_class)
     used = [name for name in classes if any(f"{name}." in line for line in lines)]
     return "\n".join(["import torch", f"from diffusers import {', '.join(used)}", "", *lines])
 

@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from srpo_lightning.callbacks.lora import PREFIX
 from srpo_lightning.files.checkpoints import METADATA
 from srpo_lightning.files.pretrained import safetensors_files, stream_into
-from srpo_lightning.files.sharded_checkpoint import SafeReader, TensorsOnly
+from srpo_lightning.files.sharded_checkpoint import SafeReader, read_alone
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import FluxPolicy, adapters
-from srpo_lightning.policies.flux import STEM
+from srpo_lightning.policies import adapters
+from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.policies.loading import STEM
 
 Kind = Literal["ema", "policy"]
-"""Of the weights in a checkpoint: their average, or they themselves."""
+"""The weights in a checkpoint: the ema, or the policy."""
 
 
 class Stored(NamedTuple):
@@ -53,15 +52,13 @@ def read_trained(path: Path, kind: Kind, module: SRPOModule) -> dict[str, Stored
     module.on_load_checkpoint(rest | ({"state_dict": outlines} if outlines else {}))
     if not tensors:
         raise ValueError(
-            f"{path} holds no {'average' if kind == 'ema' else 'weights'}: "
+            f"{path} holds no {kind}: "
             + ("export --weights policy, or train with the callback EMA" if kind == "ema" else "give another one")
         )
     return {name.removeprefix(PREFIX): stored for name, stored in tensors.items()}
 
 
-def whole_transformer(
-    policy: FluxPolicy, outline: FluxTransformer2DModel, trained: Mapping[str, Stored]
-) -> dict[str, Stored]:
+def whole_transformer(policy: FlowPolicy, outline: nn.Module, trained: Mapping[str, Stored]) -> dict[str, Stored]:
     """All tensors of the transformer by diffusers' names; adapters are in the weights beside which they were trained.
 
     A base that was kept in 4 bits is read as it was before.
@@ -80,7 +77,7 @@ def whole_transformer(
     return {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
 
 
-def base_transformer(policy: FluxPolicy, outline: FluxTransformer2DModel) -> dict[str, Stored]:
+def base_transformer(policy: FlowPolicy, outline: nn.Module) -> dict[str, Stored]:
     """The weights before training, beside which an adapter was trained, by diffusers' names."""
     files = safetensors_files(*policy.start_place, STEM)
 
@@ -126,5 +123,5 @@ def _sharded(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Stored]]:
 def _gathered(reader: SafeReader, name: str, own: TensorStorageMetadata) -> Tensor:
     """One tensor from all ranks' parts of it."""
     tensor = torch.empty(own.size, dtype=own.properties.dtype)
-    _load_state_dict({name: tensor}, reader, planner=TensorsOnly(), no_dist=True)
+    read_alone({name: tensor}, reader)
     return tensor

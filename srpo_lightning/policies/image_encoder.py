@@ -1,53 +1,54 @@
-"""FLUX.1's image latents: real pictures through the VAE's encoder, packed as the transformer reads them."""
+"""Real pictures to latents, through the encoder of a policy's VAE."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
 from srpo_lightning.draws import keyed_generator
-from srpo_lightning.files.pretrained import load_whole, part, read_json
-from srpo_lightning.policies.flux import pack
-
-Images: TypeAlias = Float[Tensor, "B 3 H W"]
-Packed: TypeAlias = Float[Tensor, "B L C"]
-
+from srpo_lightning.files.pretrained import part
+from srpo_lightning.training.devices import check_device
 
 READING = 3
 """Raised whenever the same file comes to other pixels (data/colours.py), so that no latents of before are taken."""
 
 
-class FluxImageEncoder:
-    """The VAE's encoder of a FLUX pipeline folder; its weights are read on first use.
+class VAEEncoder:
+    """The encoder of a pipeline folder's VAE; its weights are read on first use.
 
     Args:
-        pretrained: a folder in the layout of diffusers' FluxPipeline, or a hub id.
-        dtype: of the VAE.
+        pretrained: folder in the layout of a diffusers pipeline, or a hub id.
+        read: reads the VAE, in a dtype.
+        from_vae: turns the VAE's latents [B, c, h, w] into the policy's.
+        dtype: numbers in which the VAE computes.
         device: where it runs.
-        draw: latents are a sample of the VAE's posterior, by noise that depends on the picture alone; false: its mode.
+        draw: whether latents are a sample of the VAE's posterior, by noise that depends on the picture alone; false:
+            its mode.
     """
 
     def __init__(
         self,
         pretrained: str,
+        read: Callable[[torch.dtype], Any],
+        from_vae: Callable[[Any, Tensor], Tensor],
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         draw: bool = False,
     ) -> None:
-        self.config = read_json(pretrained, "vae", "config.json")
-        self.pretrained, self.dtype, self.device, self.draw = pretrained, dtype, device, draw
-        self._vae: AutoencoderKL | None = None
+        self.pretrained, self.read, self.from_vae = pretrained, read, from_vae
+        self.dtype, self.device, self.draw = dtype, device, draw
+        self._vae: Any = None
 
     @torch.no_grad()
-    def encode(self, images: Images) -> Packed:
-        """Images in [0, 1] to clean latents, float32 on the CPU; the same picture always has the same."""
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B *latent"]:
+        """Pictures in [0, 1] to clean latents, float32 on the CPU; the same picture always has the same."""
         if self._vae is None:
-            vae = load_whole(AutoencoderKL, self.pretrained, "vae", torch_dtype=self.dtype)
-            self._vae = vae.eval().requires_grad_(False).to(self.device)
+            check_device("data.text_device", self.device)
+            self._vae = self.read(self.dtype).eval().requires_grad_(False).to(self.device)
         pixels = (images * 2 - 1).to(self.device, self.dtype)
         posterior = self._vae.encode(pixels).latent_dist
         z: Tensor = posterior.mode()
@@ -55,7 +56,7 @@ class FluxImageEncoder:
             keys = [hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).hexdigest() for image in images]
             noise = [torch.randn(z.shape[1:], generator=keyed_generator("posterior", key)) for key in keys]
             z = z + posterior.std * torch.stack(noise).to(z)
-        return pack((z.float() - (self.config.get("shift_factor") or 0.0)) * self.config["scaling_factor"]).cpu()
+        return self.from_vae(self._vae, z.float()).cpu()
 
     def description(self) -> dict[str, str | int]:
         """What latents depend on, for people to read, and a `fingerprint` of all of it, files included."""
@@ -63,7 +64,7 @@ class FluxImageEncoder:
         is_local = Path(self.pretrained).expanduser().is_dir()
         rule = f"{self.dtype} latents {READING}{' drawn' if self.draw else ''}"
         digest = hashlib.sha256(rule.encode())
-        for own in sorted(file.parent.glob("*")) if is_local else []:
+        for own in sorted(filter(Path.is_file, file.parent.glob("*"))) if is_local else []:
             digest.update(f"{own.name} {own.stat().st_size}".encode() + own.read_bytes())
         name = Path(self.pretrained).name if is_local else self.pretrained
         revision = "local" if is_local else file.parent.parent.name

@@ -5,7 +5,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-from srpo_lightning.policies import bfl
+from srpo_lightning.policies import FluxPolicy
+
+NAMES = FluxPolicy.single_file
 
 
 def state_dict(guidance_embeds: bool) -> dict[str, torch.Tensor]:
@@ -19,7 +21,7 @@ def state_dict(guidance_embeds: bool) -> dict[str, torch.Tensor]:
 
 
 def to_bfl(state):
-    return {name: bfl.joined(name, [state[own] for own in parts]) for name, parts in bfl.sources(state).items()}
+    return {name: NAMES.joined(name, [state[own] for own in parts]) for name, parts in NAMES.sources(state).items()}
 
 
 @pytest.mark.parametrize("guidance_embeds", [True, False])
@@ -35,9 +37,9 @@ def test_diffusers_own_converter_turns_the_names_back_bit_for_bit(guidance_embed
 def test_what_was_joined_is_divided_again():
     state = state_dict(guidance_embeds=True)
     back = {}
-    for name, parts in bfl.sources(state).items():
-        joined = bfl.joined(name, [state[own] for own in parts])
-        back |= dict(zip(parts, bfl.divided(name, joined, [len(state[own]) for own in parts]), strict=True))
+    for name, parts in NAMES.sources(state).items():
+        joined = NAMES.joined(name, [state[own] for own in parts])
+        back |= dict(zip(parts, NAMES.divided(name, joined, [len(state[own]) for own in parts]), strict=True))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
@@ -47,7 +49,7 @@ def test_shapes_are_those_of_the_published_file():
     with torch.device("meta"):
         published = FluxTransformer2DModel(guidance_embeds=True).state_dict()
     shapes = {}
-    for name, parts in bfl.sources(published).items():
+    for name, parts in NAMES.sources(published).items():
         first = published[parts[0]].shape
         shapes[name] = (sum(published[own].shape[0] for own in parts), *first[1:])
     assert len(shapes) == 780
@@ -59,4 +61,4 @@ def test_shapes_are_those_of_the_published_file():
 
 def test_a_parameter_without_a_place_is_refused():
     with pytest.raises(ValueError, match=r"no place for 1 .*, first extra.weight: export it with --format diffusers"):
-        bfl.sources([*state_dict(guidance_embeds=False), "extra.weight"])
+        NAMES.sources([*state_dict(guidance_embeds=False), "extra.weight"])
