@@ -134,8 +134,6 @@ class FlowBPLagrange(LeapAlign):
         ValueError: if there are fewer than three steps, or fewer supports than are to be trained.
     """
 
-    min_num_steps: ClassVar[int] = 3  # with a part before the first leap
-
     input_gradient: ClosedUnitInterval = 0.1
     min_distance: PositiveFloat = 0.2
     num_supports: PositiveInt = 3
@@ -145,8 +143,10 @@ class FlowBPLagrange(LeapAlign):
     concentration: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (2.5, 6.0, 2.0)
 
     def __post_init__(self) -> None:
-        """Refuse supports that are not there."""
+        """Refuse steps and supports that are not there."""
         super().__post_init__()
+        if self.num_steps < 3:
+            raise ValueError(f"num_steps is {self.num_steps}: two leaps and a part before them need 3 steps or more")
         if self.num_trained_supports > self.num_supports:
             raise ValueError(
                 f"num_trained_supports is {self.num_trained_supports}, of num_supports {self.num_supports}: train fewer"

@@ -6,7 +6,6 @@ trajectory similarity and gradient discounting, are the paper's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat
@@ -38,19 +37,14 @@ class LeapAlign(RewardGradientObjective):
         ValueError: if there are too few steps to leap from.
     """
 
-    min_num_steps: ClassVar[int] = 2
-
     input_gradient: ClosedUnitInterval = 0.3
     min_distance: PositiveFloat = 0.1
 
     def __post_init__(self) -> None:
         """Refuse a trajectory without two states to leap from."""
         super().__post_init__()
-        if self.num_steps < self.min_num_steps:
-            raise ValueError(
-                f"num_steps is {self.num_steps}: the two leaps of {type(self).__name__} need {self.min_num_steps} "
-                "steps or more"
-            )
+        if self.num_steps < 2:
+            raise ValueError(f"num_steps is {self.num_steps}: two leaps start from two different steps, set 2 or more")
 
     def anchors(self, draws: Draws) -> tuple[int, int]:
         """Steps k < j that the two leaps start from; the same for all samples and ranks."""
