@@ -98,7 +98,7 @@ def test_the_names_that_are_read_from_files_are_those_of_the_parser(command, mon
     settings = {".".join(name.split(".")[:2]) for name in found["parser"].settings}
     known = known_names(command)
     assert settings <= known
-    linked = {"model.seed", "data.seed", "data.repeats", "data.pretrained", "data.height", "data.width"}
+    linked = {"model.seed", "data.seed", "data.repeats", "data.encoder"}
     objects = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "self"}
     assert known - settings <= linked | objects | ALWAYS | OWNERS.keys() | COMMANDS.keys()
 

@@ -68,7 +68,7 @@ def measured_peak(config: Namespace, accelerator: str = "cpu") -> int:
     parser.add_lightning_class_args(SRPOModule, "model")
     module = parser.instantiate_classes(Namespace(model=config.model.clone())).model
     module.objective.num_rollout_steps = 2
-    conditions = fake_conditions(config, config.data.batch_size)
+    conditions = fake_conditions(config, module.policy, config.data.batch_size)
     emas = [EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)]
     measure = Measure()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

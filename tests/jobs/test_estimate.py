@@ -28,6 +28,7 @@ from srpo_lightning.jobs.estimate.prediction import (
     STATES,
     STEP,
     TRAINED,
+    build,
     fake_conditions,
     num_devices,
     predict,
@@ -310,5 +311,5 @@ def test_a_size_without_a_unit_is_refused():
 
 def test_of_several_sizes_of_pictures_the_one_with_the_most_pixels_is_estimated(small):
     config = changed(small, data__sizes=[(64, 16), (16, 96), (32, 32)])
-    assert fake_conditions(config, 2).size == (96, 16)
-    assert fake_conditions(changed(small), 2).size is None
+    assert fake_conditions(config, build(config).policy, 2).size == (96, 16)
+    assert fake_conditions(changed(small), build(config).policy, 2).size is None

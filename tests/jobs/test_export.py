@@ -197,7 +197,7 @@ def test_the_card_says_where_the_weights_are_from_and_how_to_load_them(models, t
     assert "step 2" in body
     assert (folder / "config.yaml").read_bytes() == (run / "config.yaml").read_bytes()
     if form == "single-file":
-        assert "FLUX.1's width, 3072, alone: for it export with `--format diffusers`" in body
+        assert "single files of the published widths alone: for it export with `--format diffusers`" in body
         assert "```python" not in body  # code that does not run is not printed
         return
     code = body.split("```python\n")[1].split("```")[0]

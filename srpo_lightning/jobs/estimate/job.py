@@ -38,6 +38,7 @@ def local_files(config: Namespace) -> Iterator[list[str]]:
 
         def visit(value: Any) -> Any:
             if isinstance(value, Namespace):
+                value.pop("filename", None)  # of weights, which are not read
                 for key, own in vars(value).items():
                     value[key] = visit(own)
             elif isinstance(value, list):
