@@ -15,25 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from srpo_lightning.cli import main
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.jobs.estimate import job
+from srpo_lightning.jobs.estimate.devices import num_devices
 from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
-from srpo_lightning.jobs.estimate.prediction import (
-    BACKWARD,
-    EVALUATION,
-    FROZEN,
-    GRADIENTS,
-    JUDGES,
-    STATES,
-    STEP,
-    TRAINED,
-    build,
-    fake_conditions,
-    num_devices,
-    predict,
-    quiet,
-    without_weights,
-)
+from srpo_lightning.jobs.estimate.prediction import build, fake_conditions, predict, quiet, without_weights
 from srpo_lightning.jobs.estimate.published import PUBLISHED
+from srpo_lightning.jobs.estimate.step import BACKWARD, EVALUATION, FROZEN, GRADIENTS, JUDGES, STATES, STEP, TRAINED
 from srpo_lightning.policies import FluxPolicy, loading
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import processes, tiny
