@@ -41,7 +41,8 @@ from srpo_lightning.config.arguments import read_config
 from srpo_lightning.config.classes import of_class
 from srpo_lightning.jobs.estimate.job import POLICY, local_files
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
-from srpo_lightning.jobs.estimate.prediction import (
+from srpo_lightning.jobs.estimate.prediction import build, eager, fake_conditions, make_fake, quiet, without_weights
+from srpo_lightning.jobs.estimate.step import (
     AVERAGING,
     BACKWARD,
     DECODE,
@@ -49,14 +50,8 @@ from srpo_lightning.jobs.estimate.prediction import (
     REWARD,
     ROLLOUT,
     STEP,
-    build,
-    eager,
-    fake_conditions,
-    make_fake,
     micro_batch,
     phases,
-    quiet,
-    without_weights,
 )
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.training.timing import now, seconds_between

@@ -115,24 +115,9 @@ def control_words(
 
     invented = [(one, other) for one, other in product(INVENTED, INVENTED) if one < other]
     measured = [_measure(reward, kind, [*pairs, *invented], template, batch_size, chosen) for kind in kinds]
-    contrasts = torch.cat([kind.contrasts for kind in measured])
-    pulls = torch.cat([kind.pulls for kind in measured]).mean(0)
-    scores = torch.cat([kind.scores for kind in measured])
-    spreads = contrasts.std(0)
-    floor = spreads[len(pairs) :].square().mean().sqrt().clamp(min=torch.finfo(spreads.dtype).tiny)
-    table = [
-        Pair(
-            f"{positive}/{negative}",
-            float(contrasts[:, i].mean()),
-            float(spreads[i]),
-            float(spreads[i] / floor),
-            float(pulls[i]),
-            _auc(measured[0].contrasts[:, i], measured[1].contrasts[:, i]) if against else None,
-        )
-        for i, (positive, negative) in enumerate(pairs)
-    ]
+    table = _table(pairs, measured)
     table.sort(key=lambda pair: pair.separation if pair.auc is None else pair.auc, reverse=True)
-    _report(table, scores, output)
+    _report(table, torch.cat([kind.scores for kind in measured]), output)
 
 
 class Measured(NamedTuple):
@@ -202,6 +187,25 @@ def _pairs(reward: Reward, words: Sequence[str] | None) -> list[tuple[str, str]]
         if len(parts) != 2 or not all(parts):
             raise ValueError(f"--words has {pair!r}: write a positive and a negative word as positive/negative")
     return [(positive, negative) for positive, negative in split]
+
+
+def _table(pairs: list[tuple[str, str]], measured: list[Measured]) -> list[Pair]:
+    """A line of each pair, from pictures under them and under the pairs of invented words that follow."""
+    contrasts = torch.cat([kind.contrasts for kind in measured])
+    pulls = torch.cat([kind.pulls for kind in measured]).mean(0)
+    spreads = contrasts.std(0)
+    floor = spreads[len(pairs) :].square().mean().sqrt().clamp(min=torch.finfo(spreads.dtype).tiny)
+    return [
+        Pair(
+            f"{positive}/{negative}",
+            float(contrasts[:, i].mean()),
+            float(spreads[i]),
+            float(spreads[i] / floor),
+            float(pulls[i]),
+            _auc(measured[0].contrasts[:, i], measured[1].contrasts[:, i]) if len(measured) > 1 else None,
+        )
+        for i, (positive, negative) in enumerate(pairs)
+    ]
 
 
 def _measure(

@@ -8,7 +8,7 @@ import yaml
 from jsonargparse import Namespace
 
 from srpo_lightning.config.arguments import choose_strategy, read_config
-from srpo_lightning.jobs.estimate.prediction import is_sharded, num_devices
+from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices
 from srpo_lightning.trainer_cli import devices_here
 from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 from tests import tiny

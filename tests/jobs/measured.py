@@ -5,6 +5,9 @@ the Trainer makes two optimizer steps. What was allocated before is the bytes of
 averages and features. On CUDA: max_memory_allocated.
 """
 
+import json
+import os
+import sys
 import tempfile
 import warnings
 
@@ -89,3 +92,13 @@ def measured_peak(config: Namespace, accelerator: str = "cpu") -> int:
         )
         trainer.fit(module, DataLoader([conditions] * 8, batch_size=None))
     return measure.peak
+
+
+def main() -> None:
+    """Print the predicted and the measured peak of the demo, whose settings the command line changes."""
+    from tests.jobs import test_estimate as predicting
+
+    os.chdir(predicting.REPOSITORY)
+    torch.set_num_threads(1)
+    config = predicting.changed(predicting.EMOJI, **json.loads(sys.argv[1]))
+    print(json.dumps([predicting.peak(config, "cpu").total, measured_peak(config)]))

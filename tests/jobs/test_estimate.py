@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,29 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from srpo_lightning.cli import main
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.jobs.estimate import job
+from srpo_lightning.jobs.estimate.devices import num_devices
 from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
-from srpo_lightning.jobs.estimate.prediction import (
-    BACKWARD,
-    EVALUATION,
-    FROZEN,
-    GRADIENTS,
-    JUDGES,
-    STATES,
-    STEP,
-    TRAINED,
-    build,
-    fake_conditions,
-    num_devices,
-    predict,
-    quiet,
-    without_weights,
-)
+from srpo_lightning.jobs.estimate.prediction import build, fake_conditions, predict, quiet, without_weights
 from srpo_lightning.jobs.estimate.published import PUBLISHED
+from srpo_lightning.jobs.estimate.step import BACKWARD, EVALUATION, FROZEN, GRADIENTS, JUDGES, STATES, STEP, TRAINED
 from srpo_lightning.policies import FluxPolicy, loading
 from srpo_lightning.rewards import ClipReward, HPSv2
-from tests import tiny
-from tests.processes import LIMIT_S
+from tests import processes, tiny
 
 REPOSITORY = Path(__file__).parents[2]
 EMOJI = "configs/emoji_srpo.yaml"
@@ -72,16 +56,6 @@ def small(models, features, tmp_path):
     return tiny.write_config(models, tmp_path / "run", features)
 
 
-COMPARED = """
-import json, sys, torch
-from tests.jobs import test_estimate as tests
-from tests.jobs.measured import measured_peak
-torch.set_num_threads(1)
-config = tests.changed(tests.EMOJI, **json.loads(sys.argv[1]))
-print(json.dumps([tests.peak(config, "cpu").total, measured_peak(config)]))
-"""
-
-
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
@@ -112,10 +86,9 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(settings, tole
 
     In a process of its own, as the command is: what earlier tests left in this one has moved the prediction.
     """
-    command = [sys.executable, "-W", "ignore", "-c", COMPARED, json.dumps(settings)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr
-    predicted_bytes, measured_bytes = json.loads(done.stdout.splitlines()[-1])
+    done = processes.start([json.dumps(settings)], program="tests.jobs.measured")
+    assert done.returncode == 0, done.output
+    predicted_bytes, measured_bytes = json.loads(done.output.splitlines()[-1])
     assert predicted_bytes == pytest.approx(measured_bytes, rel=tolerance)
 
 

@@ -15,17 +15,11 @@ from jsonargparse.typing import PositiveInt
 from srpo_lightning.callbacks.ema import EMA
 from srpo_lightning.config.arguments import choose_strategy, read_config, sharded
 from srpo_lightning.config.classes import of_class
+from srpo_lightning.jobs.estimate.devices import devices_per_node, is_sharded, num_devices
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
-from srpo_lightning.jobs.estimate.prediction import (
-    CASTS,
-    LASTING,
-    devices_per_node,
-    is_sharded,
-    num_devices,
-    predict,
-    quiet,
-)
+from srpo_lightning.jobs.estimate.prediction import predict, quiet
 from srpo_lightning.jobs.estimate.published import PUBLISHED, write_small_files
+from srpo_lightning.jobs.estimate.step import CASTS, LASTING
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.training.optimizers import is_eight_bit
 

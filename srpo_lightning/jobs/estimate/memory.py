@@ -14,6 +14,8 @@ from weakref import finalize
 
 import torch
 from torch import Tensor
+
+# Torch has no public names for looking at every operation, nor for tensors without memory.
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.distributed.tensor._sharding_prop import ShardingPropagator

@@ -70,12 +70,7 @@ def export(
     chosen = chosen_device(device) if check else "cpu"
     settings = read_config(config)
     run = RunFolder.of_config(config, settings.trainer.default_root_dir)
-    if ckpt_path in ("last", "best") and not run.checkpoints():
-        raise ValueError(
-            f"{run.path} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path"
-        )
-    checkpoint = run.find_checkpoint(ckpt_path, settings.checkpoint.monitor, settings.checkpoint.mode)
-    check_whole(checkpoint)
+    checkpoint = whole_checkpoint(run, ckpt_path, settings)
     module = new_module(settings)
     policy = module.policy
     assert isinstance(policy, FlowPolicy)
@@ -104,6 +99,21 @@ def export(
         (incomplete / "README.md").write_text(card(exported, module), encoding="utf-8")
         shutil.copy(Path(config).expanduser(), incomplete / "config.yaml")
     print(f"{folder}: step {module.loaded_steps}, {weights}, {dtype}")
+
+
+def whole_checkpoint(run: RunFolder, ckpt_path: str, settings: Namespace) -> Path:
+    """The checkpoint that is asked for.
+
+    Raises:
+        ValueError: naming the cure, if there is none, or it is damaged.
+    """
+    if ckpt_path in ("last", "best") and not run.checkpoints():
+        raise ValueError(
+            f"{run.path} holds no checkpoint: give the config.yaml of a run that has saved one, or --ckpt_path"
+        )
+    checkpoint = run.find_checkpoint(ckpt_path, settings.checkpoint.monitor, settings.checkpoint.mode)
+    check_whole(checkpoint)
+    return checkpoint
 
 
 @torch.no_grad()
