@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -50,7 +50,9 @@ class PromptData(LightningDataModule):
         height: of the policy's own size (follows model.policy.init_args.height).
         width: the same.
         cache_dir: where text features and latents are kept between runs; on s3://, gs:// or hf:// they are only read.
-        mirror_dir: where chunks that come from there are kept on this machine, as many as were read.
+        mirror_dir: where files that come from there are kept on this machine.
+        mirror_gigabytes: Disk space for files in `mirror_dir`: those go that were not used for longest, unless they
+            are open. None: no limit.
         max_picture_megapixels: real pictures of more are refused before they are decoded.
         max_picture_megabytes: files of real pictures that are larger are refused before they are read.
         max_prompts_to_encode: the most that fit encodes by itself; beyond it says how to run `cache`.
@@ -59,7 +61,7 @@ class PromptData(LightningDataModule):
         text_quantize: keep T5 in 8 (int8) or 4 (nf4) bits per weight while encoding.
         text_batch_size: prompts or pictures encoded at once.
         text_device: where prompts and pictures are encoded.
-        shuffle_window: in larger sets prompts are shuffled within stretches of so many, so that few chunks are open.
+        shuffle_window: in larger sets prompts are shuffled within stretches of so many, so that few files are open.
         num_workers: processes that read features.
         seed: of the order of training prompts (follows model.seed).
     """
@@ -83,6 +85,7 @@ class PromptData(LightningDataModule):
         width: PositiveInt = 1024,
         cache_dir: str = ".cache/features",
         mirror_dir: str = ".cache/mirror",
+        mirror_gigabytes: PositiveFloat | None = None,
         max_picture_megapixels: PositiveInt = LIMITS.megapixels,
         max_picture_megabytes: PositiveInt = LIMITS.megabytes,
         max_prompts_to_encode: NonNegativeInt = 2000,
@@ -120,14 +123,15 @@ class PromptData(LightningDataModule):
         )
         dtype = getattr(torch, text_dtype)
         encoder = FluxTextEncoder(pretrained, max_sequence_length, dtype, text_device, text_quantize)
-        self.cache = FeatureCache(cache_dir, encoder, mirror_dir)
+        mirror = mirror_dir, mirror_gigabytes
+        self.cache = FeatureCache(cache_dir, encoder, *mirror)
         self.image_encoder = (
             FluxImageEncoder(pretrained, device=text_device, draw=picture_latents == "sample")
             if offline_ratio
             else None
         )
         encoder_of_pictures = self.image_encoder and self.image_encoder.description()
-        self.latents = LatentCache(cache_dir, encoder_of_pictures, mirror_dir) if encoder_of_pictures else None
+        self.latents = LatentCache(cache_dir, encoder_of_pictures, *mirror) if encoder_of_pictures else None
         self.text_batch_size, self.max_prompts_to_encode = text_batch_size, max_prompts_to_encode
 
     @cached_property

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.data import PromptData
-from srpo_lightning.data.chunks import Item, key_of, writing
 from srpo_lightning.data.images import LATENT_BYTES_PER_PIXEL, LatentCache, encoded, latent_key
 from srpo_lightning.data.preparation import lengths
-from srpo_lightning.data.store import ChunkStore, in_groups, per_chunk
+from srpo_lightning.data.store import ParquetStore, in_groups, per_file, writing
+from srpo_lightning.data.tensor_files import Item, key_of
 from srpo_lightning.policies.image import FluxImageEncoder
 from srpo_lightning.policies.text import FluxTextEncoder
 
@@ -34,13 +34,13 @@ class Work(NamedTuple):
         what: they are, for people.
         store: where they go.
         encoder: of either kind; each process has its own copy, on its own device.
-        groups: of keys and values, each of which becomes a chunk.
+        groups: of keys and values, each of which becomes a file.
         item_bytes: of one, before compression.
         batch_size: how many are encoded at once.
     """
 
     what: str
-    store: ChunkStore
+    store: ParquetStore
     encoder: FluxTextEncoder | FluxImageEncoder
     groups: list[Wanted]
     item_bytes: int
@@ -59,7 +59,7 @@ def cache(config: str, num_processes: PositiveInt | None = None, device: str = "
         config: the configuration file that `fit` will get.
         num_processes: None: one for each GPU, or one.
         device: where they encode: auto, cuda or cpu.
-        prune: delete chunks in which no prompt or picture of this configuration is.
+        prune: delete files in which no prompt or picture of this configuration is.
 
     Raises:
         ValueError: naming the cure, if a source or a model cannot be read, or the cache is a remote one.
@@ -83,7 +83,7 @@ def cache(config: str, num_processes: PositiveInt | None = None, device: str = "
             manifest = store.publish(keep=[key for key, _ in wanted] if prune else None)
         each = manifest.num_bytes // max(manifest.num_items, 1)
         print(
-            f"{store.folder}: {manifest.num_items} {todo.what} in {len(manifest.chunks)} chunks, "
+            f"{store.folder}: {manifest.num_items} {todo.what} in {len(manifest.files)} files, "
             f"{manifest.num_bytes / MEGABYTE:.1f} MB, {each} bytes each ({todo.item_bytes} before compression)"
         )
 
@@ -101,14 +101,14 @@ def text_work(data: PromptData, texts: Sequence[str]) -> tuple[Wanted, Callable[
     cache = data.cache
 
     def work(missing: Wanted) -> Work:
-        groups = in_groups(missing, cache.items_per_chunk)
+        groups = in_groups(missing, cache.items_per_file)
         return Work("prompts", cache, cache.encoder, groups, cache.item_bytes, data.text_batch_size)
 
     return [(key_of(text), text) for text in texts], work
 
 
 def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable[[Wanted], Work]]]:
-    """The same of the pictures; chunks hold one size each."""
+    """The same of the pictures; files hold one size each."""
     if data.latents is None:
         return
     store, encoder = data.latents, data.image_encoder
@@ -120,7 +120,7 @@ def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable
     def work(missing: Wanted) -> Work:
         groups = []
         for size in dict.fromkeys(picture.size for _, picture in missing):
-            groups += in_groups([item for item in missing if item[1].size == size], per_chunk(item_bytes))
+            groups += in_groups([item for item in missing if item[1].size == size], per_file(item_bytes))
         return Work("pictures", store, encoder, groups, item_bytes, data.text_batch_size)
 
     yield store, [(latent_key(picture), picture) for picture in pictures], work
@@ -132,8 +132,8 @@ def estimate(work: Work, wanted: int, processes: int, kind: str) -> None:
     free = shutil.disk_usage(work.store.folder).free
     print(
         f"{work.what}: {wanted - work.num_items} of {wanted} are there; {work.num_items} to encode in "
-        f"{len(work.groups)} chunks on {processes} x {kind}, at most {work.num_items * work.item_bytes / MEGABYTE:.1f} "
-        f"MB of {free / MEGABYTE:.0f} MB free; time and size follow after the first chunk",
+        f"{len(work.groups)} files on {processes} x {kind}, at most {work.num_items * work.item_bytes / MEGABYTE:.1f} "
+        f"MB of {free / MEGABYTE:.0f} MB free; time and size follow after the first file",
         flush=True,
     )
 
@@ -159,9 +159,9 @@ def encode(work: Work, processes: int, kind: str) -> None:
 
 
 def _finished(work: Work, processes: int, kind: str) -> Iterator[tuple[int, int]]:
-    """The items and bytes of each chunk, when it is on the disk."""
+    """The items and bytes of each file, when it is on the disk."""
     if processes == 1:
-        yield from _chunks(work, 0, 1, kind)
+        yield from _files(work, 0, 1, kind)
         return
     queue: Any = get_context("spawn").SimpleQueue()
     running = spawn(_process, (work, processes, kind, queue), processes, join=False)
@@ -177,16 +177,16 @@ def _finished(work: Work, processes: int, kind: str) -> Iterator[tuple[int, int]
 
 
 def _process(rank: int, work: Work, processes: int, kind: str, queue: Any) -> None:
-    for finished in _chunks(work, rank, processes, kind):
+    for finished in _files(work, rank, processes, kind):
         queue.put(finished)
 
 
-def _chunks(work: Work, rank: int, processes: int, kind: str) -> Iterator[tuple[int, int]]:
+def _files(work: Work, rank: int, processes: int, kind: str) -> Iterator[tuple[int, int]]:
     encoder = work.encoder
     encoder.device = f"cuda:{rank}" if kind == "cuda" else kind
     for group in work.groups[rank::processes]:
-        chunk = work.store.write(group, partial(_items, encoder), work.batch_size)
-        yield len(chunk.keys), chunk.num_bytes
+        file = work.store.write(group, partial(_items, encoder), work.batch_size)
+        yield len(file.keys), file.num_bytes
     encoder.unload()
 
 
