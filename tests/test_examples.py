@@ -125,7 +125,7 @@ def test_the_examples_are_estimated_and_cached_by_class_path(command_line, tmp_p
     main(["estimate", *command_line])
     assert "fits a device of" in capsys.readouterr().out
     main(["cache", *command_line])
-    assert list(tmp_path.rglob("*.bin"))
+    assert list(tmp_path.rglob("*.parquet"))
 
 
 def test_a_policy_without_an_encoder_is_refused(command_line, tmp_path, monkeypatch):

@@ -97,4 +97,4 @@ def test_no_features_of_a_model_that_lacks_a_tensor_are_cached(own, tmp_path):
     data = tiny.new_data(own, tmp_path / "features")
     with pytest.raises(ValueError, match=r"text_encoder_2 holds other weights .*1 missing, first encoder\.block\.0"):
         data.prepare_data()
-    assert not data.cache.open().chunks
+    assert not data.cache.open().files

@@ -25,8 +25,8 @@ TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "accumul
 WITHOUT_EFFECT = frozenset(
     f"data.{name}"
     for name in (
-        "cache_dir", "mirror_dir", "max_prompts_to_encode", "text_batch_size", "text_device", "num_workers",
-        "eval_batch_size", "max_picture_megapixels", "max_picture_megabytes",
+        "cache_dir", "mirror_dir", "mirror_gigabytes", "max_prompts_to_encode", "text_batch_size", "text_device",
+        "num_workers", "eval_batch_size", "max_picture_megapixels", "max_picture_megabytes",
     )
 )  # fmt: skip
 """Settings of data that change where and how fast a run works, but no result."""

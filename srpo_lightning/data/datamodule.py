@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -47,7 +47,9 @@ class PromptData(LightningDataModule):
         sizes: [width, height] of pictures in pixels, for records without their own: one is drawn per step, and a real
             picture goes to that of the nearest aspect ratio. None: the policy's own.
         cache_dir: where text features and latents are kept between runs; on s3://, gs:// or hf:// they are only read.
-        mirror_dir: where chunks that come from there are kept on this machine, as many as were read.
+        mirror_dir: where files that come from there are kept on this machine.
+        mirror_gigabytes: Disk space for files in `mirror_dir`: those go that were not used for longest, unless they
+            are open. None: no limit.
         max_picture_megapixels: real pictures of more are refused before they are decoded.
         max_picture_megabytes: files of real pictures that are larger are refused before they are read.
         max_prompts_to_encode: the most that fit encodes by itself; beyond it says how to run `cache`.
@@ -56,7 +58,7 @@ class PromptData(LightningDataModule):
         text_quantize: keep T5 in 8 (int8) or 4 (nf4) bits per weight while encoding.
         text_batch_size: prompts or pictures encoded at once.
         text_device: where prompts and pictures are encoded.
-        shuffle_window: in larger sets prompts are shuffled within stretches of so many, so that few chunks are open.
+        shuffle_window: in larger sets prompts are shuffled within stretches of so many, so that few files are open.
         num_workers: processes that read features.
         seed: of the order of training prompts (follows model.seed).
     """
@@ -78,6 +80,7 @@ class PromptData(LightningDataModule):
         sizes: list[tuple[PositiveInt, PositiveInt]] | None = None,
         cache_dir: str = ".cache/features",
         mirror_dir: str = ".cache/mirror",
+        mirror_gigabytes: PositiveFloat | None = None,
         max_picture_megapixels: PositiveInt = LIMITS.megapixels,
         max_picture_megabytes: PositiveInt = LIMITS.megabytes,
         max_prompts_to_encode: NonNegativeInt = 2000,
@@ -117,12 +120,13 @@ class PromptData(LightningDataModule):
             *(train, evaluation, validation_fraction, images, offline_ratio),
             *(self.sizes or [own.size], Limits(max_picture_megapixels, max_picture_megabytes)),
         )
-        self.cache = FeatureCache(cache_dir, own.text, mirror_dir)
+        mirror = mirror_dir, mirror_gigabytes
+        self.cache = FeatureCache(cache_dir, own.text, *mirror)
         if offline_ratio and own.images is None:
             raise ValueError("data.offline_ratio is above 0, but the policy trains on no real pictures: set it to 0")
         self.image_encoder = own.images() if own.images and offline_ratio else None
         encoder_of_pictures = self.image_encoder and self.image_encoder.description()
-        self.latents = LatentCache(cache_dir, encoder_of_pictures, mirror_dir) if encoder_of_pictures else None
+        self.latents = LatentCache(cache_dir, encoder_of_pictures, *mirror) if encoder_of_pictures else None
         self.text_batch_size, self.max_prompts_to_encode = text_batch_size, max_prompts_to_encode
 
     @cached_property

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from srpo_lightning.batch import Conditions, Size, Text
-from srpo_lightning.data.chunks import key_of
 from srpo_lightning.data.columns import Prompt
 from srpo_lightning.data.features import FeatureCache
 from srpo_lightning.data.images import LatentCache, Picture, latent_key
 from srpo_lightning.data.order import Pick
 from srpo_lightning.data.prompts import PromptSet
+from srpo_lightning.data.tensor_files import key_of
 
 
 class Item(NamedTuple):

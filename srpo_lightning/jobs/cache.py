@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from srpo_lightning.config.arguments import new_data, new_policy, read_config
 from srpo_lightning.data import PromptData
-from srpo_lightning.data.chunks import Item, key_of, writing
 from srpo_lightning.data.images import LATENT_BYTES_PER_PIXEL, LatentCache, encoded, latent_key
 from srpo_lightning.data.preparation import lengths, with_negative
-from srpo_lightning.data.store import ChunkStore, in_groups, per_chunk
+from srpo_lightning.data.store import ParquetStore, in_groups, per_file, writing
+from srpo_lightning.data.tensor_files import Item, key_of
 from srpo_lightning.encoding import ImageEncoder, TextEncoder
 from srpo_lightning.training.devices import chosen_device
 
@@ -34,13 +34,13 @@ class Work(NamedTuple):
         store: Store that keeps them.
         encoder: Encoder of texts or of pictures; each process has its own copy, on its own device.
         encode: Function of such an encoder and values, which gives their features.
-        groups: Groups of keys and values, each of which becomes a chunk.
+        groups: Groups of keys and values, each of which becomes a file.
         item_bytes: Bytes of one item before compression.
         batch_size: Number of items encoded at once.
     """
 
     what: str
-    store: ChunkStore
+    store: ParquetStore
     encoder: TextEncoder | ImageEncoder
     encode: Callable[[Any, list[Any]], list[Item]]
     groups: list[Wanted]
@@ -60,7 +60,7 @@ def cache(config: str, num_processes: PositiveInt | None = None, device: str = "
         config: Configuration file that `fit` will get.
         num_processes: Number of processes that encode; null means one for each GPU, or one without any.
         device: Device that encodes: auto, cuda or cpu; auto takes a GPU if there is one.
-        prune: Whether to delete chunks that hold no prompt or picture of this configuration.
+        prune: Whether to delete files that hold no prompt or picture of this configuration.
 
     Raises:
         ValueError: naming the cure, if a source or a model cannot be read, or the cache is a remote one.
@@ -87,7 +87,7 @@ def cache(config: str, num_processes: PositiveInt | None = None, device: str = "
             manifest = store.publish(keep=[key for key, _ in wanted] if prune else None)
         each = manifest.num_bytes // max(manifest.num_items, 1)
         print(
-            f"{store.folder}: {manifest.num_items} {todo.what} in {len(manifest.chunks)} chunks, "
+            f"{store.folder}: {manifest.num_items} {todo.what} in {len(manifest.files)} files, "
             f"{manifest.num_bytes / MEGABYTE:.1f} MB, {each} bytes each ({todo.item_bytes} before compression)"
         )
 
@@ -103,14 +103,14 @@ def text_work(data: PromptData, texts: Sequence[str]) -> tuple[Wanted, Callable[
     cache = data.cache
 
     def work(missing: Wanted) -> Work:
-        groups = in_groups(missing, cache.items_per_chunk)
+        groups = in_groups(missing, cache.items_per_file)
         return Work("prompts", cache, cache.encoder, encode_texts, groups, cache.item_bytes, data.text_batch_size)
 
     return [(key_of(text), text) for text in texts], work
 
 
 def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable[[Wanted], Work]]]:
-    """The same of the pictures; chunks hold one size each."""
+    """The same of the pictures; files hold one size each."""
     if data.latents is None:
         return
     store, encoder = data.latents, data.image_encoder
@@ -122,7 +122,7 @@ def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable
     def work(missing: Wanted) -> Work:
         groups = []
         for size in dict.fromkeys(picture.size for _, picture in missing):
-            groups += in_groups([item for item in missing if item[1].size == size], per_chunk(item_bytes))
+            groups += in_groups([item for item in missing if item[1].size == size], per_file(item_bytes))
         return Work("pictures", store, encoder, encode_pictures, groups, item_bytes, data.text_batch_size)
 
     yield store, [(latent_key(picture), picture) for picture in pictures], work
@@ -134,8 +134,8 @@ def estimate(work: Work, wanted: int, processes: int, kind: str) -> None:
     free = shutil.disk_usage(work.store.folder).free
     print(
         f"{work.what}: {wanted - work.num_items} of {wanted} are there; {work.num_items} to encode in "
-        f"{len(work.groups)} chunks on {processes} x {kind}, at most {work.num_items * work.item_bytes / MEGABYTE:.1f} "
-        f"MB of {free / MEGABYTE:.0f} MB free; time and size follow after the first chunk",
+        f"{len(work.groups)} files on {processes} x {kind}, at most {work.num_items * work.item_bytes / MEGABYTE:.1f} "
+        f"MB of {free / MEGABYTE:.0f} MB free; time and size follow after the first file",
         flush=True,
     )
 
@@ -161,9 +161,9 @@ def encode(work: Work, processes: int, kind: str) -> None:
 
 
 def _finished(work: Work, processes: int, kind: str) -> Iterator[tuple[int, int]]:
-    """The items and bytes of each chunk, when it is on the disk."""
+    """The items and bytes of each file, when it is on the disk."""
     if processes == 1:
-        yield from _chunks(work, 0, 1, kind)
+        yield from _files(work, 0, 1, kind)
         return
     queue: Any = get_context("spawn").SimpleQueue()
     running = spawn(_process, (work, processes, kind, queue), processes, join=False)
@@ -179,16 +179,16 @@ def _finished(work: Work, processes: int, kind: str) -> Iterator[tuple[int, int]
 
 
 def _process(rank: int, work: Work, processes: int, kind: str, queue: Any) -> None:
-    for finished in _chunks(work, rank, processes, kind):
+    for finished in _files(work, rank, processes, kind):
         queue.put(finished)
 
 
-def _chunks(work: Work, rank: int, processes: int, kind: str) -> Iterator[tuple[int, int]]:
+def _files(work: Work, rank: int, processes: int, kind: str) -> Iterator[tuple[int, int]]:
     encoder = work.encoder
     encoder.device = f"cuda:{rank}" if kind == "cuda" else kind
     for group in work.groups[rank::processes]:
-        chunk = work.store.write(group, partial(work.encode, encoder), work.batch_size)
-        yield len(chunk.keys), chunk.num_bytes
+        file = work.store.write(group, partial(work.encode, encoder), work.batch_size)
+        yield len(file.keys), file.num_bytes
     encoder.unload()
 
 

@@ -49,7 +49,7 @@ FLAGS = {
     "max_skipped_steps optimizer_in_backward clip_norm_per_parameter updates_per_rollout",
     PromptData: "train encoder evaluation validation_fraction images offline_ratio picture_latents batch_size "
     "repeats eval_batch_size "
-    "num_eval_prompts eval_samples_per_prompt sizes cache_dir mirror_dir "
+    "num_eval_prompts eval_samples_per_prompt sizes cache_dir mirror_dir mirror_gigabytes "
     "max_picture_megapixels max_picture_megabytes max_prompts_to_encode "
     "max_sequence_length text_dtype text_quantize text_batch_size text_device shuffle_window num_workers seed",
     Source: "path weight prompt image seed negative_prompt tags width height split",

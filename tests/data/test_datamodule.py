@@ -229,7 +229,7 @@ def test_many_missing_prompts_are_refused_with_the_exact_command(models, tmp_pat
         ValueError, match=r"10 of 10 prompts are not in .*\n    python -m srpo_lightning cache --config my.yaml"
     ):
         data.prepare_data()
-    assert not list(tmp_path.rglob("*.bin"))
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_a_missing_cache_beside_one_of_another_length_names_that(models, tmp_path):
@@ -241,34 +241,34 @@ def test_a_missing_cache_beside_one_of_another_length_names_that(models, tmp_pat
 def test_a_remote_cache_is_read_and_never_written(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     local = prepared(new_data(models, tmp_path / "there", str(models.train)))
-    remote = new_data(models, f"local:{tmp_path / 'there'}", str(models.train), mirror_dir=str(tmp_path / "here"))
+    remote = new_data(models, f"file://{tmp_path / 'there'}", str(models.train), mirror_dir=str(tmp_path / "here"))
     for ours, theirs in zip(steps(prepared(remote), 3), steps(local, 3), strict=True):
         assert ours.prompts == theirs.prompts
         assert torch.equal(ours.text.tensors["prompt_embeds"], theirs.text.tensors["prompt_embeds"])
-    assert len(list((tmp_path / "here").rglob("*.bin"))) == len(list((tmp_path / "there").rglob("*.bin"))) == 1
+    assert len(list((tmp_path / "here").rglob("*.parquet"))) == len(list((tmp_path / "there").rglob("*.parquet"))) == 1
     (tmp_path / "more.txt").write_text("new")
-    with pytest.raises(ValueError, match=r"1 of 4 prompts are not in local:"):
-        new_data(models, f"local:{tmp_path / 'there'}", str(tmp_path / "more.txt")).prepare_data()
+    with pytest.raises(ValueError, match=r"1 of 4 prompts are not in file://"):
+        new_data(models, f"file://{tmp_path / 'there'}", str(tmp_path / "more.txt")).prepare_data()
 
 
-def test_a_damaged_chunk_of_a_large_set_stops_the_run_before_its_first_step(models, tmp_path):
+def test_a_damaged_file_of_a_large_set_stops_the_run_before_its_first_step(models, tmp_path):
     data = prepared(new_data(models, tmp_path, str(models.train)))
-    (chunk,) = tmp_path.rglob("*.bin")
-    chunk.write_bytes(chunk.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"{chunk.name} has .* bytes, expected"):
+    (path,) = tmp_path.rglob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{path.name} has .* bytes, expected"):
         data.train_dataloader()
-    with pytest.raises(ValueError, match=rf"{chunk.name} has .* bytes, expected"):
+    with pytest.raises(ValueError, match=rf"{path.name} has .* bytes, expected"):
         new_data(models, tmp_path, str(models.train), max_prompts_to_encode=2).prepare_data()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_flipped_bit_stops_the_run_at_the_chunk(models, tmp_path, num_workers):
+def test_a_flipped_bit_stops_the_run_at_the_file(models, tmp_path, num_workers):
     data = prepared(new_data(models, tmp_path, str(models.train), num_workers=num_workers))
-    (chunk,) = tmp_path.rglob("*.bin")
-    content = bytearray(chunk.read_bytes())
+    (path,) = tmp_path.rglob("*.parquet")
+    content = bytearray(path.read_bytes())
     content[-3] ^= 4
-    chunk.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{chunk.name} has other bytes than were written"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name} has other bytes than were written"):
         steps(data, 1)
 
 
