@@ -98,7 +98,7 @@ def test_training_reads_from_a_bucket_in_forked_workers_too(models, tmp_path, se
     data.prepare_data()
     for ours, theirs in zip(islice(data.train_dataloader(), 3), islice(local.train_dataloader(), 3), strict=True):
         assert ours.prompts == theirs.prompts
-        assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
+        assert torch.equal(ours.text.tensors["prompt_embeds"], theirs.text.tensors["prompt_embeds"])
     assert len(copies(tmp_path / "here")) == 1
 
 
