@@ -47,9 +47,9 @@ GRADIENT = f"form {COMMON} num_steps margin"
 FLAGS = {
     SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
     "max_skipped_steps optimizer_in_backward clip_norm_per_parameter updates_per_rollout",
-    PromptData: "train pretrained evaluation validation_fraction images offline_ratio picture_latents batch_size "
+    PromptData: "train encoder evaluation validation_fraction images offline_ratio picture_latents batch_size "
     "repeats eval_batch_size "
-    "num_eval_prompts eval_samples_per_prompt sizes height width cache_dir mirror_dir "
+    "num_eval_prompts eval_samples_per_prompt sizes cache_dir mirror_dir "
     "max_picture_megapixels max_picture_megabytes max_prompts_to_encode "
     "max_sequence_length text_dtype text_quantize text_batch_size text_device shuffle_window num_workers seed",
     Source: "path weight prompt image seed negative_prompt tags width height split",

@@ -16,9 +16,9 @@ def file(tmp_path):
 def test_a_filename_that_would_be_passed_over_is_refused(models, file, reward):
     """Beside a converted folder, which has one kind of weights, or beside a file."""
     with pytest.raises(ValueError, match=rf"^filename is {V2}, but pretrained is a folder that `convert` wrote"):
-        reward(str(models.clip), V2)
+        reward(pretrained=str(models.clip), filename=V2)
     with pytest.raises(ValueError, match=r"^filename is other.pt, but pretrained is a file itself .*: leave filename"):
-        reward(str(file), "other.pt", processor=str(models.clip))
+        reward(pretrained=str(file), filename="other.pt", processor=str(models.clip))
 
 
 def test_the_default_and_a_files_own_name_are_no_contradiction(models, file):
