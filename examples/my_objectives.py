@@ -34,8 +34,8 @@ class LateReward(Objective):
         def score(latents: Tensor, rows: slice) -> Tensor:
             return reward(policy.decode(latents, conditions.size), conditions.prompts[rows])
 
-        pull = reward_gradient(x0_hat, score, lambda rewards: -rewards)
-        return Outcome(surrogate(pull, x0_hat), {"reward": pull.rewards.mean()})
+        feedback = reward_gradient(x0_hat, score, lambda rewards: -rewards)
+        return Outcome(surrogate(feedback, x0_hat), {"reward": feedback.rewards.mean()})
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Of finished pictures, for evaluation."""

@@ -18,7 +18,7 @@ def main(args: list[str] | None = None) -> None:
     """Compare objectives; what is refused ends in one line.
 
     Args:
-        args: the command line; None reads it from the process.
+        args: Words of the command line; None reads them from the process.
     """
     with as_program():
         run_job(benchmark, "experiments.objectives", sys.argv[1:] if args is None else args)

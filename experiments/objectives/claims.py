@@ -40,9 +40,9 @@ class Claim(NamedTuple):
     """A statement.
 
     Args:
-        text: in words.
-        verdict: yes, no, undecided (an interval holds zero), or not measured.
-        evidence: the numbers.
+        text: Statement in words.
+        verdict: Answer: yes, no, undecided (an interval holds zero), or not measured.
+        evidence: Numbers that the answer rests on.
     """
 
     text: str
@@ -51,11 +51,11 @@ class Claim(NamedTuple):
 
 
 def claims(results: Results, labels: Sequence[str]) -> list[Claim]:
-    """All of them; rows are known by the names that experiments/objectives/emoji.yaml gives them.
+    """All claims of the paper; rows are known by the names that experiments/objectives/emoji.yaml gives them.
 
     Args:
-        results: the curves of each row.
-        labels: that a picture can be steered to, each in a row `SRPO to <label>`, the first in `SRPO`.
+        results: Curves of each row.
+        labels: Labels that a picture can be steered to, each in a row `SRPO to <label>`, the first in `SRPO`.
     """
     checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
         ("SRPO beats Direct-Align alone and every baseline on the held-out judge at equal compute",

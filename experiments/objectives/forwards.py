@@ -21,8 +21,8 @@ class Forwards(NamedTuple):
     """Forward passes of the policy on one sample.
 
     Args:
-        rollout: of the part without gradient.
-        update: of the loss and its backward pass.
+        rollout: Forward passes of the part without gradient.
+        update: Forward passes of the loss and its backward pass.
     """
 
     rollout: float
@@ -33,11 +33,11 @@ def count_forwards(objective: Objective, batch_size: int, seed: int, steps: Iter
     """The mean over these steps, with the very draws that training makes.
 
     Args:
-        objective: how is trained.
-        batch_size: prompts of a step.
-        seed: of the run.
-        steps: their numbers.
-        is_real: whether they train on real pictures.
+        objective: Objective that is trained by.
+        batch_size: Number of prompts of a step.
+        seed: Seed of the run.
+        steps: Numbers of the steps.
+        is_real: Whether the steps train on real pictures.
     """
     policy, reward, numbers = _Counter(), _Reward(), list(steps)
     latents = torch.zeros(batch_size, *policy.latent_shape())

@@ -40,19 +40,22 @@ def benchmark(
     `table.md`, `results.json`, `curves.png` and `pictures.png` into the folder.
 
     Args:
-        fit: settings of `fit` that all runs share, with RewardTracking among its callbacks.
-        rows: what is compared, by name.
-        learning_rates: tried for every row that names no others.
-        forwards: passes of the policy on one sample that each run may spend; a backward pass counts two.
-        label: the one of RewardTracking's labels that is wanted.
-        target: of the judge, for the time that it takes to reach it.
-        seeds: of the runs; the first one chooses the learning rates, and where there are others it is in no mean.
-        evaluations: of each run, at equal distances.
-        folder: of all runs and of the report.
-        num_workers: runs at a time.
-        quick: a quarter of the compute, one evaluation, one seed, the middle learning rate; in a folder of its own.
-        report_only: train nothing, report on what is there.
-        check_claims: say what the paper claims and whether it holds; for the rows of experiments/objectives/emoji.yaml.
+        fit: Settings of `fit` that all runs share, with RewardTracking among its callbacks.
+        rows: Rows that are compared, by name.
+        learning_rates: Learning rates tried for every row that names no others.
+        forwards: Number of forward passes of the policy, on one sample, that each run may spend; a backward pass counts
+            as two.
+        label: Label of RewardTracking's that is wanted.
+        target: Score of the judge whose first time is reported.
+        seeds: Seeds of the runs. The first one chooses the learning rates, and where there are others it is in no mean.
+        evaluations: Number of evaluations of each run, at equal distances.
+        folder: Folder of all runs and of the report.
+        num_workers: Number of runs at a time.
+        quick: Whether a quarter of the compute is spent, with one evaluation, one seed and the middle learning rate, in
+            a folder of its own.
+        report_only: Whether nothing is trained, and what is there is reported on.
+        check_claims: Whether the report says what the paper claims, and if it holds. The rows must be named as in
+            experiments/objectives/emoji.yaml.
 
     Raises:
         ValueError: if a run failed, after all others are done.
@@ -118,13 +121,13 @@ def present(rows: Mapping[str, Row]) -> dict[str, Row]:
 
 
 def untried(row: Row, learning_rates: list[float]) -> Row:
-    """The same with the middle one of its learning rates."""
+    """A row with the middle one of its learning rates alone."""
     rates = row.learning_rates or learning_rates
     return Row(**{**vars(row), "learning_rates": [sorted(rates)[len(rates) // 2]]})
 
 
 def labels_of(fit: Mapping[str, Any]) -> list[str]:
-    """Those that RewardTracking tells images apart by, if it measures all rows alike."""
+    """The labels that RewardTracking tells images apart by, if it measures all rows alike."""
     for callback in fit["trainer"]["callbacks"]:
         if is_class(callback["class_path"], RewardTracking):
             if "form" not in callback["init_args"]:

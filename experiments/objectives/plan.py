@@ -24,7 +24,7 @@ class Settings:
     """A part of a configuration as it is written, with classes by their paths: runs make them, not the benchmark.
 
     Args:
-        values: in their nesting.
+        values: Settings in their nesting.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -39,14 +39,14 @@ class Row:
     """A line of the table.
 
     Args:
-        objective: `class_path` and `init_args`, as in model.objective.
-        settings: what else is different from the common settings, in their nesting.
-        learning_rates: those that are tried from the first seed; None: the benchmark's.
-        learning_rate_of: the row whose choice of a learning rate is taken over, instead of trying any.
-        num_seeds: how many of the seeds are run at the chosen learning rate; None: all.
-        compute: the part of the benchmark's compute that is spent, or a multiple of it.
-        needs: a path without which the row is left out.
-        curve: whether the figure shows it.
+        objective: Objective by `class_path` and `init_args`, as in model.objective.
+        settings: Settings, in their nesting, that differ from the common ones; null changes none.
+        learning_rates: Learning rates tried from the first seed; null takes the benchmark's.
+        learning_rate_of: Row whose choice of a learning rate is taken over, instead of trying any.
+        num_seeds: Number of seeds that are run at the chosen learning rate; null runs all.
+        compute: Factor of the benchmark's compute that the row may spend.
+        needs: Path without which the row is left out.
+        curve: Whether the figure shows the row.
     """
 
     objective: Settings
@@ -63,14 +63,14 @@ class Run(NamedTuple):
     """One training run.
 
     Args:
-        row: its name.
-        learning_rate: of the optimizer.
-        seed: of everything.
-        folder: the run folder.
-        steps: optimizer steps.
-        every: steps from one evaluation to the next.
-        forwards: forward passes of the policy per step, over all samples; see forwards.py.
-        settings: of `fit`.
+        row: Name of the row.
+        learning_rate: Learning rate of the optimizer.
+        seed: Seed of all random numbers.
+        folder: Run folder.
+        steps: Number of optimizer steps.
+        every: Number of steps from one evaluation to the next.
+        forwards: Number of the policy's forward passes per step, over all samples (counted by forwards.py).
+        settings: Settings of `fit`.
     """
 
     row: str
@@ -87,13 +87,14 @@ class Plan(NamedTuple):
     """What all runs have in common.
 
     Args:
-        fit: settings of `fit`, without an objective.
-        rows: by name.
-        learning_rates: tried for every row that names no others.
-        seeds: the first one decides on the learning rate; where there are others it is in no mean.
-        forwards: of the policy, that each run may spend.
-        evaluations: of each run, at equal distances, the last one at its end.
-        folder: of all runs.
+        fit: Settings of `fit`, without an objective.
+        rows: Rows by name.
+        learning_rates: Learning rates tried for every row that names no others.
+        seeds: Seeds of the runs. The first one decides on the learning rate, and where there are others it is in no
+            mean.
+        forwards: Number of the policy's forward passes that each run may spend.
+        evaluations: Number of evaluations of each run, at equal distances, the last one at its end.
+        folder: Folder of all runs.
     """
 
     fit: dict[str, Any]
@@ -106,7 +107,7 @@ class Plan(NamedTuple):
 
     @property
     def measured_seeds(self) -> list[int]:
-        """Those of the means: a rate that was chosen by a seed would flatter that seed."""
+        """The seeds of the means: a rate that was chosen by a seed would flatter that seed."""
         return self.seeds[1:] or self.seeds
 
     def run(self, row: str, learning_rate: float, seed: int) -> Run:
@@ -152,7 +153,7 @@ class Plan(NamedTuple):
 
 
 def forwards_per_step(settings: Mapping[str, Any], seed: int) -> float:
-    """Of an optimizer step of these settings, over all samples."""
+    """Forward passes of an optimizer step of these settings, over all samples."""
     objective = json.dumps(settings["model"]["objective"], sort_keys=True)
     data, model = settings["data"], settings["model"]
     ratio = data.get("offline_ratio", 0.0)
@@ -166,7 +167,7 @@ def forwards_per_step(settings: Mapping[str, Any], seed: int) -> float:
 
 @cache
 def counted_once(objective: str, batch_size: int, seed: int, is_real: bool) -> Forwards:
-    """The same at every learning rate; `objective` is its part of a configuration as JSON."""
+    """Forward passes, which no learning rate changes; `objective` is its part of a configuration as JSON."""
     return count_forwards(instantiate(json.loads(objective)), batch_size, seed, range(COUNTED_STEPS), is_real)
 
 

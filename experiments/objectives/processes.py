@@ -39,7 +39,7 @@ class Runner:
     that fails takes no other with it.
 
     Args:
-        num_workers: runs at a time.
+        num_workers: Number of runs at a time.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -54,8 +54,8 @@ class Runner:
         """Run them, and add those that failed to `failed`.
 
         Args:
-            runs: in this order.
-            bases: by seed, done before, for those that train.
+            runs: Runs in their order.
+            bases: Evaluations of the weights before training, by seed, for runs that train; done before.
         """
         waiting = [run for run in runs if not is_done(run)]
         total, busy = len(waiting), dict[ForkServerProcess, Run]()
@@ -117,7 +117,7 @@ def command(arguments: list[str], folder: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """Of the device's memory where there is one, else of the process's."""
+    """The peak of the device's memory where there is one, else of the process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else KIB)

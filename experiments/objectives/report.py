@@ -18,11 +18,11 @@ class Report(NamedTuple):
     """What is written.
 
     Args:
-        results: the curves of each row.
-        sweeps: of each row, from the first seed, at every learning rate.
-        label: the one that is wanted.
-        target: of the judge.
-        claims: and whether they hold.
+        results: Curves of each row.
+        sweeps: Curves of each row from the first seed at every learning rate.
+        label: Label that is wanted.
+        target: Score of the judge whose first time is shown.
+        claims: Claims of the paper, and whether they hold.
     """
 
     results: Results
@@ -78,7 +78,7 @@ def sweep_table(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """All of it."""
+    """The tables, and the claims between them."""
     seeds = max(len(curves) for curves in report.results.values())
     claims = "\n".join(
         f"{i}. **{c.verdict}**: {escaped(c.text)}. {escaped(c.evidence)}" for i, c in enumerate(report.claims, 1)
@@ -113,7 +113,7 @@ def means(curves: Sequence[Curve]) -> dict[str, dict[str, float]]:
 
 
 def as_dict(curve: Curve) -> dict[str, Any]:
-    """For JSON."""
+    """A curve for JSON."""
     run = curve.run
     return {
         "learning_rate": run.learning_rate,

@@ -24,9 +24,9 @@ class Point(NamedTuple):
     """An evaluation.
 
     Args:
-        forwards: of the policy, spent until then.
-        seconds: of training steps until then.
-        numbers: what was measured, by name.
+        forwards: Number of the policy's forward passes until then.
+        seconds: Seconds of training steps until then.
+        numbers: Numbers that were measured, by name.
     """
 
     forwards: float
@@ -38,9 +38,9 @@ class Curve(NamedTuple):
     """A run, from the weights before training to its end.
 
     Args:
-        run: what was run.
-        points: its evaluations.
-        peak_bytes: of memory; None where the run was interrupted and its peak is not known.
+        run: Run that was made.
+        points: Evaluations of the run.
+        peak_bytes: Peak of memory; None where the run was interrupted and its peak is not known.
     """
 
     run: Run
@@ -85,7 +85,7 @@ def read_curve(run: Run, labels: Sequence[str]) -> Curve:
 
 
 def training_seconds(folder: Path) -> dict[int, float]:
-    """Of each step of a run that logs every step, without evaluations."""
+    """Seconds of each step of a run that logs every step, without evaluations."""
     events = EventAccumulator(str(RunFolder(folder).logs), size_guidance={"scalars": 0})
     events.Reload()
     parts = [{e.step: e.value for e in events.Scalars(f"train/seconds_{what}")} for what in ("rollout", "update")]
@@ -93,7 +93,7 @@ def training_seconds(folder: Path) -> dict[int, float]:
 
 
 def seconds_per_step(folder: Path) -> float:
-    """The mean over a run."""
+    """The mean seconds of a run's steps."""
     return statistics.fmean(training_seconds(folder).values())
 
 
@@ -120,7 +120,7 @@ def change_of(curves: Sequence[Curve], name: str) -> Interval:
 def difference(
     ours: Sequence[Curve], theirs: Sequence[Curve], what: Callable[[Curve], float], share: float = 1.0
 ) -> Interval:
-    """Of anything of two rows, seed by seed: both start from the same noise. Ours less this share of theirs."""
+    """Ours less this share of theirs, of anything of two rows, seed by seed: both start from the same noise."""
     by_seed = {curve.run.seed: what(curve) for curve in theirs}
     return mean_over_seeds(
         [what(curve) - share * by_seed[curve.run.seed] for curve in ours if curve.run.seed in by_seed]

@@ -29,3 +29,14 @@ def test_a_help_text_needs_no_other(component):
     for setting, text in texts(component).items():
         assert "the same." not in text, f"{setting}: {text}"
         assert not {"above.", "below.", "likewise.", "likewise"} & set(text.split()), f"{setting}: {text}"
+
+
+def test_a_form_takes_no_setting_over_from_the_default_one_and_null_is_the_plain_reward():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(objectives.Objective, "objective")
+    words = {"control_words": {"positive": ["x"], "negative": ["y"]}}
+    made = []
+    for form in ({"class_path": "srpo_lightning.objectives.Relative", "init_args": words}, None):
+        settings = {"class_path": "srpo_lightning.objectives.DRaFT", "init_args": {"form": form}}
+        made.append(parser.instantiate(parser.parse_object({"objective": settings})).objective.form)
+    assert made == [objectives.Relative(objectives.ControlWords(["x"], ["y"])), objectives.Plain()]
