@@ -8,10 +8,10 @@ from typing import Literal
 
 import ftfy
 import torch
+import transformers
 from jaxtyping import Float
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
 
 from srpo_lightning.files.pretrained import read_json, read_weights, weights_file
 from srpo_lightning.rewards.base import Images
@@ -80,11 +80,11 @@ class HPSv2(ClipReward):
         """Torchvision's Resize on tensors, which leaves the overshoot."""
         return Preprocessing((image_size, image_size), self.fit, half_even=True, clamp=False)
 
-    def read_tokenizer(self) -> CLIPTokenizer:
+    def read_tokenizer(self) -> "transformers.CLIPTokenizer":
         """A special token that is spelt out in a prompt is text, as in open_clip."""
-        return CLIPTokenizer.from_pretrained(self.processor, split_special_tokens=True)
+        return transformers.CLIPTokenizer.from_pretrained(self.processor, split_special_tokens=True)
 
-    def read_model(self) -> CLIPModel:
+    def read_model(self) -> "transformers.CLIPModel":
         """The folder that `convert` wrote, or the published file."""
         if self.is_converted:
             return super().read_model()
