@@ -25,8 +25,20 @@ torch.use_deterministic_algorithms(True)
 
 
 LONGEST = (
+    "tests/ranks/test_sharded.py",
+    "tests/ranks/test_agreement.py",
     "tests/jobs/test_estimate.py",
     "tests/kill/test_kill.py",
+    "tests/ranks/test_two_ranks.py",
+    "tests/test_notebooks.py",
+    "tests/experiments/test_objectives.py",
+    "tests/kill/test_cache.py",
+    "tests/jobs/test_export.py",
+    "tests/cli/test_cache.py",
+    "tests/cli/test_flux_run.py",
+    "tests/ranks/test_host_memory.py",
+    "tests/ranks/test_sharded_export.py",
+    "tests/cli/test_odd_configurations.py",
 )
 """Files that take longest, in that order: one that begins last would have all workers but its own wait."""
 

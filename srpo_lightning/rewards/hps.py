@@ -68,7 +68,7 @@ class HPSv2(ClipReward):
         if is_other and (self.is_converted or file.is_file()):
             what = "a folder that `convert` wrote, with weights of its own" if self.is_converted else "a file itself"
             raise ValueError(
-                f"filename is {self.filename}, but pretrained is {what} ({file}): leave filename away, or name the "
+                f"filename is {self.filename}, but pretrained is {what} ({file}): leave filename out, or name the "
                 "folder that holds the published file"
             )
 
