@@ -26,7 +26,7 @@ demo: venv ## SRPO on the built-in model: numbers and pictures before and after,
 	$(RUN) -m srpo_lightning fit --config configs/emoji_srpo.yaml
 
 test: originals ## run the whole test suite
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder  # tests/conftest.py has the order
 
 check: venv ## lint, types, direction of imports
 	$(RUN) -m ruff check .

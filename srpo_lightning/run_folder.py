@@ -168,7 +168,7 @@ class RunFolder:
                 return found[-1]
             raise ValueError(
                 f"--ckpt_path last: no checkpoint in {self._checkpoints}. "
-                "Point --trainer.default_root_dir at the run to resume, or leave --ckpt_path away to start anew"
+                "Point --trainer.default_root_dir at the run to resume, or leave --ckpt_path out to start anew"
             )
         if ckpt_path == "best":
             if not monitor:

@@ -103,7 +103,7 @@ def carry_out(plan: Plan, runner: Runner, labels: Sequence[str], trains: bool) -
         runner((own[i] for i in range(len(plan.seeds)) for own in runs.values() if i < len(own)), bases)
     results = {"base": of_done((bases[seed] for seed in plan.measured_seeds), labels)}
     if not results["base"]:
-        raise ValueError(f"nothing in {plan.folder} to report on: leave --report_only away")
+        raise ValueError(f"nothing in {plan.folder} to report on: leave --report_only out")
     return results | {name: curves for name, own in runs.items() if (curves := of_done(own, labels))}, sweeps
 
 

@@ -69,7 +69,7 @@ def check_sources(
     if images is not None and not offline_ratio:
         raise ValueError(
             "data.images is given, but data.offline_ratio is 0, so that no step trains on these pictures: set it to "
-            "their share of the steps, for instance 0.5, or leave data.images away"
+            "their share of the steps, for instance 0.5, or leave data.images out"
         )
 
 

@@ -181,7 +181,7 @@ def _pairs(reward: Reward, words: Sequence[str] | None) -> list[tuple[str, str]]
             raise ValueError(f"{type(reward).__name__} brings no word lists: name pairs, --words '[Real/Painting]'")
         return pairs
     if not words:
-        raise ValueError("--words is []: name pairs, '[Real/Painting]', or leave it away for the reward's own")
+        raise ValueError("--words is []: name pairs, '[Real/Painting]', or leave it out for the reward's own")
     split = [tuple(part.strip() for part in pair.split("/")) for pair in words]
     for pair, parts in zip(words, split, strict=True):
         if len(parts) != 2 or not all(parts):

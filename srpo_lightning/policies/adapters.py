@@ -56,7 +56,7 @@ class Lora:
     def __post_init__(self) -> None:
         """Refuse an adapter that could not learn."""
         if self.target_modules == []:
-            raise ValueError("adapter.target_modules is []: name at least one layer, or leave it away for all of them")
+            raise ValueError("adapter.target_modules is []: name at least one layer, or leave it out for all of them")
         if self.dropout == 1:
             raise ValueError("adapter.dropout is 1, with which the adapter sees nothing: set it below 1, or to 0")
 

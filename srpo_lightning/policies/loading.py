@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from srpo_lightning.files.pretrained import load_whole, read_json, safetensors_files, stream_into
@@ -59,6 +58,8 @@ def blocks(transformer: Any) -> list[tuple[str, nn.Module]]:
 
 def empty(cls: Any, config: dict[str, Any]) -> Any:
     """A transformer of that configuration on the meta device; buffers have their values."""
+    from accelerate import init_empty_weights  # takes long to import
+
     with init_empty_weights(include_buffers=False):
         return cls.from_config(config)
 

@@ -5,7 +5,6 @@ What is divided over ranks is the strategy's; recomputing blocks is one call of 
 
 from collections.abc import Iterable
 
-from diffusers.models.attention_dispatch import attention_backend
 from torch import nn
 
 ATTENTION = (
@@ -41,6 +40,8 @@ def check_attention(name: str) -> None:
 
 def _is_installed(name: str) -> bool:
     try:
+        from diffusers.models.attention_dispatch import attention_backend  # takes long to import
+
         with attention_backend(name):
             return True
     except RuntimeError:  # says which package is missing

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import init_empty_weights
+import transformers
 from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from srpo_lightning.files.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
 from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns
@@ -56,10 +55,10 @@ class ClipVision(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        vision = CLIPVisionConfig.from_dict(dict(config.get("vision_config", config)))
+        vision = transformers.CLIPVisionConfig.from_dict(dict(config.get("vision_config", config)))
         self.image_size = int(vision.image_size)
         self.num_features = int(config.get("projection_dim", vision.projection_dim))
-        self.vision_model = CLIPVisionModel(vision)
+        self.vision_model = transformers.CLIPVisionModel(vision)
         self.visual_projection = nn.Linear(vision.hidden_size, self.num_features, bias=False)
 
     def forward(self, pixels: Images) -> Float[Tensor, "B E"]:
@@ -75,10 +74,10 @@ class SiglipVision(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        vision = SiglipVisionConfig.from_dict(dict(config.get("vision_config", config)))
+        vision = transformers.SiglipVisionConfig.from_dict(dict(config.get("vision_config", config)))
         self.image_size = int(vision.image_size)
         self.num_features = int(vision.hidden_size)
-        self.vision_model = SiglipVisionModel(vision)
+        self.vision_model = transformers.SiglipVisionModel(vision)
 
     def forward(self, pixels: Images) -> Float[Tensor, "B E"]:
         """Features, of any length."""
@@ -117,6 +116,8 @@ class AestheticReward(Reward):
         """Read image encoder and head, once."""
         if self.encoder is not None:
             return
+        from accelerate import init_empty_weights  # takes long to import
+
         with init_empty_weights(include_buffers=False):
             encoder = self.encoder_class(self.config)
         self.head = self.read_head(encoder.num_features).requires_grad_(False)

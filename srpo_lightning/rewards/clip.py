@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import transformers
 from jaxtyping import Float
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPModel, CLIPTokenizer
 
 from srpo_lightning.files.pretrained import load_whole, read_json, unreadable_is_refused
 from srpo_lightning.rewards.base import Images, Reading, Reward, Scores, check_columns
@@ -51,7 +51,7 @@ class ClipReward(Reward):
         self.logit_scale_divisor = logit_scale_divisor
         self.dtype = getattr(torch, dtype)
         self.cache_size = cache_size
-        self.clip: CLIPModel | None = None
+        self.clip: transformers.CLIPModel | None = None
         self.preprocessor = self.read_preprocessor()
         self._text_features: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -73,13 +73,13 @@ class ClipReward(Reward):
         """How images of any size become the model's pixels."""
         return Preprocessing.from_config(self.preprocessor, image_size)
 
-    def read_tokenizer(self) -> CLIPTokenizer:
+    def read_tokenizer(self) -> "transformers.CLIPTokenizer":
         """The tokenizer, from its files."""
-        return CLIPTokenizer.from_pretrained(self.processor)
+        return transformers.CLIPTokenizer.from_pretrained(self.processor)
 
-    def read_model(self) -> CLIPModel:
+    def read_model(self) -> "transformers.CLIPModel":
         """The model with its weights."""
-        return load_whole(CLIPModel, self.pretrained, dtype=self.dtype)
+        return load_whole(transformers.CLIPModel, self.pretrained, dtype=self.dtype)
 
     def clean(self, text: str) -> str:
         """What is done to a text before it is split into tokens: nothing but what the tokenizer does."""

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import ftfy
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
 
 from srpo_lightning.files.pretrained import read_json, read_weights, weights_file
 from srpo_lightning.rewards.base import Images
@@ -66,7 +66,7 @@ class HPSv2(ClipReward):
         if is_other and (self.is_converted or file.is_file()):
             what = "a folder that `convert` wrote, with weights of its own" if self.is_converted else "a file itself"
             raise ValueError(
-                f"filename is {self.filename}, but pretrained is {what} ({file}): leave filename away, or name the "
+                f"filename is {self.filename}, but pretrained is {what} ({file}): leave filename out, or name the "
                 "folder that holds the published file"
             )
 
@@ -78,11 +78,11 @@ class HPSv2(ClipReward):
         """Torchvision's Resize on tensors, which leaves the overshoot."""
         return Preprocessing((image_size, image_size), self.fit, half_even=True, clamp=False)
 
-    def read_tokenizer(self) -> CLIPTokenizer:
+    def read_tokenizer(self) -> "transformers.CLIPTokenizer":
         """A special token that is spelt out in a prompt is text, as in open_clip."""
-        return CLIPTokenizer.from_pretrained(self.processor, split_special_tokens=True)
+        return transformers.CLIPTokenizer.from_pretrained(self.processor, split_special_tokens=True)
 
-    def read_model(self) -> CLIPModel:
+    def read_model(self) -> "transformers.CLIPModel":
         """The folder that `convert` wrote, or the published file."""
         if self.is_converted:
             return super().read_model()

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import init_empty_weights
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 
 from srpo_lightning.files.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
 from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns, check_lengths
@@ -132,13 +131,15 @@ class HPSv3(Reward):
         if self.network is not None:
             return
         with unreadable_is_refused(self.pretrained):
-            self.tokenizer = Qwen2Tokenizer.from_pretrained(self.pretrained)
-            config = Qwen2VLConfig.from_pretrained(self.pretrained)
+            self.tokenizer = transformers.Qwen2Tokenizer.from_pretrained(self.pretrained)
+            config = transformers.Qwen2VLConfig.from_pretrained(self.pretrained)
         self.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         self.image_id, self.reward_id = self.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, REWARD_TOKEN])
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = read_json(self.pretrained, "", "chat_template.json")["chat_template"]
         config.text_config.vocab_size = len(self.tokenizer)
+        from accelerate import init_empty_weights  # takes long to import
+
         with init_empty_weights(include_buffers=False):
             network = Network(config)
         network.to(torch.bfloat16)  # the rotary frequencies: the model was trained with rounded ones
@@ -217,9 +218,9 @@ class HPSv3(Reward):
 class Network(nn.Module):
     """HPSv3 by the names of its published file, with Qwen2-VL's language head left out."""
 
-    def __init__(self, config: Qwen2VLConfig) -> None:
+    def __init__(self, config: "transformers.Qwen2VLConfig") -> None:
         super().__init__()
-        qwen = Qwen2VLModel(config)
+        qwen = transformers.Qwen2VLModel(config)
         self.visual = qwen.visual
         self.model = qwen.language_model
         self.rm_head = nn.Sequential(

@@ -8,18 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import init_empty_weights
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    BatchEncoding,
-    BertConfig,
-    BertTokenizer,
-    BlipTextConfig,
-    BlipTextModel,
-    BlipVisionConfig,
-    BlipVisionModel,
-)
 
 from srpo_lightning.files.pretrained import (
     load_exactly,
@@ -81,15 +72,17 @@ RENAMED = {
 class ImageRewardModel(nn.Module):
     """BLIP's image encoder, its text encoder, which attends to the image, and a head on the text's first token."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: "transformers.BertConfig") -> None:
         super().__init__()
-        text = BlipTextConfig(
+        text = transformers.BlipTextConfig(
             **{name: getattr(config, name) for name in FROM_CONFIG},
             is_decoder=True,  # which is how it gets its cross-attention; it attends both ways
             encoder_hidden_size=VIT_LARGE["hidden_size"],
         )
-        self.visual_encoder = BlipVisionModel(BlipVisionConfig(**VIT_LARGE, layer_norm_eps=1e-6))
-        self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
+        self.visual_encoder = transformers.BlipVisionModel(
+            transformers.BlipVisionConfig(**VIT_LARGE, layer_norm_eps=1e-6)
+        )
+        self.text_encoder = transformers.BlipTextModel(text, add_pooling_layer=False)
         self.mlp = Head((text.hidden_size, *HIDDEN, 1), (0, 2, 4, 6, 7))
 
 
@@ -116,10 +109,10 @@ class ImageReward(Reward):
         super().__init__()
         path = Path(pretrained).expanduser()
         folder = str(path.parent) if path.is_file() else pretrained
-        self.config = BertConfig.from_dict(read_json(folder, "", "med_config.json"))
+        self.config = transformers.BertConfig.from_dict(read_json(folder, "", "med_config.json"))
         part(tokenizer, "", "tokenizer_config.json")
         with unreadable_is_refused(tokenizer):
-            self.tokenizer = BertTokenizer.from_pretrained(tokenizer)
+            self.tokenizer = transformers.BertTokenizer.from_pretrained(tokenizer)
         self.tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
         if len(self.tokenizer) != self.config.vocab_size:
             raise ValueError(
@@ -136,6 +129,8 @@ class ImageReward(Reward):
         if self.model is not None:
             return
         path = weights_file(self.pretrained, "ImageReward.pt")
+        from accelerate import init_empty_weights  # takes long to import
+
         with init_empty_weights(include_buffers=False):
             model = ImageRewardModel(self.config)
         load_exactly(model, dict(renamed(read_weights(path), self.dtype)), path)
@@ -163,7 +158,7 @@ class ImageReward(Reward):
         kept = self.tokenizer(text, truncation=True, max_length=MAX_TOKENS).input_ids
         return Reading(tuple(kept), len(self.tokenizer(text).input_ids) > MAX_TOKENS)
 
-    def tokenize(self, texts: Sequence[str]) -> BatchEncoding:
+    def tokenize(self, texts: Sequence[str]) -> "transformers.BatchEncoding":
         """Token ids and attention mask, [B, 35] each."""
         return self.tokenizer(
             list(texts),

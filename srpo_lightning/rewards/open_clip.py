@@ -6,9 +6,8 @@ Source of the names: open_clip's `model.py` and `transformer.py`, transformers' 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from accelerate import init_empty_weights
+import transformers
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
 
 from srpo_lightning.files.pretrained import load_exactly
 
@@ -31,7 +30,7 @@ RENAMED = {
 TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
 
 
-def clip_model(state: Mapping[str, Tensor], num_heads: int, source: str | Path) -> CLIPModel:
+def clip_model(state: Mapping[str, Tensor], num_heads: int, source: str | Path) -> "transformers.CLIPModel":
     """The model that an open_clip state dict is of.
 
     Args:
@@ -49,17 +48,19 @@ def clip_model(state: Mapping[str, Tensor], num_heads: int, source: str | Path) 
             f"{source} holds no open_clip vision transformer: missing {', '.join(absent)}, "
             f"found {', '.join(sorted(state)[:3])}, ...: give the published file"
         )
+    from accelerate import init_empty_weights  # takes long to import
+
     with init_empty_weights(include_buffers=False):
-        model = CLIPModel(_config(state, num_heads))
+        model = transformers.CLIPModel(_config(state, num_heads))
     load_exactly(model, dict(_renamed(state)), source)
     return model
 
 
-def _config(state: Mapping[str, Tensor], num_heads: int) -> CLIPConfig:
+def _config(state: Mapping[str, Tensor], num_heads: int) -> "transformers.CLIPConfig":
     width, _, patch, _ = state["visual.conv1.weight"].shape
     num_patches = len(state["visual.positional_embedding"]) - 1
     vocabulary, text_width = state["token_embedding.weight"].shape
-    return CLIPConfig(
+    return transformers.CLIPConfig(
         projection_dim=state["text_projection"].shape[1],
         vision_config={
             **_tower(state, "visual.", width, num_heads),

@@ -247,7 +247,7 @@ def test_a_benchmark_that_is_terminated_takes_its_runs_with_it(models, features,
 def test_a_benchmark_without_tracking_or_results_is_refused_with_the_cure(models, features, tmp_path):
     config = write_benchmark(models, features, tmp_path)
     arguments = ["--config", str(config), "--report_only", "true"]
-    with pytest.raises(SystemExit, match="leave --report_only away"):
+    with pytest.raises(SystemExit, match="leave --report_only out"):
         main(arguments)
     settings = yaml.safe_load(config.read_text())
     del settings["fit"]["trainer"]["callbacks"][0]["init_args"]["form"]

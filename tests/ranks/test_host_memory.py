@@ -17,6 +17,8 @@ REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys, threading
 import torch
+from accelerate import init_empty_weights  # these take memory too, and are imported when they are needed
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.training.strategies import ShardedStrategy
 
