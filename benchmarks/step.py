@@ -113,8 +113,10 @@ class BareStep:
         self.conditions = conditions
         self.optimizer = optimizer
         self.parameters = [p for _, p in module.trainable_parameters()]
-        self.average = next((EMA(**vars(c.init_args)) for c in config.trainer.callbacks if is_average(c)), None)
+        self.average = next((EMA(**vars(c.init_args)) for c in config.trainer.callbacks or [] if is_average(c)), None)
         self.progress: Any = SimpleNamespace(global_step=0)
+        self.accumulates = False
+        """Whether the gradients of the micro-batch before stay, and this one's are added."""
         if self.average:
             self.average.on_fit_start(self.progress, module)
 
@@ -122,7 +124,8 @@ class BareStep:
         """Make one; `meter` learns the phases."""
         loss = micro_batch(self.module, fresh(self.conditions, self.module.micro_step), self.trainer.precision, meter)
         self.module.micro_step += 1
-        self.optimizer.zero_grad()
+        if not self.accumulates:
+            self.optimizer.zero_grad()
         meter.phase = BACKWARD
         loss.backward()
         meter.phase = STEP
@@ -261,7 +264,7 @@ def synchronize(device: torch.device) -> None:
 def lightning_share(module: SRPOModule, config: Namespace, conditions: Conditions, num_steps: int) -> list[Spent]:
     """What a step through Trainer.fit takes over what a bare one does, pair by pair."""
     turns = TakingTurns(conditions, num_steps)
-    own = [EMA(**vars(c.init_args)) for c in config.trainer.callbacks if is_average(c)]
+    own = [EMA(**vars(c.init_args)) for c in config.trainer.callbacks or [] if is_average(c)]
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     with tempfile.TemporaryDirectory() as folder:

@@ -218,16 +218,19 @@ def phases(module: SRPOModule, tracker: Phased) -> Iterator[None]:
 
 @contextmanager
 def without_weights(device: str = "meta") -> Iterator[None]:
-    """Every `from_pretrained` of diffusers and transformers builds the model of the configuration, at random."""
+    """Every `from_pretrained` of diffusers and transformers builds the model of the configuration, at random.
+
+    On the meta device layers in 4 bits have a stand-in; elsewhere they are made of the random weights.
+    """
     nothing_missing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
     def of_diffusers(cls: Any, /, pretrained: str, *, subfolder: str, torch_dtype: torch.dtype, **own: Any) -> Any:
-        with torch.device(device):
+        with torch.device(device), default_dtype(torch_dtype):
             model = cls.from_config(cls.load_config(pretrained, subfolder=subfolder)).to(torch_dtype).eval()
         return (model, nothing_missing) if own.get("output_loading_info") else model
 
     def of_transformers(cls: Any, /, pretrained: str, *, dtype: torch.dtype, **own: Any) -> Any:
-        with torch.device(device):
+        with torch.device(device), default_dtype(dtype):
             model = cls(cls.config_class.from_pretrained(pretrained)).to(dtype).eval()
         return (model, nothing_missing) if own.get("output_loading_info") else model
 
@@ -235,12 +238,23 @@ def without_weights(device: str = "meta") -> Iterator[None]:
         patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)),
         patch.object(flux, "safetensors_files", lambda *_: {}),
         patch.object(reading, "safetensors_files", lambda *_: {}),
-        patch.object(flux, "keep_in_4_bits", keep_in_4_bits),
+        patch.object(flux, "keep_in_4_bits", keep_in_4_bits if device == "meta" else flux.keep_in_4_bits),
         patch.object(flux, "stream_into", lambda *_: None),
         patch.object(adapters, "stream_into", lambda *_: None),
         patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)),
     ):
         yield
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Build models in it at once: in float32 first those of twelve billion weights would not fit."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def judges_of(trainer: Namespace) -> list[Reward]:
