@@ -111,6 +111,8 @@ class BareStep:
         self.parameters = [p for _, p in module.trainable_parameters()]
         self.ema = next((EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)), None)
         self.progress: Any = SimpleNamespace(global_step=0)
+        self.accumulates = False
+        """Whether the gradients of the micro-batch before stay, and this one's are added."""
         if self.ema:
             self.ema.on_fit_start(self.progress, module)
 
@@ -118,7 +120,8 @@ class BareStep:
         """Make one; `meter` learns the phases."""
         loss = micro_batch(self.module, fresh(self.conditions, self.module.micro_step), self.trainer.precision, meter)
         self.module.micro_step += 1
-        self.optimizer.zero_grad()
+        if not self.accumulates:
+            self.optimizer.zero_grad()
         meter.phase = BACKWARD
         loss.backward()
         meter.phase = STEP

@@ -176,7 +176,8 @@ def start(transformer: Any, lora: Lora) -> None:
         return
     for name, layer in _adapted(transformer):
         a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-        drawn, generator = torch.empty(a.shape, dtype=a.dtype), keyed_generator(lora.seed, "lora", name)
+        # Lightning loads models with the GPU as torch's default device; numbers are drawn on the CPU.
+        drawn, generator = torch.empty(a.shape, dtype=a.dtype, device="cpu"), keyed_generator(lora.seed, "lora", name)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         local, rows = own_part(a)
         local.copy_(drawn[rows])

@@ -1,6 +1,7 @@
 """Image preprocessing of reward models as differentiable tensor ops. Images are [B, 3, H, W] in [0, 1]."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -91,9 +92,36 @@ def resize(images: Images, size: tuple[int, int], clamp: bool = True) -> Resized
     height_first = size[0] < height and size[1] > width
     for part in ((size[0], width) if height_first else (height, size[1]), size):
         if images.shape[-2:] != torch.Size(part):
-            images = functional.interpolate(images, size=part, mode="bicubic", antialias=True)
+            images = _bicubic(images, part)
             images = images.clamp(0, 1) if clamp else images
     return images
+
+
+def _bicubic(images: Images, size: tuple[int, int]) -> Resized:
+    """Along one axis; on CUDA by `products`, since there the gradient of `interpolate` is another one in every run."""
+    if images.device.type == "cuda":
+        return products(images, size)
+    return functional.interpolate(images, size=size, mode="bicubic", antialias=True)
+
+
+def products(images: Images, size: tuple[int, int]) -> Resized:
+    """What `interpolate` computes, as products with its weights, in float64; the gradient is the same in every run."""
+    with torch.autocast(images.device.type, enabled=False):
+        resized = images.double()
+        for axis, target in zip((-2, -1), size, strict=True):
+            if target != resized.shape[axis]:
+                weights = _weights(resized.shape[axis], target, images.device)
+                resized = weights @ resized if axis == -2 else resized @ weights.T
+        return resized.to(images.dtype)
+
+
+@lru_cache(maxsize=64)
+def _weights(source: int, target: int, device: torch.device) -> Float[Tensor, "target source"]:
+    """Of bicubic resizing along one axis, on the device from then on: copying makes the host wait."""
+    with torch.inference_mode(False), torch.no_grad():
+        each = torch.eye(source, dtype=torch.float64, device="cpu")[None, None]
+        resized = functional.interpolate(each, size=(target, source), mode="bicubic", antialias=True)
+        return resized[0, 0].to(device)
 
 
 def resize_and_crop(images: Images, size: tuple[int, int], half_even: bool = False, clamp: bool = True) -> Resized:

@@ -19,7 +19,7 @@ def check_bitsandbytes() -> None:
 
 
 def keep_in_4_bits(module: nn.Module, double: bool = False, but: Container[str] = ()) -> None:
-    """Turn the linear layers in a module into NF4, one after another; gradients pass through them to their inputs.
+    """Turn the linear layers in a module into NF4, where they are; gradients pass through them to their inputs.
 
     A weight takes 4.5 bits: 4, and a float32 scale per block of 64. Products are computed in the dtype that the weights
     had.
@@ -43,7 +43,7 @@ def keep_in_4_bits(module: nn.Module, double: bool = False, but: Container[str] 
             weight = bitsandbytes.Params4bit(
                 layer.weight.data, quant_type="nf4", compress_statistics=double, module=small
             )
-            small.weight, small.bias = weight.to("cpu"), layer.bias
+            small.weight, small.bias = weight.to(layer.weight.device), layer.bias
             small.support_avx512bf16_for_cpu = False  # a fast path that repacks the weights and has no gradient
             module.set_submodule(name, small)
 

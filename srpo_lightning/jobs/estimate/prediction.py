@@ -46,22 +46,37 @@ from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import adapters, flow_policy, loading
 from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.rewards.base import Reward
+from srpo_lightning.training import nf4
 from srpo_lightning.training.optimizers import is_eight_bit
 from srpo_lightning.training.strategies import ShardedStrategy
 
 
 @contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Build models in it at once: in float32 first those of twelve billion weights would not fit."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def without_weights(device: str = "meta") -> Iterator[None]:
-    """Every `from_pretrained` of diffusers and transformers builds the model of the configuration, at random."""
+    """Every `from_pretrained` of diffusers and transformers builds the model of the configuration, at random.
+
+    On the meta device layers in 4 bits have a stand-in; elsewhere they are made of the random weights.
+    """
     nothing_missing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
     def of_diffusers(cls: Any, /, pretrained: str, *, subfolder: str, torch_dtype: torch.dtype, **own: Any) -> Any:
-        with torch.device(device):
+        with torch.device(device), default_dtype(torch_dtype):
             model = cls.from_config(cls.load_config(pretrained, subfolder=subfolder)).to(torch_dtype).eval()
         return (model, nothing_missing) if own.get("output_loading_info") else model
 
     def of_transformers(cls: Any, /, pretrained: str, *, dtype: torch.dtype, **own: Any) -> Any:
-        with torch.device(device):
+        with torch.device(device), default_dtype(dtype):
             model = cls(cls.config_class.from_pretrained(pretrained)).to(dtype).eval()
         return (model, nothing_missing) if own.get("output_loading_info") else model
 
@@ -70,7 +85,7 @@ def without_weights(device: str = "meta") -> Iterator[None]:
         patch.object(flow_policy, "safetensors_files", lambda *_: {}),
         patch.object(loading, "safetensors_files", lambda *_: {}),
         patch.object(reading, "safetensors_files", lambda *_: {}),
-        patch.object(loading, "keep_in_4_bits", keep_in_4_bits),
+        patch.object(loading, "keep_in_4_bits", keep_in_4_bits if device == "meta" else nf4.keep_in_4_bits),
         patch.object(loading, "stream_into", lambda *_: None),
         patch.object(adapters, "stream_into", lambda *_: None),
         patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)),
