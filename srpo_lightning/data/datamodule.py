@@ -23,7 +23,7 @@ from srpo_lightning.data.preparation import Preparation
 from srpo_lightning.data.prompts import PromptSet, Sources
 from srpo_lightning.data.records import Records
 from srpo_lightning.data.selection import Selection, check_sources, select, select_evaluation
-from srpo_lightning.encoding import Encoder, Encoding
+from srpo_lightning.encoding import Encoder, Encoding, ImageEncoder
 from srpo_lightning.training.agreement import digest
 
 
@@ -94,16 +94,12 @@ class PromptData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if sizes == []:
-            raise ValueError("data.sizes is []: give at least one [width, height], or leave it out")
-        for number, (own_width, own_height) in enumerate(sizes or []):
-            check_size(own_width, own_height, f"data.sizes[{number}]")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.repeats = repeats
         self.num_workers, self.seed, self.shuffle_window = num_workers, seed, shuffle_window
         self.eval_samples_per_prompt = eval_samples_per_prompt
         self.offline_ratio = offline_ratio
-        self.sizes: list[Size] = [(own_height, own_width) for own_width, own_height in sizes or []]
+        self.sizes = _sizes(sizes)
         self.num_batches = 0
         self.segments: list[Segment] = []
         self.sampler: StepSampler | None = None
@@ -122,11 +118,8 @@ class PromptData(LightningDataModule):
         )
         mirror = mirror_dir, mirror_gigabytes
         self.cache = FeatureCache(cache_dir, own.text, *mirror)
-        if offline_ratio and own.images is None:
-            raise ValueError("data.offline_ratio is above 0, but the policy trains on no real pictures: set it to 0")
-        self.image_encoder = own.images() if own.images and offline_ratio else None
-        encoder_of_pictures = self.image_encoder and self.image_encoder.description()
-        self.latents = LatentCache(cache_dir, encoder_of_pictures, *mirror) if encoder_of_pictures else None
+        self.image_encoder = _image_encoder(own) if offline_ratio else None
+        self.latents = LatentCache(cache_dir, self.image_encoder.description(), *mirror) if self.image_encoder else None
         self.text_batch_size, self.max_prompts_to_encode = text_batch_size, max_prompts_to_encode
 
     @cached_property
@@ -291,3 +284,18 @@ class PromptData(LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def _sizes(sizes: Sequence[tuple[int, int]] | None) -> list[Size]:
+    """(height, width) of [width, height], which pictures can have."""
+    if sizes == []:
+        raise ValueError("data.sizes is []: give at least one [width, height], or leave it out")
+    for number, (width, height) in enumerate(sizes or []):
+        check_size(width, height, f"data.sizes[{number}]")
+    return [(height, width) for width, height in sizes or []]
+
+
+def _image_encoder(encoder: Encoder) -> ImageEncoder:
+    if encoder.images is None:
+        raise ValueError("data.offline_ratio is above 0, but the policy trains on no real pictures: set it to 0")
+    return encoder.images()

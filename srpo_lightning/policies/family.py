@@ -169,3 +169,17 @@ def resolution_dependent_shift(num_tokens: int, scheduler: Mapping[str, Any]) ->
     few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
+
+
+def check_size(size: Size, cell: int) -> None:
+    """Refuse a picture that is no whole number of cells.
+
+    Raises:
+        ValueError: with the nearest sizes that are.
+    """
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side % cell:
+            below = side - side % cell
+            raise ValueError(
+                f"{name} is {side} pixels, which {cell} does not divide: set it to {below or cell} or {below + cell}"
+            )

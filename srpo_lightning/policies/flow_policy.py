@@ -22,7 +22,7 @@ from srpo_lightning.files.pretrained import load_whole, read_json, safetensors_f
 from srpo_lightning.policies import adapters, loading
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Shard
-from srpo_lightning.policies.family import Family, Images, Latents
+from srpo_lightning.policies.family import Family, Images, Latents, check_size
 from srpo_lightning.policies.image_encoder import VAEEncoder
 from srpo_lightning.policies.parallel import check_attention
 from srpo_lightning.training.nf4 import check_bitsandbytes
@@ -98,22 +98,13 @@ class FlowPolicy(Family):
         self.adapter, self.quantize = adapter, quantize
         self.compiles_blocks, self.attention, self.rollout_cache = compile, attention, rollout_cache
         self.trained_guidance = trained_guidance
-        self._check_size()
+        check_size(self.size, self.cell)
         self.configs = {
             "transformer": loading.transformer_config(pretrained, transformer, self.tied),
             "scheduler": read_json(pretrained, "scheduler", "scheduler_config.json"),
         }
         self._check_settings()
         self.transformer: Any = None
-
-    def _check_size(self) -> None:
-        for name, side in zip(("height", "width"), self.size, strict=True):
-            if side % self.cell:
-                below = side - side % self.cell
-                raise ValueError(
-                    f"{name} is {side} pixels, which {self.cell} does not divide: set it to {below or self.cell} or "
-                    f"{below + self.cell}"
-                )
 
     def _check_settings(self) -> None:
         if self.adapter is not None:

@@ -15,7 +15,8 @@ from srpo_lightning.encoding import Encoding
 from srpo_lightning.files.checkpoints import check_whole, complete_or_absent_folder
 from srpo_lightning.jobs.export import usage
 from srpo_lightning.jobs.export.comparison import Difference, difference, own_picture, write_pictures
-from srpo_lightning.jobs.export.formats import FORMATS, Format
+from srpo_lightning.jobs.export.formats import DiffusersFolder, Format, SingleFile
+from srpo_lightning.jobs.export.lora_formats import LoraComfy, LoraFiles
 from srpo_lightning.jobs.export.model_card import Export, card
 from srpo_lightning.jobs.export.weights import Kind, read_trained
 from srpo_lightning.module import SRPOModule
@@ -25,6 +26,13 @@ from srpo_lightning.training.devices import chosen_device
 
 PROMPT = "a cat"
 """Of the card's picture, where no evaluation prompt can be read."""
+
+FORMATS: dict[str, type[Format]] = {
+    "diffusers": DiffusersFolder,
+    "single-file": SingleFile,
+    "lora": LoraFiles,
+    "lora-comfy": LoraComfy,
+}
 
 EXACT, ROUNDED = 1e-4, 0.1
 """The mean difference that pictures in 8 bits may have, in float32 and in bfloat16.
@@ -74,11 +82,7 @@ def export(
     module = new_module(settings)
     policy = module.policy
     assert isinstance(policy, FlowPolicy)
-    if format.startswith("lora") and policy.adapter is None:
-        raise ValueError(
-            f"the run trained the whole transformer, and there is no adapter that --format {format} could write: "
-            "choose diffusers or single-file"
-        )
+    check_format(format, policy)
     policy.transformer = policy.outline()
     trained = read_trained(checkpoint, weights, module)
     written = FORMATS[format](policy, policy.transformer, trained, getattr(torch, dtype), folder.name)
@@ -99,6 +103,19 @@ def export(
         (incomplete / "README.md").write_text(card(exported, module), encoding="utf-8")
         shutil.copy(Path(config).expanduser(), incomplete / "config.yaml")
     print(f"{folder}: step {module.loaded_steps}, {weights}, {dtype}")
+
+
+def check_format(name: str, policy: FlowPolicy) -> None:
+    """Refuse a format that holds what the run has not trained.
+
+    Raises:
+        ValueError: naming those that do.
+    """
+    if name.startswith("lora") and policy.adapter is None:
+        raise ValueError(
+            f"the run trained the whole transformer, and there is no adapter that --format {name} could write: choose "
+            "diffusers or single-file"
+        )
 
 
 def whole_checkpoint(run: RunFolder, ckpt_path: str, settings: Namespace) -> Path:
