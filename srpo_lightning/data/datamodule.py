@@ -94,11 +94,9 @@ class PromptData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.repeats = repeats
+        self.batch_size, self.eval_batch_size, self.repeats = batch_size, eval_batch_size, repeats
         self.num_workers, self.seed, self.shuffle_window = num_workers, seed, shuffle_window
-        self.eval_samples_per_prompt = eval_samples_per_prompt
-        self.offline_ratio = offline_ratio
+        self.eval_samples_per_prompt, self.offline_ratio = eval_samples_per_prompt, offline_ratio
         self.sizes = _sizes(sizes)
         self.num_batches = 0
         self.segments: list[Segment] = []
