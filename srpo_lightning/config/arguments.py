@@ -144,8 +144,8 @@ def new_data(settings: Namespace, policy: Policy) -> PromptData:
     """The prompts and pictures of a configuration.
 
     Args:
-        settings: a configuration.
-        policy: its policy.
+        settings: Settings of a configuration.
+        policy: Policy of that configuration.
     """
     parser = LightningArgumentParser()
     parser.add_class_arguments(PromptData, "data", skip={"encoder"}, instantiate=False)

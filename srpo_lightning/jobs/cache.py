@@ -110,7 +110,7 @@ def text_work(data: PromptData, texts: Sequence[str]) -> tuple[Wanted, Callable[
 
 
 def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable[[Wanted], Work]]]:
-    """The same of the pictures; files hold one size each."""
+    """What is to be done for the pictures; files hold one size each."""
     if data.latents is None:
         return
     store, encoder = data.latents, data.image_encoder

@@ -33,10 +33,10 @@ class Picture(NamedTuple):
     """A picture file, what it is of, and as what it is seen.
 
     Args:
-        path: of the file.
-        prompt: what it is of.
-        size: height and width.
-        limits: up to where it is read.
+        path: File of the picture.
+        prompt: Prompt of the picture.
+        size: Height and width in pixels.
+        limits: Limits up to which it is read.
     """
 
     path: Path

@@ -48,12 +48,12 @@ def train(
     """An optimizer step as Lightning makes it, in the state that the one before has left.
 
     Args:
-        module: with its models loaded.
-        conditions: a batch.
-        trainer: precision, accumulate_grad_batches and gradient_clip_val count.
-        ema: the callback, if there is one.
-        tracker: labels what it counts by phase.
-        on_cuda: whether CUDA is what the fake tensors stand for.
+        module: Module with its models loaded.
+        conditions: Conditions of a batch.
+        trainer: Settings of the trainer: precision, accumulate_grad_batches and gradient_clip_val count.
+        ema: Callback EMA, if there is one.
+        tracker: Tracker, which labels what it counts by phase.
+        on_cuda: Whether CUDA is what the fake tensors stand for.
 
     Returns:
         What holds on to memory between steps, beside the module and the average.

@@ -18,9 +18,9 @@ class Difference(NamedTuple):
     """Of two pictures.
 
     Args:
-        mean: of the pixels' absolute difference; they are in [0, 1], in 8 bits.
-        largest: of it.
-        allowed: of the mean.
+        mean: Mean of the absolute difference of pixels, which are in [0, 1] and in 8 bits.
+        largest: Largest absolute difference of a pixel.
+        allowed: Largest mean that passes.
     """
 
     mean: float
@@ -38,10 +38,10 @@ def own_picture(module: SRPOModule, encoder: TextEncoder, prompt: str, device: t
     Text encoders and transformer are on the device one after the other. In bfloat16 it computes under autocast.
 
     Args:
-        module: with its models, and with the checkpoint's weights.
-        encoder: of the dtype that the models have.
-        prompt: of the picture.
-        device: where to compute.
+        module: Module with its models, and with the checkpoint's weights.
+        encoder: Encoder of texts, of the dtype that the models have.
+        prompt: Prompt of the picture.
+        device: Device that computes.
     """
     policy = module.policy
     assert isinstance(policy, FlowPolicy)

@@ -25,11 +25,11 @@ class Format(ABC):
     """The trained tensors of a policy, to be written in one format.
 
     Args:
-        policy: whose transformer it is.
-        outline: of that transformer.
-        trained: tensors by name.
-        dtype: to write.
-        name: of the folder that is written.
+        policy: Policy whose transformer is written.
+        outline: Outline of that transformer.
+        trained: Trained tensors by name.
+        dtype: Dtype to write.
+        name: Name of the folder that is written.
     """
 
     relation = "finetune"

@@ -25,14 +25,14 @@ class Export(NamedTuple):
     """What a card is about.
 
     Args:
-        folder: the final one.
-        format: what is in it.
-        kind: which of the checkpoint's weights.
-        checkpoint: which.
-        run: its run's folder.
-        prompts: what was trained on; None: it cannot be read any more.
-        difference: what the check found; None: it was left out.
-        code: that loads the files and draws a picture.
+        folder: Folder of the export under its final name.
+        format: Form of what is in it.
+        kind: Kind of the checkpoint's weights.
+        checkpoint: Checkpoint that was exported.
+        run: Folder of its run.
+        prompts: Prompts that were trained on; None where they cannot be read any more.
+        difference: Difference that the check found; None where it was left out.
+        code: Code that loads the files and draws a picture.
     """
 
     folder: Path

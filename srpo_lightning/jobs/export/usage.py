@@ -15,11 +15,11 @@ def python(written: Format, module: SRPOModule, folder: Path, prompt: str, max_s
     """Code that ends with one `picture`; every foreign text in it is a literal.
 
     Args:
-        written: the format of what is in the folder.
-        module: for its settings of sampling.
-        folder: where the files are.
-        prompt: of the picture.
-        max_sequence_length: tokens per prompt that the model was trained with.
+        written: Form of what is in the folder.
+        module: Module, whose settings of sampling count.
+        folder: Folder of the files.
+        prompt: Prompt of the picture.
+        max_sequence_length: Tokens per prompt that the model was trained with.
     """
     policy = written.policy
     height, width = policy.size
@@ -52,9 +52,9 @@ def run(code: str, device: torch.device, given: dict[str, Any]) -> dict[str, Any
     """The names that the code leaves behind.
 
     Args:
-        code: as `python` wrote it.
-        device: the CPU hides a GPU from it.
-        given: names that it needs, if it is not printed alone.
+        code: Code as `python` wrote it.
+        device: Device that runs it; the CPU hides a GPU from it.
+        given: Values of names that it needs, if it is not printed alone.
 
     Raises:
         ValueError: with the code's own error, if it fails.

@@ -27,8 +27,8 @@ class Stored(NamedTuple):
     """A tensor that is not in memory.
 
     Args:
-        shape: of it.
-        read: brings it there.
+        shape: Shape of the tensor.
+        read: Function that brings it into memory.
     """
 
     shape: tuple[int, ...]
@@ -39,9 +39,9 @@ def read_trained(path: Path, kind: Kind, module: SRPOModule) -> dict[str, Stored
     """The trained tensors of a checkpoint, by their names in the transformer.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint; optimizer states are not read.
-        kind: which of its weights.
-        module: what the checkpoint is of, its transformer in outline; is told the step.
+        path: File of a checkpoint, or folder of a sharded one; optimizer states are not read.
+        kind: Kind of its weights.
+        module: Module that the checkpoint is of, its transformer in outline; is told the step.
 
     Raises:
         ValueError: naming the cure, if it is another module's, damaged, or without these weights.
