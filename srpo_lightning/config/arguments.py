@@ -38,7 +38,7 @@ class Parser(LightningArgumentParser):
     def settings(self) -> set[str]:
         """The dotted names of all settings, those of a command without its name."""
         names = set()
-        for action in self._actions:
+        for action in self._actions:  # argparse tells its options by no public name
             if isinstance(action, argparse._SubParsersAction):
                 names |= {name for parser in action.choices.values() for name in parser.settings}
             names |= {option.removeprefix("--") for option in action.option_strings if option.startswith("--")}
