@@ -10,7 +10,6 @@ venv: .venv/installed ## set up .venv with everything that tests and the demo ne
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --editable '.[dev,emoji,lora,quant]'
-	.venv/bin/pip install --quiet --no-deps 'litdata>=0.2.76,<0.3'  # without torchvision, which fits no CPU build of torch
 	touch $@
 
 ORIGINALS := $(wildcard tests/parity/originals/*.txt)

@@ -1,10 +1,10 @@
-"""A reward with a known bias, for configs/benchmark_biased.yaml: what SRPO's relative reward is made to cancel."""
+"""A reward with a known bias, for experiments/objectives/biased.yaml: what SRPO's relative reward is made to cancel."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from srpo_lightning.metrics import saturation
+from srpo_lightning.evaluation.metrics import saturation
 from srpo_lightning.rewards import ClipReward, Reward
 
 

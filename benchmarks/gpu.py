@@ -30,7 +30,7 @@ from jsonargparse.typing import PositiveInt
 from benchmarks import gpu_parts
 from benchmarks.gpu_parts import CASES
 from benchmarks.step import table
-from srpo_lightning.memory import GIB
+from srpo_lightning.jobs.estimate.memory import GIB
 
 CONTEXT = get_context("spawn")  # bitsandbytes uses the GPU when it is imported: no process can inherit that
 

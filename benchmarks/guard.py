@@ -15,10 +15,11 @@ import yaml
 from jsonargparse import auto_cli
 
 from srpo_lightning.callbacks import OverOptimizationGuard
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT, summary
-from srpo_lightning.callbacks.tracking import base_path, read_table, table_path
 from srpo_lightning.cli import main as train
-from srpo_lightning.metrics import Evaluation
+from srpo_lightning.config.classes import is_class
+from srpo_lightning.evaluation.comparison import BASE, HELD_OUT, summary
+from srpo_lightning.evaluation.exchange import Evaluation, Evaluations
+from srpo_lightning.run_folder import RunFolder
 
 CONFIG = "configs/emoji_srpo.yaml"
 
@@ -35,7 +36,7 @@ def main(
 ) -> None:
     for seed in seeds:
         run = Path(folder) / f"lr-{lr:g}-seed-{seed}"
-        if not table_path(run, max_steps, "policy").is_file():
+        if not RunFolder(run).table(max_steps, "policy").is_file():
             train(
                 ["fit", "--config", unguarded(config, run), "--trainer.default_root_dir", str(run),
                  "--seed_everything", str(seed),
@@ -59,7 +60,9 @@ def unguarded(config: str, run: Path) -> str:
     """The same configuration without the guard, in a file beside the run."""
     settings = yaml.safe_load(Path(config).read_text())
     callbacks = settings["trainer"]["callbacks"]
-    settings["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("OverOptimizationGuard")]
+    settings["trainer"]["callbacks"] = [
+        own for own in callbacks if not is_class(own["class_path"], OverOptimizationGuard)
+    ]
     path = run.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(settings))
@@ -68,10 +71,10 @@ def unguarded(config: str, run: Path) -> str:
 
 def read_evaluations(run: Path, steps: range) -> dict[int, Evaluation]:
     """What was measured at each step, of the policy's own weights."""
-    base = read_table(base_path(run))
+    base = RunFolder(run).read_base()
     found = {}
     for step in steps:
-        table = read_table(table_path(run, step, "policy"))
+        table = RunFolder(run).read_table(step, "policy")
         if table is not None:
             found[step] = Evaluation(table, summary(table, base if step else None, []))
     return found
@@ -83,7 +86,8 @@ def verdict(evaluations: dict[int, Evaluation], patience: int, best: int) -> str
     trainer = SimpleNamespace(should_stop=False, optimizers=[], lr_scheduler_configs=[])
     last = max(evaluations)
     for step, evaluation in evaluations.items():
-        guard.watch(trainer, {"policy": evaluation, BASE: evaluations[min(evaluations)]}, step)  # type: ignore[arg-type]
+        found = {"policy": evaluation, BASE: evaluations[min(evaluations)]}
+        guard.watch(trainer, Evaluations(step, found))  # type: ignore[arg-type]
         if trainer.should_stop:
             last = step
             break

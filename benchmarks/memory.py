@@ -12,16 +12,20 @@ from collections.abc import Mapping
 import torch
 from jsonargparse import Namespace, auto_cli
 
-from srpo_lightning.arguments import read_config
-from srpo_lightning.jobs.estimate import POLICY, in_gib, local_files, use_devices
-from srpo_lightning.jobs.prediction import predict, quiet
-from srpo_lightning.memory import GIB
+from srpo_lightning.callbacks.ema import EMA
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.config.classes import of_class
+from srpo_lightning.jobs.estimate.job import POLICY, in_gib, local_files, use_devices
+from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.prediction import predict, quiet
 from srpo_lightning.policies.adapters import Lora
 from tests.jobs.measured import measured_peak
 
 SGD = Namespace(class_path="torch.optim.SGD", init_args=Namespace(lr=1e-3))
 
-EIGHT_BIT = {"model.optimizer": Namespace(class_path="srpo_lightning.low_bit.AdamW8bit", init_args=Namespace(lr=5e-6))}
+EIGHT_BIT = {
+    "model.optimizer": Namespace(class_path="srpo_lightning.training.low_bit.AdamW8bit", init_args=Namespace(lr=5e-6))
+}
 ADAPTER = Namespace(**vars(Lora()))
 NF4 = {f"{POLICY}.quantize": "nf4"}
 
@@ -97,8 +101,7 @@ def table(sides: tuple[int, ...] = (512, 720, 1024), start: str = "configs/flux_
 def changed(start: str, changes: Mapping[str, object]) -> Namespace:
     """A configuration with other settings, and of its callbacks the average alone."""
     settings = read_config(start)
-    chosen = settings.trainer.callbacks or []
-    settings.trainer.callbacks = [callback for callback in chosen if callback.class_path.endswith(".EMA")]
+    settings.trainer.callbacks = of_class(settings.trainer.callbacks, EMA)
     for key, value in changes.items():
         settings[key] = value
     return settings

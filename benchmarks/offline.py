@@ -1,6 +1,6 @@
 """Seconds of training to a given share of the positive style: by rollouts, by real pictures, and half and half.
 
-python -m srpo_lightning.emoji pictures runs/emoji_pictures
+python -m tools.emoji pictures runs/emoji_pictures
 python -m benchmarks.offline [--share 0.5] [--max_steps 48]
 
 Fits the built-in model on the training concepts and evaluates on the others. Each run's seconds are those of its
@@ -12,10 +12,9 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from srpo_lightning.callbacks.tracking import read_records
-from srpo_lightning.checkpoints import checkpoint_path
+from experiments.objectives.results import first_crossing, training_seconds
 from srpo_lightning.cli import main as command
-from srpo_lightning.jobs.benchmark.results import first_crossing, training_seconds
+from srpo_lightning.run_folder import RunFolder
 
 CONFIG = "configs/emoji_srpo_offline.yaml"
 RATIOS = {"online": 0.0, "mixed": 0.5, "offline": 1.0}
@@ -36,7 +35,7 @@ def main(
     print(f"{'':8} {'s/step':>7} {f'steps to {share:.0%}':>14} {'seconds':>8}   {head}")
     for name in RATIOS:
         run = Path(folder) / name
-        points = {r["step"]: r for r in read_records(run) if r["weights"] == "policy"}
+        points = {r["step"]: r for r in RunFolder(run).read_metrics() if r["weights"] == "policy"}
         seconds = training_seconds(run)
         each = sum(seconds.values()) / len(seconds)
         reached = first_crossing(((step, r[f"share/{label}"]) for step, r in sorted(points.items())), share)
@@ -49,7 +48,7 @@ def main(
 
 def advance(run: Path, ratio: float, step: int, every: int, samples: int) -> None:
     """Train up to a step, from where the run stands."""
-    if checkpoint_path(run, step).exists():
+    if RunFolder(run).checkpoint(step).exists():
         return
     resume = ["--ckpt_path", "last"] if step > every else []
     command(

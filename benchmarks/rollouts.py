@@ -1,4 +1,4 @@
-"""What makes a rollout faster, in seconds; what that costs in quality, configs/benchmark_speed.yaml measures.
+"""What makes a rollout faster, in seconds; what that costs in quality, experiments/objectives/speed.yaml measures.
 
 python -m benchmarks.rollouts [--repeats 5]
 
@@ -15,13 +15,14 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
-from srpo_lightning.batch import Conditions
+from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.draws import Draws
+from srpo_lightning.encoding import Encoding
 from srpo_lightning.objectives import SRPO, ControlWords, Rollout
 from srpo_lightning.policies.base import Policy
-from srpo_lightning.policies.flux import FluxPolicy, pack, unpack
-from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.policies.flux import FluxPolicy
+from srpo_lightning.policies.packing import pack, unpack
 
 
 class HalfSizeSRPO(SRPO):
@@ -83,8 +84,8 @@ def main(repeats: PositiveInt = 5, batch_size: PositiveInt = 16) -> None:
     policy = FluxPolicy(pretrained, 64, 64)
     policy.load()
     prompts = read_prompts("srpo_lightning/assets/prompts/train.txt").prompts[:batch_size]
-    embeds, pooled = map(torch.stack, zip(*FluxTextEncoder(pretrained).encode(prompts), strict=True))
-    conditions = Conditions(prompts, embeds, pooled, torch.arange(batch_size), policy.size)
+    text = Text.collate(policy.encoder(Encoding()).text.encode(prompts))
+    conditions = Conditions(prompts, text, torch.arange(batch_size), policy.size)
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     ends: dict[str, Tensor] = {}
     for _ in range(repeats + 1):

@@ -31,15 +31,19 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from srpo_lightning.arguments import read_config
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.cli import QUIET
-from srpo_lightning.jobs.estimate import POLICY, local_files
-from srpo_lightning.jobs.prediction import (
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.config.classes import of_class
+from srpo_lightning.jobs.estimate.job import POLICY, local_files
+from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
+from srpo_lightning.jobs.estimate.prediction import build, eager, fake_conditions, make_fake, quiet, without_weights
+from srpo_lightning.jobs.estimate.step import (
     AVERAGING,
     BACKWARD,
     DECODE,
@@ -47,18 +51,11 @@ from srpo_lightning.jobs.prediction import (
     REWARD,
     ROLLOUT,
     STEP,
-    build,
-    eager,
-    fake_conditions,
-    make_fake,
     micro_batch,
     phases,
-    quiet,
-    without_weights,
 )
-from srpo_lightning.memory import GIB, MemoryTracker
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.timing import now, seconds_between
+from srpo_lightning.training.timing import now, seconds_between
 
 CONFIGS = {"small": "configs/emoji_srpo.yaml", "flux": "configs/flux_srpo_lora.yaml"}
 PHASES = (ROLLOUT, FORWARD, DECODE, REWARD, BACKWARD, STEP, AVERAGING)
@@ -113,12 +110,12 @@ class BareStep:
         self.conditions = conditions
         self.optimizer = optimizer
         self.parameters = [p for _, p in module.trainable_parameters()]
-        self.average = next((EMA(**vars(c.init_args)) for c in config.trainer.callbacks or [] if is_average(c)), None)
-        self.progress: Any = SimpleNamespace(global_step=0)
         self.accumulates = False
         """Whether the gradients of the micro-batch before stay, and this one's are added."""
-        if self.average:
-            self.average.on_fit_start(self.progress, module)
+        self.ema = next((EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)), None)
+        self.progress: Any = SimpleNamespace(global_step=0)
+        if self.ema:
+            self.ema.on_fit_start(self.progress, module)
 
     def __call__(self, meter: Any) -> None:
         """Make one; `meter` learns the phases."""
@@ -133,12 +130,8 @@ class BareStep:
             self.optimizer.step()
         meter.phase = AVERAGING
         self.progress.global_step += 1
-        if self.average:
-            self.average.on_train_batch_end(self.progress, self.module, None, self.conditions, 0)
-
-
-def is_average(callback: Namespace) -> bool:
-    return str(callback.class_path).endswith(".EMA")
+        if self.ema:
+            self.ema.on_train_batch_end(self.progress, self.module, None, self.conditions, 0)
 
 
 def fresh(conditions: Conditions, step: int) -> Conditions:
@@ -147,8 +140,9 @@ def fresh(conditions: Conditions, step: int) -> Conditions:
 
 
 def on_device(conditions: Conditions, device: torch.device) -> Conditions:
-    moved = {k: v.to(device) for k, v in conditions._asdict().items() if isinstance(v, Tensor)}
-    return conditions._replace(**moved)
+    """The same batch there."""
+    moved: Conditions = tree_map_only(Tensor, lambda tensor: tensor.to(device), conditions)
+    return moved
 
 
 def load(config: Namespace, device: torch.device, geometry: str) -> SRPOModule:
@@ -169,7 +163,7 @@ def model_flops(config: Namespace) -> Mapping[str, float]:
         module.configure_model()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker("", {}):
         make_fake(module)
-        conditions = fake_conditions(config, config.data.batch_size)
+        conditions = fake_conditions(config, module.policy, config.data.batch_size)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
             meter = Meter(counter.get_total_flops, lambda start, end: end - start)
             with phases(module, meter):
@@ -245,12 +239,12 @@ class TakingTurns(Dataset[Conditions]):
         return self.num_steps + 1
 
     def __getitem__(self, index: int) -> Conditions:
-        synchronize(self.conditions.prompt_embeds.device)
+        synchronize(self.conditions.device)
         if index:
             self.lightning.append(Spent.since(self._handed_over))
         start = Spent.since(NOTHING)
         self.make_bare_step()
-        synchronize(self.conditions.prompt_embeds.device)
+        synchronize(self.conditions.device)
         self.bare.append(Spent.since(start))
         self._handed_over = Spent.since(NOTHING)
         return fresh(self.conditions, -index)
@@ -264,13 +258,13 @@ def synchronize(device: torch.device) -> None:
 def lightning_share(module: SRPOModule, config: Namespace, conditions: Conditions, num_steps: int) -> list[Spent]:
     """What a step through Trainer.fit takes over what a bare one does, pair by pair."""
     turns = TakingTurns(conditions, num_steps)
-    own = [EMA(**vars(c.init_args)) for c in config.trainer.callbacks or [] if is_average(c)]
+    emas = [EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)]
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             default_root_dir=folder,
-            accelerator=conditions.prompt_embeds.device.type,
+            accelerator=conditions.device.type,
             devices=1,
             max_steps=num_steps + 1,
             precision=config.trainer.precision,
@@ -279,7 +273,7 @@ def lightning_share(module: SRPOModule, config: Namespace, conditions: Condition
             logger=TensorBoardLogger(folder),
             enable_checkpointing=False,
             enable_model_summary=False,
-            callbacks=[*own, TQDMProgressBar(refresh_rate=10)],
+            callbacks=[*emas, TQDMProgressBar(refresh_rate=10)],
         )
         nothing: Any = SimpleNamespace(phase="")
 
@@ -348,7 +342,7 @@ def main(
         dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
         flops = model_flops(config)
         module = load(config, device, geometry)
-        conditions = on_device(fake_conditions(config, config.data.batch_size), device)
+        conditions = on_device(fake_conditions(config, module.policy, config.data.batch_size), device)
         as_is = partial(torch.compiler.set_stance, "force_eager")
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {"eager": as_is}
         if compile:

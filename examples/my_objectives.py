@@ -21,7 +21,7 @@ class LateReward(Objective):
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
         """Without gradient: noise, and the latents at the level of step 15."""
         shape = (conditions.batch_size, *policy.latent_shape(conditions.size))
-        noise = draws.noise(shape, shared=False).to(conditions.prompt_embeds.device)
+        noise = draws.noise(shape, shared=False).to(conditions.device)
         sigmas = policy.sigmas(NUM_STEPS)[: STOP + 1]
         return Rollout(flow.integrate(lambda x, s: policy(x, s, conditions, GUIDANCE), noise, sigmas), noise)
 

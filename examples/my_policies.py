@@ -5,14 +5,16 @@ from torch import Tensor
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Size
+from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.policies.base import Policy, Shard
+from srpo_lightning.policies.flux import FluxTextEncoder
 
 
 class PixelFlow(Policy):
     """Pictures of 8 x 8 pixels by one convolution.
 
     Args:
-        pretrained: the pipeline whose text encoders turn prompts into features; data reads them from there.
+        pretrained: pipeline folder whose text encoders turn prompts into features.
     """
 
     fingerprint = "PixelFlow"  # of the architecture, kept in checkpoints
@@ -20,6 +22,10 @@ class PixelFlow(Policy):
     def __init__(self, pretrained: str) -> None:
         super().__init__()
         self.pretrained = pretrained
+
+    def encoder(self, wanted: Encoding) -> Encoder:
+        """How prompts are encoded; no real pictures are trained on."""
+        return Encoder(FluxTextEncoder.of(self.pretrained, wanted), None, size=(8, 8), cell=8)
 
     def load(self, shard: Shard | None = None) -> None:
         """Where weights are read, once."""

@@ -1,6 +1,6 @@
 import os
 
-from srpo_lightning.quiet import quiet
+from srpo_lightning.files.quiet import quiet
 
 quiet()
 # Threads that spin long while they wait slow a run down many times as soon as another program uses one of the cores.

@@ -1,67 +1,120 @@
 """The one thing that travels from data to policy."""
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 Size: TypeAlias = tuple[int, int]
 """Height and width of a picture in pixels."""
 
 
+class Text(NamedTuple):
+    """What a policy reads of B prompts.
+
+    Args:
+        tensors: features by their names, each [B, T, ...] for a sequence or [B, P] for a vector. The rows beyond a
+            prompt's own length are zeros.
+        lengths: [B] int64, the number of each prompt's own rows; None where all rows count, padding included.
+    """
+
+    tensors: dict[str, Tensor]
+    lengths: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(next(iter(self.tensors.values())))
+
+    def mask(self, name: str) -> Tensor | None:
+        """[B, T], true for a prompt's own rows of a sequence; None where all rows count."""
+        if self.lengths is None:
+            return None
+        positions = torch.arange(self.tensors[name].shape[1], device=self.lengths.device)
+        return positions < self.lengths[:, None]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Text":
+        """The same change of every tensor, lengths included."""
+        lengths = None if self.lengths is None else change(self.lengths)
+        return Text({name: change(tensor) for name, tensor in self.tensors.items()}, lengths)
+
+    def expand(self, batch_size: int) -> "Text":
+        """One prompt's features for a whole batch, without a copy; those of a whole batch as they are."""
+        return self.each(lambda tensor: tensor.expand(batch_size, *tensor.shape[1:]))
+
+    @classmethod
+    def collate(cls, items: Sequence[Mapping[str, Tensor]], ragged: Collection[str] = ()) -> "Text":
+        """Stack the features of single prompts.
+
+        Args:
+            items: features of each prompt, [T, ...] or [P].
+            ragged: names of the sequences of each prompt's own length, which all of these share.
+        """
+        if not ragged:
+            return cls({name: torch.stack([item[name] for item in items]) for name in items[0]})
+        lengths = torch.tensor([len(item[next(iter(ragged))]) for item in items])
+        padded = {
+            name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True)
+            if name in ragged
+            else torch.stack([item[name] for item in items])
+            for name in items[0]
+        }
+        return cls(padded, lengths)
+
+
 class Conditions(NamedTuple):
-    """A batch of B prompts and the text features that the policy reads.
+    """A batch of B prompts and what the policy reads of them.
 
     Args:
         prompts: the B texts, for rewards and logs.
-        prompt_embeds: [B, T, D] sequence features (FLUX: T5), padded to the full length T.
-        pooled_prompt_embeds: [B, P] pooled features (FLUX: CLIP).
+        text: features of the texts.
         indices: [B] int64, each prompt's position in its list.
-        size: of the pictures of this batch; None: the policy's own.
-        x0: [B, L, C] clean latents of real images with these captions, in the policy's packing; None: there are none.
-        seeds: what each prompt's evaluation sample is drawn from; where None, that is its position.
-        negative_prompts: what each picture should move away from; where None, the objective's negative word says it.
-        tags: of each prompt, to report by.
+        size: pixels of the pictures of this batch; None: the policy's own.
+        x0: [B, *latent] clean latents of real pictures with these captions; None: there are none.
+        seeds: numbers that each prompt's evaluation sample is drawn from; where None, its position is.
+        negative_prompts: texts that each picture should move away from under the reward; where None, the objective's
+            negative word says it. Classifier-free guidance knows nothing of them.
+        tags: labels of each prompt, to report by.
+        unconditional: features of the text that classifier-free guidance moves away from, of one row for the whole
+            batch or of B; None: the policy needs none.
     """
 
     prompts: list[str]
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
+    text: Text
     indices: Tensor
     size: Size | None = None
     x0: Tensor | None = None
     seeds: list[int | None] | None = None
     negative_prompts: list[str | None] | None = None
     tags: list[list[str]] | None = None
+    unconditional: Text | None = None
 
     @property
     def batch_size(self) -> int:
         """B (`len` is the number of fields, as of any tuple)."""
         return len(self.prompts)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the batch is."""
+        return self.indices.device
+
     def repeat(self, times: int) -> "Conditions":
         """The batch `times` over, one whole copy after the other."""
-        return Conditions(
-            self.prompts * times,
-            self.prompt_embeds.repeat(times, 1, 1),
-            self.pooled_prompt_embeds.repeat(times, 1),
-            self.indices.repeat(times),
-            self.size,
-            None if self.x0 is None else self.x0.repeat(times, 1, 1),
-            self.seeds and self.seeds * times,
-            self.negative_prompts and self.negative_prompts * times,
-            self.tags and self.tags * times,
-        )
+        return self._each(lambda rows: rows * times, lambda rows: rows.repeat(times, *[1] * (rows.ndim - 1)))
 
     def take(self, rows: slice) -> "Conditions":
         """Some prompts of the batch."""
-        return Conditions(
-            self.prompts[rows],
-            self.prompt_embeds[rows],
-            self.pooled_prompt_embeds[rows],
-            self.indices[rows],
-            self.size,
-            None if self.x0 is None else self.x0[rows],
-            self.seeds and self.seeds[rows],
-            self.negative_prompts and self.negative_prompts[rows],
-            self.tags and self.tags[rows],
-        )
+        return self._each(lambda own: own[rows], lambda own: own[rows])
+
+    def _each(self, of_lists: Callable[[list[Any]], list[Any]], of_tensors: Callable[[Tensor], Tensor]) -> "Conditions":
+        def changed(value: Any) -> Any:
+            if isinstance(value, Text):
+                is_shared = value.batch_size == 1 < self.batch_size
+                return value if is_shared else value.each(of_tensors)
+            if isinstance(value, Tensor):
+                return of_tensors(value)
+            return of_lists(value) if isinstance(value, list) else value  # a size, or nothing
+
+        return Conditions(*map(changed, self))

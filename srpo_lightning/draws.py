@@ -1,8 +1,8 @@
 """Every random number of training, as a function of (seed, step, sample, purpose).
 
-No hidden state: a resumed run draws what the unbroken run would have drawn, also on another number of ranks, "the same
-noise for every sample" is one argument, and a logged sample depends on its own seed alone, whatever the batch.
-Numbers are drawn on the CPU, so that they are the same on every device.
+No hidden state: a resumed run draws what the unbroken run would have drawn, also on another number of ranks. "The same
+noise for every sample" is one argument. A logged sample depends on its own seed alone, whatever the batch. Numbers are
+drawn on the CPU, so that they are the same on every device.
 """
 
 import hashlib
@@ -13,24 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 64  # prompts that a large set's order keeps in one stretch
-MAX_PERIOD = 1000  # turns in which shares by weight come out exactly
+BLOCK = 64
+"""Number of prompts that the order of a large set keeps in one stretch."""
+
+MAX_PERIOD = 1000
+"""Largest number of turns in which choices by weight come out exactly."""
 
 
 class Draws(NamedTuple):
     """The randomness of one micro-batch of an optimizer step.
 
-    A step's samples are counted over its micro-batches and ranks, in the order in which they are drawn from the data:
-    sample j of rank r in micro-batch m is number (m R + r) B + j. So 1 rank with 32 micro-batches, 8 ranks with 4, and
-    32 ranks with 1 draw the same for the same 32 samples. Source: the official script, which draws the noise and the
+    A step's samples are counted over its micro-batches and ranks, in the order in which they are drawn from the data.
+    Sample j of rank r in micro-batch m is number (m R + r) B + j. So 1 rank with 32 micro-batches and 8 ranks with 4
+    draw the same for the same 32 samples. Source: the official script, which draws the noise and the
     control words once per optimizer step, and a position for every sample.
 
     Args:
-        seed: of the run.
-        step: optimizer steps since the start of the run.
-        rank: of this process.
-        micro_batch: number of the micro-batch within the step.
-        num_ranks: R, processes of the run.
+        seed: Seed of the run.
+        step: Number of optimizer steps since the start of the run.
+        rank: Rank of this process.
+        micro_batch: Number of the micro-batch within the step, from 0.
+        num_ranks: Number R of processes of the run.
     """
 
     seed: int
@@ -48,27 +51,29 @@ class Draws(NamedTuple):
         return self._each(count, purpose, shared, lambda g: torch.randint(low, high + 1, (), generator=g))
 
     def order(self, purpose: str, size: int, count: int) -> Tensor:
-        """0..size - 1 in an order of its own for each of B = `count` samples; int64 [B, size]."""
+        """The numbers 0..size - 1 in an order of its own for each of B = `count` samples; int64 [B, size]."""
         return self._each(count, purpose, False, lambda generator: torch.randperm(size, generator=generator))
 
     def choice(self, purpose: str, low: int, high: int) -> int:
         """An integer for the whole micro-batch, uniform on low..high, both ends included; the same on every rank."""
-        return int(torch.randint(low, high + 1, (), generator=self._of_all(purpose)))
+        return int(torch.randint(low, high + 1, (), generator=self._shared_generator(purpose)))
 
     def subset(self, purpose: str, weights: Sequence[float], count: int) -> list[int]:
-        """`count` different places among `weights`, drawn in proportion to them, in order, for the whole micro-batch.
+        """`count` different places among `weights`, drawn in proportion to them, for the whole micro-batch; sorted.
 
-        The same on every rank: ranks that share their weights run the same steps.
+        They are the same on every rank: ranks that share the policy's weights run the same steps.
         """
-        drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, generator=self._of_all(purpose))
+        drawn = torch.multinomial(
+            torch.tensor(weights, dtype=torch.float64), count, generator=self._shared_generator(purpose)
+        )
         return sorted(drawn.tolist())
 
     def shares(self, purpose: str, concentration: Sequence[float]) -> list[float]:
-        """Positive numbers that sum to 1, by Dirichlet's distribution, for the whole micro-batch; as `subset`."""
-        drawn = np.random.default_rng(self._of_all(purpose).initial_seed()).dirichlet(concentration)
+        """Positive numbers that sum to 1, by Dirichlet's distribution, for the whole micro-batch, on every rank."""
+        drawn = np.random.default_rng(self._shared_generator(purpose).initial_seed()).dirichlet(concentration)
         return [float(share) for share in drawn]
 
-    def _of_all(self, purpose: str) -> torch.Generator:
+    def _shared_generator(self, purpose: str) -> torch.Generator:
         key = (purpose, self.micro_batch) if self.micro_batch else (purpose,)
         return keyed_generator(self.seed, self.step, "all", *key)
 
@@ -90,7 +95,7 @@ def sample_noise(
 ) -> Tensor:
     """The starting noise of evaluation samples, float32 [len(indices), *shape].
 
-    Each sample's noise is a function of (seed, its own index), or of its own seed where it has one, and nothing else.
+    Each sample's noise is a function of (seed, its own index) alone, or of its own seed where it has one.
     """
     own = own_seeds or [None] * len(indices)
     keys: list[tuple[int | str, ...]] = [
@@ -103,13 +108,13 @@ def permutation(seed: int, epoch: int, size: int, window: int | None = None, pur
     """The order of `size` training prompts in one pass over them, int64 [size].
 
     Args:
-        seed: of the run.
-        epoch: number of the pass.
-        size: how many prompts there are.
-        window: larger sets are shuffled in two stages, so that prompts which lie together are drawn at about the same
-            time and reading stays local: first the order of blocks of `BLOCK` prompts, then within each stretch of
-            `window` prompts. None: all at once.
-        purpose: tells several sets of one run apart.
+        seed: Seed of the run.
+        epoch: Number of the pass, from 0.
+        size: Number of prompts.
+        window: Number of prompts that are shuffled at once; None shuffles all. Larger sets are shuffled in two stages:
+            the order of blocks of `BLOCK` prompts, then each stretch of `window` prompts. So prompts that lie together
+            are drawn at about the same time, and reading stays local.
+        purpose: Name that tells several sets of one run apart.
     """
     generator = keyed_generator(seed, purpose, epoch)
     if window is None or size <= window:
@@ -125,8 +130,8 @@ class Shares:
     The choice of turn n, and how often it was chosen before, are functions of (weights, key, n).
 
     Args:
-        weights: of the choices, positive.
-        key: of the random numbers.
+        weights: Weights of the choices, positive.
+        key: Key of the random numbers.
     """
 
     def __init__(self, weights: Sequence[float], *key: int | str) -> None:
@@ -161,7 +166,7 @@ class Shares:
 
 
 def _whole_numbers(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in the ratio of the weights; to a part in `MAX_PERIOD` where there are none."""
+    """The smallest whole numbers in the ratio of the weights, or those of `MAX_PERIOD` turns that come nearest."""
     total = sum(weights)
     for period in range(len(weights), MAX_PERIOD + 1):
         counts = [weight / total * period for weight in weights]

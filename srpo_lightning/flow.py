@@ -1,12 +1,11 @@
-"""The arithmetic of rectified flow, on tensors alone.
+"""The arithmetic of rectified flow, on tensors alone (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206).
 
 Convention, the one FLUX uses: `sigma` is the noise level in [0, 1] (1 = pure noise),
 
     x = (1 - sigma) x0 + sigma noise,        velocity = dx / dsigma = noise - x0.
 
-Other libraries run time the other way and flip the sign of the velocity. A schedule is descending.
-Every function works in the dtype of its arguments (float64 in, float64 out) and broadcasts sigma over the axes
-after the first.
+Other libraries run time the other way and flip the sign of the velocity. A schedule is descending. Every function works
+in the dtype of its arguments (float64 in, float64 out). It broadcasts sigma over the axes after the first.
 
 Shapes: B samples, `*rest` the axes of one sample, N noise levels.
 """
@@ -29,8 +28,8 @@ def shift_sigma(sigma: Float[Tensor, "..."], shift: float) -> Float[Tensor, "...
     """Move a uniform noise level towards more noise: `shift sigma / (1 + (shift - 1) sigma)`.
 
     Args:
-        sigma: noise levels in [0, 1]; 0 and 1 stay where they are.
-        shift: above 0; 1 changes nothing, FLUX trains SRPO with 3.
+        sigma: Noise levels in [0, 1]; 0 and 1 stay where they are.
+        shift: Factor above 0; 1 changes nothing, SRPO trains FLUX with 3.
 
     Source: Esser et al., arXiv 2403.03206, section 5.3.2 (timestep shifting).
     """
@@ -40,33 +39,33 @@ def shift_sigma(sigma: Float[Tensor, "..."], shift: float) -> Float[Tensor, "...
 def schedule(num_steps: int, shift: float, dtype: torch.dtype = torch.float64) -> Sigmas:
     """The `num_steps + 1` noise levels of an Euler sampler, from 1 down to 0.
 
-    The same levels as diffusers' FlowMatchEulerDiscreteScheduler when FluxPipeline calls it with as many steps.
+    They are those of diffusers' FlowMatchEulerDiscreteScheduler when FluxPipeline calls it with as many steps.
     """
     return shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=dtype), shift)
 
 
 def inject(x0: Latents, noise: Latents, sigma: Sigma) -> Latents:
     """Noise clean latents to level `sigma`: `(1 - sigma) x0 + sigma noise`."""
-    sigma = _over(sigma, x0)
+    sigma = _per_sample(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def step(x: Latents, velocity: Latents, sigma: Sigma, sigma_next: Sigma) -> Latents:
-    """One Euler step from level `sigma` to `sigma_next`, in either direction."""
-    return x + _over(sigma_next - sigma, x) * velocity
+    """One Euler step from level `sigma` to `sigma_next`, in either direction: `x + (sigma_next - sigma) v`."""
+    return x + _per_sample(sigma_next - sigma, x) * velocity
 
 
 def recover(x: Latents, noise: Latents, sigma: Sigma) -> Latents:
-    """Undo `inject`: the clean latents that a known `noise` hides in `x`.
+    """Undo `inject`: the clean latents that a known `noise` hides in `x`, `(x - sigma noise) / (1 - sigma)`.
 
     Args:
-        x: latents at level `sigma`.
-        noise: the very noise that was injected.
-        sigma: noise level in [0, 1); at 1 nothing is left to recover.
+        x: Latents at level `sigma`.
+        noise: Noise that was injected, the very same.
+        sigma: Noise levels in [0, 1); at 1 nothing is left to recover.
 
     Source: Direct-Align, arXiv 2509.06942.
     """
-    sigma = _over(sigma, x)
+    sigma = _per_sample(sigma, x)
     return (x - sigma * noise) / (1 - sigma)
 
 
@@ -74,9 +73,9 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Latents, sigmas: 
     """Follow the flow through a schedule with Euler steps.
 
     Args:
-        velocity: the model, called with latents and one noise level per sample ([B], in the dtype of `x`).
-        x: latents at level `sigmas[0]`.
-        sigmas: N + 1 noise levels, in float64 so that their differences are exact to the dtype of `x`.
+        velocity: Model, called with latents and one noise level per sample ([B], in the dtype of `x`).
+        x: Latents at level `sigmas[0]`.
+        sigmas: Noise levels, N + 1 of them, in float64 so that their differences are exact to the dtype of `x`.
     """
     levels = sigmas.to(x, non_blocking=True).unsqueeze(1).expand(-1, len(x))
     for sigma, sigma_next in pairwise(levels):
@@ -85,11 +84,11 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], x: Latents, sigmas: 
 
 
 def score(x: Latents, velocity: Latents, sigma: Sigma) -> Latents:
-    """The gradient of the log-density that a velocity implies, `-(x + (1 - sigma) v) / sigma`, at `sigma` above 0.
+    """The score, the gradient of the log-density that a velocity implies: `-(x + (1 - sigma) v) / sigma`, sigma > 0.
 
     It is `-(x - (1 - sigma) x0_hat) / sigma^2` with `x0_hat = x - sigma v`.
     """
-    sigma = _over(sigma, x)
+    sigma = _per_sample(sigma, x)
     return -(x + (1 - sigma) * velocity) / sigma
 
 
@@ -99,17 +98,17 @@ def random_step(
     """One Euler-Maruyama step down of the SDE that has the same marginals as the flow.
 
     Args:
-        diffusion: the noise per root of a unit of sigma, g; 0 is `step`.
+        diffusion: Noise g per root of a unit of sigma; 0 makes the step that of `step`.
 
     Returns:
-        Mean `x + (v - g^2 score / 2) (sigma_next - sigma)` and standard deviation `g sqrt(sigma - sigma_next)`, which
-        broadcasts over the mean, of the normal distribution of the next latents.
+        Mean and standard deviation of the normal distribution of the next latents. The mean is
+        `x + (v - g^2 score / 2) (sigma_next - sigma)`. The deviation `g sqrt(sigma - sigma_next)` broadcasts over it.
 
     Source: DanceGRPO, arXiv 2505.07818, with g = eta; Flow-GRPO, arXiv 2505.05470, with
     g = a sqrt(sigma / (1 - sigma)).
     """
-    drift = velocity - _over(diffusion, x) ** 2 / 2 * score(x, velocity, sigma)
-    std = _over(diffusion * (sigma - sigma_next).sqrt(), x)
+    drift = velocity - _per_sample(diffusion, x) ** 2 / 2 * score(x, velocity, sigma)
+    std = _per_sample(diffusion * (sigma - sigma_next).sqrt(), x)
     return step(x, drift, sigma, sigma_next), std
 
 
@@ -121,11 +120,11 @@ def log_prob(x: Latents, mean: Latents, std: Tensor) -> Float[Tensor, " B"]:
     return density.flatten(1).mean(1)
 
 
-def normal_kl(mean: Latents, other: Latents, std: Tensor) -> Float[Tensor, " B"]:
+def normal_kl(mean: Latents, reference: Latents, std: Tensor) -> Float[Tensor, " B"]:
     """The KL divergence of two normal distributions with one `std`, averaged over elements, in float32 at least."""
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    return (((mean.to(dtype) - other.to(dtype)) / std.to(dtype)) ** 2 / 2).flatten(1).mean(1)
+    return (((mean.to(dtype) - reference.to(dtype)) / std.to(dtype)) ** 2 / 2).flatten(1).mean(1)
 
 
-def _over(sigma: Tensor, x: Tensor) -> Tensor:
+def _per_sample(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.to(x.dtype).view(-1, *[1] * (x.ndim - 1))

@@ -1,7 +1,7 @@
 """What Lightning calls, and when. The mathematics is in objectives/ and flow.py."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,49 +9,51 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from srpo_lightning import flow
-from srpo_lightning.agreement import check_agreement, weights_of
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
-from srpo_lightning.metrics import Evaluation
+from srpo_lightning.errors import naming
+from srpo_lightning.evaluation.comparison import BASE
+from srpo_lightning.evaluation.exchange import HasPictures, OffersWeights, Weights, callbacks_that
 from srpo_lightning.objectives.base import Objective, Rollout
 from srpo_lightning.objectives.readings import check_readings
-from srpo_lightning.one_line import naming
-from srpo_lightning.optimizers import InBackward, check_settings, whole
 from srpo_lightning.policies.base import Policy
+from srpo_lightning.policies.parallel import leave_cudnn_attention_alone
 from srpo_lightning.rewards.base import Reward
-from srpo_lightning.timing import Moment, now, seconds_between
-
-LONGEST_TRIAL = 10_000
-"""Steps of a schedule that are gone through before anything is read, in some hundredths of a second."""
+from srpo_lightning.training.agreement import check_weights
+from srpo_lightning.training.optimizers import InBackward, check_clipping, check_settings, new_trial
+from srpo_lightning.training.resuming import check_optimizer, check_shapes, checked_policy, name_of_optimizer
+from srpo_lightning.training.skipping import SkipNonFinite
+from srpo_lightning.training.timing import StepTimes
 
 
 class SRPOModule(LightningModule):
     """A policy trained by an objective under a reward.
 
     Args:
-        policy: what is trained.
-        reward: what it is trained for; frozen.
-        objective: how.
-        optimizer: of the policy's trainable parameters.
-        lr_scheduler: steps once per optimizer step; none keeps the learning rate constant.
+        policy: Flow model that is trained.
+        reward: Reward model, frozen, that the policy is trained for.
+        objective: Training algorithm.
+        optimizer: Optimizer of the policy's trainable parameters.
+        lr_scheduler: Schedule of the learning rate, which steps once per optimizer step; null keeps it constant.
         num_sample_steps: Euler steps of evaluation samples.
-        sample_guidance: distilled guidance of evaluation samples.
-        seed: of every random number of training and evaluation.
-        max_skipped_steps: consecutive steps with a loss or gradient that is not finite before the run is stopped.
-        optimizer_in_backward: step each parameter as soon as its gradient is there, then free the gradient: no memory
-            for a whole gradient, and no clipping of it (trainer.gradient_clip_val: 0) nor accumulation.
-        updates_per_rollout: training steps on each rollout, each with noise levels of its own; with as many accumulated
+        sample_guidance: Distilled guidance of evaluation samples.
+        seed: Seed of every random number of training and evaluation.
+        max_skipped_steps: Consecutive steps with a loss or gradient that is not finite before the run is stopped.
+        optimizer_in_backward: Whether each parameter is stepped as soon as its gradient is there, which is then freed.
+            That takes no memory for a whole gradient, but allows no accumulation, and no clipping of it
+            (trainer.gradient_clip_val: 0).
+        clip_norm_per_parameter: Norm that the gradient of each parameter is clipped to, with optimizer_in_backward.
+            Unlike trainer.gradient_clip_val, which scales all gradients by one factor, this turns their direction.
+        updates_per_rollout: Training steps on each rollout, each with noise levels of its own. With as many accumulated
             batches they make one optimizer step. A run resumed between them rolls out again, with the newer weights.
-        clip_norm_per_parameter: with optimizer_in_backward, clip the gradient of each parameter to this norm. Not the
-            same as trainer.gradient_clip_val, which scales all gradients by one factor: this turns their direction.
     """
 
     def __init__(
@@ -75,11 +77,7 @@ class SRPOModule(LightningModule):
         objective.check_reward(reward)
         objective.check_policy(policy)
         objective.check_updates(updates_per_rollout)
-        if clip_norm_per_parameter and not optimizer_in_backward:
-            raise ValueError(
-                "model.clip_norm_per_parameter belongs to model.optimizer_in_backward: set that to true, or clip with "
-                "trainer.gradient_clip_val"
-            )
+        check_clipping(clip_norm_per_parameter, in_backward=optimizer_in_backward)
         self.policy = policy
         self.reward = reward
         self.objective = objective
@@ -88,52 +86,32 @@ class SRPOModule(LightningModule):
         self.num_sample_steps = num_sample_steps
         self.sample_guidance = sample_guidance
         self.seed = seed
-        self.max_skipped_steps = max_skipped_steps
         self.optimizer_in_backward = optimizer_in_backward
-        self.clip_norm_per_parameter = clip_norm_per_parameter
         self.updates_per_rollout = updates_per_rollout
         self.kept_rollout: Rollout | None = None
         self.strict_loading = False
         self.micro_step = 0
         self.num_accumulated = 0
         self.loaded_steps = 0
-        self.skipped_steps = 0
-        self.in_backward: InBackward | None = None
-        self.weight_variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"policy": nullcontext}
-        self.evaluations: dict[str, Evaluation] = {}
-        self.is_finished: Callable[[Conditions], bool] | None = None
-        self._moments: list[list[Moment]] = []
+        self.in_backward = InBackward(clip_norm_per_parameter) if optimizer_in_backward else None
+        self.times = StepTimes()
+        self.skipping = SkipNonFinite(max_skipped_steps, self.in_backward)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add none: the first that Lightning asks for, so the place to refuse settings before anything is read."""
-        with naming("model.optimizer"):
-            trial = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
-            trial.step()  # whether it can be, as Lightning calls it
-        with naming("model.lr_scheduler"):
-            scheduler = self.lr_scheduler(trial) if self.lr_scheduler is not None else None
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError(
-                "model.lr_scheduler is ReduceLROnPlateau, which waits for a metric, but schedulers step once per "
-                "optimizer step: take one that counts steps, for instance torch.optim.lr_scheduler.CosineAnnealingLR, "
-                "or OverOptimizationGuard with action lower_learning_rate"
-            )
-        if scheduler is not None:
-            with naming("model.lr_scheduler"):
-                for _ in range(max(1, min(self.trainer.max_steps, LONGEST_TRIAL))):
-                    trial.step()  # without gradients
-                    scheduler.step()
+        """Refuse settings before anything is read, which Lightning asks for first; add what every run has."""
+        trial = new_trial(self.trainer, self.optimizer, self.lr_scheduler)
         check_settings(self.trainer, self.policy.dtype, trial, in_backward=self.optimizer_in_backward)
-        return []
+        return [own for own in (self.times, self.skipping) if own not in callbacks_that(self.trainer, Callback)]
 
     def configure_model(self) -> None:
-        """Read the weights, once; a strategy that shards divides the policy's."""
-        strategy = self.trainer.strategy if self._trainer else None
-        self.policy.load(getattr(strategy, "shard", None))
+        """Read all weights, once; a strategy that shards divides the policy's."""
+        leave_cudnn_attention_alone()
+        self.policy.load(getattr(self._strategy, "shard", None))
         self.reward.load()
         self.compare_weights()
 
     def on_fit_start(self) -> None:
-        """Say what of the prompts the reward does not read, and refuse what would train nothing."""
+        """Say what of the prompts the reward does not read; refuse words that would train nothing."""
         form = vars(self.objective).get("form")
         prompts = getattr(getattr(self.trainer, "datamodule", None), "trained_prompts", ())
         for line in check_readings(form, self.reward, prompts) if form is not None else ():
@@ -141,106 +119,55 @@ class SRPOModule(LightningModule):
 
     def compare_weights(self) -> None:
         """Refuse ranks with other weights; DDP would give all of them the first rank's, without a word."""
-        trained: list[Tensor] = [p for _, p in self.trainable_parameters()]
-        frozen = [t for t in (*self.policy.parameters(), *self.policy.buffers()) if not t.requires_grad]
-        kinds: dict[str, list[Tensor]] = {
-            "trained weights": trained,
-            "frozen weights of the policy": frozen,
-            "weights of the reward": [*self.reward.parameters(), *self.reward.buffers()],
-        }
-        if distributed.is_available() and distributed.is_initialized():
-            mesh = getattr(self.trainer.strategy, "mesh", None)
-            check_agreement(weights_of(kinds, mesh["shard"].get_local_rank() if mesh else 0))
+        check_weights(self.policy, self.reward, getattr(self._strategy, "mesh", None))
+
+    @property
+    def _strategy(self) -> Strategy | None:
+        return self.trainer.strategy if self._trainer else None
 
     def configure_optimizers(self) -> Any:
-        """Trainable parameters only; the scheduler counts optimizer steps."""
+        """An optimizer of the trainable parameters only, and a scheduler that counts optimizer steps."""
         with naming("model.optimizer"):
             optimizer = self.optimizer([p for _, p in self.trainable_parameters()])
         if self.in_backward:
-            self.in_backward.remove()
-        self.in_backward = InBackward(optimizer, self.clip_norm_per_parameter) if self.optimizer_in_backward else None
+            self.in_backward.attach(optimizer)
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     @property
     def trained_steps(self) -> int:
-        """Optimizer steps that the present weights have had, also where a checkpoint is only evaluated."""
+        """Optimizer steps that the policy has had, also where a checkpoint is only evaluated."""
         return max(self.trainer.global_step, self.loaded_steps)
 
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """What is trained, averaged and saved."""
+        """The parameters that are trained, averaged and saved."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    @contextmanager
-    def as_pretrained(self) -> Iterator[None]:
-        """The weights before training, for as long as it lasts; the trained ones wait in host memory."""
-        waiting = {name: p.detach().to("cpu", copy=True) for name, p in self.trainable_parameters()}
-        self.policy.restart()
-        self.forget_gathered()
-        try:
-            yield
-        finally:
-            self.assign(waiting)
-
-    @torch.no_grad()
-    def assign(self, weights: Mapping[str, Tensor]) -> None:
-        """Put weights in the trained parameters' place, by their names."""
-        for name, parameter in self.trainable_parameters():
-            parameter.copy_(weights[name])
-        self.forget_gathered()
-
     def forget_gathered(self) -> None:
-        """What FSDP2 gathered before would stand in for parameters that changed since."""
+        """Free what FSDP2 has gathered, which would stand in for parameters that changed since."""
         for part in self.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
 
     def training_step(self, batch: Conditions, batch_idx: int) -> Tensor:
-        """One micro-batch: rollout, or the one before again, then the objective's loss."""
-        num_ranks = self.trainer.world_size if self._trainer else 1
-        draws = Draws(self.seed, self.global_step, self.global_rank, self.num_accumulated, num_ranks)
-        self._moments.append([now(self.device)])
-        rollout, turn = self.kept_rollout, self.micro_step % self.updates_per_rollout
+        """One micro-batch: a rollout without gradient, or the last one again, then the objective's loss."""
+        draws = Draws(self.seed, self.global_step, self.global_rank, self.num_accumulated, self.trainer.world_size)
+        turn = self.micro_step % self.updates_per_rollout
+        rollout = self.kept_rollout
         if rollout is None or turn == 0:
             with self.policy.rolling_out():
                 rollout = self.objective.rollout(self.policy, batch, draws)
         rollout = rollout._replace(turn=(turn, self.updates_per_rollout))
         self.kept_rollout = rollout if self.updates_per_rollout > 1 else None
+        self.times.end_rollout(self.device)
         self.micro_step += 1
         self.num_accumulated += 1
-        self._moments[-1].append(now(self.device))
         outcome = self.objective.loss(self.policy, self.reward, batch, rollout, draws)
         self.log("train/loss", outcome.loss.detach(), prog_bar=True, batch_size=batch.batch_size)
         self.log_dict({f"train/{name}": v for name, v in outcome.scalars.items()}, batch_size=batch.batch_size)
         return outcome.loss
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Skip the whole step before its first parameter is stepped, if the loss is not finite on any rank."""
-        if not self.in_backward or self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="sum").isfinite():
-            super().backward(loss, *args, **kwargs)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient norm; skip the step if it is not finite (in the backward pass: what of it is not)."""
-        if self.in_backward:
-            norm = self.in_backward.take_norm()
-        else:
-            gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
-            norm = whole(torch.nn.utils.get_total_norm(gradients))
-        self.log("train/gradient_norm", norm)
-        if norm.isfinite():  # the one place in a step where the host waits for the device
-            self.skipped_steps = 0
-            return
-        self.skipped_steps += 1
-        # Without gradients the optimizer leaves weights and its own state alone.
-        optimizer.zero_grad(set_to_none=True)
-        self.print(
-            f"step {self.global_step}: the gradient is not finite, step skipped "
-            f"({self.skipped_steps} in a row, the run stops after {self.max_skipped_steps})"
-        )
 
     def configure_gradient_clipping(
         self,
@@ -248,44 +175,30 @@ class SRPOModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip with fused optimizers too: Lightning refuses them for a loss scaling that bfloat16 does without."""
+        """Clip with fused optimizers too: Lightning refuses them for a loss scaling that bfloat16 does not need."""
         algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
         Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The update ends here; callbacks that save or evaluate are not part of it."""
+        """One optimizer step, from the gradients of all its micro-batches."""
         # Stochastic rounding draws from torch's global generator.
         torch.manual_seed(keyed_generator(self.seed, "rounding", self.global_step).initial_seed())
         super().optimizer_step(*args, **kwargs)
         self.num_accumulated = 0
-        self._moments[-1].append(now(self.device))
+        self.times.end_update(self.device)
 
-    def on_train_batch_end(self, outputs: Any, batch: Conditions, batch_idx: int) -> None:
-        """Log the times of a step that is logged, over its micro-batches; stop a run whose steps keep being skipped."""
-        if len(self._moments[-1]) == 2:  # still accumulating
-            self._moments[-1].append(now(self.device))
-        else:
-            self._log_seconds()
-            self._moments = []
-        if self.skipped_steps > self.max_skipped_steps:
-            raise FloatingPointError(
-                f"{self.skipped_steps} steps in a row had a loss or gradient that is not finite. The weights are those "
-                "of the last good step and saved; look at the last samples, then lower the learning rate, or train in "
-                "a wider precision (trainer.precision)"
-            )
-
-    def _log_seconds(self) -> None:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
-        if every and self.trainer.global_step % every == 0:
-            # To read them is to wait for the device, as the logger is about to.
-            for number, part in enumerate(("rollout", "update")):
-                seconds = sum(seconds_between(*moments[number : number + 2]) for moments in self._moments)
-                self.log(f"train/seconds_{part}", seconds)
+    def evaluated_weights(self) -> dict[str, Weights]:
+        """The weights that evaluations draw by: the policy's and what callbacks offer, the base last."""
+        offered: dict[str, Weights | None] = {"policy": nullcontext}
+        for callback in callbacks_that(self.trainer, OffersWeights):
+            offered |= callback.offered_weights(self)
+        shown = {name: weights for name, weights in offered.items() if weights is not None}
+        return dict(sorted(shown.items(), key=lambda item: item[0] == BASE))
 
     def validation_step(self, batch: Conditions, batch_idx: int) -> dict[str, Tensor]:
-        """Images of the batch, [B, 3, H, W] in [0, 1], by the policy's weights and by every other variant of them."""
+        """Images of the batch, [B, 3, H, W] in [0, 1], by the name of the weights that drew them."""
         images = {}
-        for name, weights in self.weight_variants.items():
+        for name, weights in self.evaluated_weights().items():
             with weights():
                 images[name] = self.sample(batch)
         return images
@@ -293,68 +206,44 @@ class SRPOModule(LightningModule):
     test_step = validation_step
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> dict[str, Tensor]:
-        """The same as validation, of what is not there yet."""
-        return {} if self.is_finished and self.is_finished(batch) else self.validation_step(batch, batch_idx)
+        """Images as in validation; none where a callback has all of them already."""
+        weights = self.evaluated_weights()
+        kept = [own.has_pictures(self, batch, weights) for own in callbacks_that(self.trainer, HasPictures)]
+        return {} if any(kept) else self.validation_step(batch, batch_idx)
 
     @torch.no_grad()
     def sample(self, conditions: Conditions, noise: Tensor | None = None) -> Tensor:
-        """One image per prompt; each depends on the seed and its own index alone, or on the noise that is given."""
+        """One image per prompt, [B, 3, H, W]; each depends on the seed and its own index alone, or on `noise`."""
         if noise is None:
             shape = self.policy.latent_shape(conditions.size)
             noise = sample_noise(self.seed, conditions.indices.tolist(), shape, conditions.seeds)
         latents = flow.integrate(
             lambda x, sigma: self.policy(x, sigma, conditions, self.sample_guidance),
-            noise.to(conditions.prompt_embeds.device),
+            noise.to(conditions.device),
             self.policy.sigmas(self.num_sample_steps, size=conditions.size),
         )
         return self.policy.decode(latents, conditions.size)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
-        """Trainable parameters only: frozen parts stay out of checkpoints."""
+        """The trainable parameters only: frozen parts stay out of checkpoints."""
         trainable = {name for name, _ in self.trainable_parameters()}
         return {name: t for name, t in super().state_dict(*args, **kwargs).items() if name in trainable}
 
+    def rewind(self, micro_step: int) -> None:
+        """Go on from before a micro-batch, of which nothing is left."""
+        self.micro_step, self.kept_rollout = micro_step, None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Beside the weights: where the random numbers stand, and whose weights they are."""
-        checkpoint["srpo"] = {
-            "micro_step": self.micro_step,
-            "policy": self.policy.fingerprint,
-            "optimizer": self._name_of_optimizer(),
-        }
+        """Save where the random numbers stand, and whose weights these are."""
+        state = {"micro_step": self.micro_step, "policy": self.policy.fingerprint}
+        checkpoint["srpo"] = state | {"optimizer": name_of_optimizer(self.optimizer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another policy, naming the difference."""
-        saved = checkpoint.get("srpo")
-        if saved is None:
-            raise ValueError("this checkpoint was not written by srpo_lightning: --ckpt_path needs one that was")
-        if saved["policy"] != self.policy.fingerprint:
-            raise ValueError(
-                "this checkpoint is of another policy: set model.policy to the one that it was trained with, or leave "
-                f"--ckpt_path away.\n  checkpoint: {saved['policy']}\n  config:     {self.policy.fingerprint}"
-            )
-        self._check_optimizer(saved.get("optimizer"))
-        self.micro_step = saved["micro_step"]
-        self.kept_rollout = None
+        """Refuse a checkpoint of another policy, naming the difference; go on where its random numbers stand."""
+        saved = checked_policy(checkpoint.get("srpo"), self.policy.fingerprint)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_optimizer(saved.get("optimizer"), self.optimizer)
+        self.rewind(saved["micro_step"])
         self.loaded_steps = checkpoint["global_step"]
-        if "state_dict" not in checkpoint:
-            return  # a sharded one: the strategy has read the weights, and checked them
-        shapes = {name: tuple(p.shape) for name, p in self.trainable_parameters()}
-        found = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
-        if shapes != found:
-            odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-            raise ValueError(
-                f"this checkpoint differs from the policy in {len(odd)} parameters, first {odd[0]}: "
-                f"found {found.get(odd[0])}, expected {shapes.get(odd[0])}; set model.policy to the trained one"
-            )
-
-    def _check_optimizer(self, written: str | None) -> None:
-        is_training = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if is_training and written and written != (present := self._name_of_optimizer()):
-            raise ValueError(
-                f"model.optimizer is {present}, which cannot go on from the states of {written} in the checkpoint: set "
-                f"model.optimizer.class_path to {written}, or export the weights and start anew from them"
-            )
-
-    def _name_of_optimizer(self) -> str:
-        cls = type(self.optimizer([torch.nn.Parameter(torch.zeros(1))]))
-        return f"{cls.__module__}.{cls.__qualname__}"
+        if "state_dict" in checkpoint:  # else a sharded one, whose weights the strategy has read and checked
+            check_shapes(checkpoint["state_dict"], dict(self.trainable_parameters()))

@@ -10,13 +10,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from srpo_lightning.cli import JOBS
+
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["srpo_lightning.cli", "tests.tiny"])
+CONTEXT.set_forkserver_preload(["srpo_lightning.trainer_cli", *JOBS.values(), "tests.tiny"])
 LIMIT_S = 1200.0
 """For what hangs, on whatever machine: no test is about how long anything takes."""
 
@@ -36,18 +39,25 @@ class Done(NamedTuple):
 
 
 def start(
-    arguments: Sequence[str], num_ranks: int = 1, before: Callable[[], None] | None = None, timeout_s: float = LIMIT_S
+    arguments: Sequence[str],
+    num_ranks: int = 1,
+    before: Callable[[], None] | None = None,
+    timeout_s: float = LIMIT_S,
+    program: str = "srpo_lightning.cli",
 ) -> Done:
     """Run `python -m srpo_lightning ARGUMENTS` on so many ranks, and wait.
 
     Args:
         before: called in each process first; a function of a module.
+        program: the module whose `main` is run.
     """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{rank}.log" for rank in range(num_ranks)]
         together = torchrun(num_ranks)
-        ranks = [launch(arguments, log, together | {"RANK": str(i), "LOCAL_RANK": str(i)}, before) for i, log in
-                 enumerate(logs)]  # fmt: skip
+        ranks = [
+            launch(arguments, log, together | {"RANK": str(i), "LOCAL_RANK": str(i)}, before, program)
+            for i, log in enumerate(logs)
+        ]
         returncode, deadline = 0, time.monotonic() + timeout_s
         while any(rank.is_alive() for rank in ranks):
             if not returncode and (returncode := first_failure(ranks)):
@@ -65,9 +75,10 @@ def launch(
     log: Path,
     environment: Mapping[str, str] | None = None,
     before: Callable[[], None] | None = None,
+    program: str = "srpo_lightning.cli",
 ) -> ForkServerProcess:
     """One process of the command line, running; what it prints is added to `log`."""
-    process = CONTEXT.Process(target=_run, args=(list(arguments), log, dict(environment or {}), before))
+    process = CONTEXT.Process(target=_run, args=(list(arguments), log, dict(environment or {}), before, program))
     process.start()
     return process
 
@@ -95,15 +106,15 @@ def first_failure(ranks: Sequence[ForkServerProcess]) -> int:
     return next((rank.exitcode for rank in ranks if rank.exitcode), 0)
 
 
-def _run(arguments: list[str], log: Path, environment: dict[str, str], before: Callable[[], None] | None) -> None:
+def _run(
+    arguments: list[str], log: Path, environment: dict[str, str], before: Callable[[], None] | None, program: str
+) -> None:
     stream = log.open("a", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.stdout = sys.stderr = stream
     os.environ.update(environment)
     sys.argv = ["srpo_lightning", *arguments]
-    from srpo_lightning.cli import main
-
     if before is not None:
         before()
-    main()
+    import_module(program).main()

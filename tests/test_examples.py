@@ -8,12 +8,12 @@ import torch
 import yaml
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.checkpoints import checkpoints
 from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.rewards import Reward
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -116,7 +116,7 @@ def test_the_examples_train_by_class_path(command_line, features, tmp_path, obje
     if "Late" in objective:
         flags += ["--model.objective", objective]
     main(["fit", *command_line, *flags])
-    assert len(checkpoints(tmp_path / "run")) == 1
+    assert len(RunFolder(tmp_path / "run").checkpoints()) == 1
     assert len(list((tmp_path / "run" / "samples").rglob("*.png"))) > 0
 
 
@@ -125,18 +125,18 @@ def test_the_examples_are_estimated_and_cached_by_class_path(command_line, tmp_p
     main(["estimate", *command_line])
     assert "fits a device of" in capsys.readouterr().out
     main(["cache", *command_line])
-    assert list(tmp_path.rglob("*.bin"))
+    assert list(tmp_path.rglob("*.parquet"))
 
 
-def test_a_policy_that_names_no_text_encoders_is_refused(command_line, tmp_path, monkeypatch):
+def test_a_policy_without_an_encoder_is_refused(command_line, tmp_path, monkeypatch):
     code = (EXAMPLES / "my_policies.py").read_text()
-    code = code.replace("self, pretrained: str", "self").replace("self.pretrained = pretrained", "pass")
-    (tmp_path / "bare_policies.py").write_text(code)
+    assert "def encoder(" in code
+    (tmp_path / "bare_policies.py").write_text(code.replace("def encoder(", "def another("))
     monkeypatch.syspath_prepend(str(tmp_path))
     config = Path(command_line[1])
     settings = yaml.safe_load(config.read_text())
-    settings["model"]["policy"] = {"class_path": "bare_policies.PixelFlow"}
+    settings["model"]["policy"]["class_path"] = "bare_policies.PixelFlow"
     config.write_text(yaml.safe_dump(settings))
     for command in ("fit", "estimate", "cache"):
-        with pytest.raises(SystemExit, match=r"pretrained is missing: .* bare_policies.PixelFlow needs an argument"):
+        with pytest.raises(SystemExit, match=r"PixelFlow has no method `encoder`, .*: give it one"):
             main([command, *command_line])

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from srpo_lightning import module as own
 from srpo_lightning.callbacks import EMA, RunCheckpoint
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 from srpo_lightning.objectives import SRPO, ControlWords
-from srpo_lightning.timing import seconds_between
+from srpo_lightning.run_folder import RunFolder
+from srpo_lightning.training import timing
+from srpo_lightning.training.timing import seconds_between
 from tests import tiny
 from tests.faults import History, NanReward
 
@@ -37,7 +37,7 @@ class Durations(Callback):
 def test_only_the_transformers_weights_are_in_the_checkpoint_file(models, features, tmp_path):
     module = tiny.new_module(models)
     tiny.new_trainer(tmp_path, [RunCheckpoint(1)], max_steps=1).fit(module, tiny.new_data(models, features))
-    saved = torch.load(checkpoint_path(tmp_path, 1), weights_only=True)
+    saved = torch.load(RunFolder(tmp_path).checkpoint(1), weights_only=True)
     expected = {f"policy.transformer.{name}" for name, _ in module.policy.transformer.named_parameters()}
     assert saved["state_dict"].keys() == expected
     assert len(saved["optimizer_states"][0]["param_groups"][0]["params"]) == len(expected)
@@ -112,8 +112,8 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_last_good_weights
     trainer = tiny.new_trainer(tmp_path, [history, EMA(), RunCheckpoint(100)], max_steps=20)
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .* lower the learning rate"):
         trainer.fit(module, tiny.new_data(models, features))
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000006.ckpt"]
-    saved = torch.load(checkpoints(tmp_path)[0], weights_only=True)
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["step-00000006.ckpt"]
+    saved = torch.load(RunFolder(tmp_path).checkpoints()[0], weights_only=True)
     assert equal(saved["state_dict"], history.weights[2])
     assert all(p.isfinite().all() for p in saved["state_dict"].values())
 
@@ -134,7 +134,7 @@ def test_the_times_of_logged_steps_are_logged_and_are_within_the_step(models, fe
         read.append(seconds_between(*moments))
         return read[-1]
 
-    monkeypatch.setattr(own, "seconds_between", between)
+    monkeypatch.setattr(timing, "seconds_between", between)
     trainer = tiny.new_trainer(tmp_path, [durations], logger=history, log_every_n_steps=2, accumulate_grad_batches=2)
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
     rows = list(csv.DictReader(Path(history.experiment.metrics_file_path).read_text().splitlines()))
@@ -155,8 +155,7 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(models):
     alone = module.sample(
         batch._replace(
             prompts=batch.prompts[1:2],
-            prompt_embeds=batch.prompt_embeds[1:2],
-            pooled_prompt_embeds=batch.pooled_prompt_embeds[1:2],
+            text=batch.text.each(lambda rows: rows[1:2]),
             indices=batch.indices[1:2],
         )
     )
@@ -167,7 +166,7 @@ def save(models, features, folder):
     tiny.new_trainer(folder, [RunCheckpoint(1)], max_steps=1).fit(
         tiny.new_module(models), tiny.new_data(models, features)
     )
-    return checkpoint_path(folder, 1)
+    return RunFolder(folder).checkpoint(1)
 
 
 def test_a_checkpoint_of_another_policy_is_refused_naming_the_cure(models, features, tmp_path):
@@ -240,4 +239,4 @@ def test_a_run_that_reuses_rollouts_resumes_exactly_between_them(models, feature
 
     whole = run(8)
     run(4, folder="halves")
-    assert equal(run(8, checkpoint_path(tmp_path / "halves", 4), "halves"), whole)
+    assert equal(run(8, RunFolder(tmp_path / "halves").checkpoint(4), "halves"), whole)

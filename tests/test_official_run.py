@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -25,8 +26,8 @@ def value(text: str) -> object:
 
 @pytest.fixture(scope="module")
 def config():
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+    out, argv = io.StringIO(), mock.patch("sys.argv", ["srpo_lightning"])
+    with argv, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main(["fit", "--config", str(REPOSITORY / "configs" / "flux_srpo.yaml"), "--print_config"])
     return yaml.safe_load(out.getvalue())
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from srpo_lightning.emoji.evaluate import Critic
 from srpo_lightning.policies import FluxPolicy
-from srpo_lightning.policies.image import FluxImageEncoder
-from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.policies.flux import FluxTextEncoder
 from srpo_lightning.rewards import HPSv2
 from tests import tiny
+from tools.emoji.evaluate import Critic
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ READERS: dict[str, tuple[str, str, Callable[[tiny.Models], object]]] = {
     "vae's encoder": (
         "flux/vae",
         "encoder.conv_in.weight",
-        lambda models: FluxImageEncoder(str(models.pipeline)).encode(torch.zeros(1, 3, 16, 16)),
+        lambda models: tiny.image_encoder(models.pipeline).encode(torch.zeros(1, 3, 16, 16)),
     ),
     "text encoder": (
         "flux/text_encoder",
@@ -85,9 +84,9 @@ def test_a_tensor_is_refused_by_folder_and_name(own, tmp_path, reader, damage):
 def test_a_text_encoder_that_is_part_of_a_whole_clip_is_read(own):
     """Fine-tuned ones are published so; FLUX reads its text model alone."""
     (path,) = (own.pipeline / "text_encoder").glob("*.safetensors")
-    before = FluxTextEncoder(str(own.pipeline)).encode(["a"])[0].pooled_prompt_embeds
+    before = FluxTextEncoder(str(own.pipeline)).encode(["a"])[0]["pooled_prompt_embeds"]
     save_file(load_file(path) | {"text_projection.weight": torch.zeros(16, 16)}, path, {"format": "pt"})
-    assert torch.equal(FluxTextEncoder(str(own.pipeline)).encode(["a"])[0].pooled_prompt_embeds, before)
+    assert torch.equal(FluxTextEncoder(str(own.pipeline)).encode(["a"])[0]["pooled_prompt_embeds"], before)
 
 
 def test_no_features_of_a_model_that_lacks_a_tensor_are_cached(own, tmp_path):
@@ -98,4 +97,4 @@ def test_no_features_of_a_model_that_lacks_a_tensor_are_cached(own, tmp_path):
     data = tiny.new_data(own, tmp_path / "features")
     with pytest.raises(ValueError, match=r"text_encoder_2 holds other weights .*1 missing, first encoder\.block\.0"):
         data.prepare_data()
-    assert not data.cache.open().chunks
+    assert not data.cache.open().files

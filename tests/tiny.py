@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,15 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from srpo_lightning.batch import Conditions
-from srpo_lightning.checkpoints import AtomicCheckpointIO
+from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.cli import QUIET
 from srpo_lightning.data import PromptData
+from srpo_lightning.encoding import Encoder, Encoding
+from srpo_lightning.files.checkpoints import AtomicCheckpointIO
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies.image_encoder import VAEEncoder
 from srpo_lightning.rewards import ClipReward
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-"
@@ -147,6 +149,16 @@ def new_policy(models: Models, **settings: Any) -> FluxPolicy:
     return policy
 
 
+def encoder_of(models: Models) -> Callable[[Encoding], Encoder]:
+    return FluxPolicy(str(models.pipeline), 32, 32).encoder
+
+
+def image_encoder(folder: Path, draws: bool = False) -> VAEEncoder:
+    encoder = FluxPolicy(str(folder), 32, 32).encoder(Encoding(draws=draws))
+    assert encoder.images is not None
+    return encoder.images()
+
+
 def new_reward(folder: Path, **settings: Any) -> ClipReward:
     reward = ClipReward(str(folder), **settings)
     reward.load()
@@ -158,8 +170,12 @@ def new_conditions(batch_size: int, dtype: torch.dtype = torch.float32) -> Condi
     draw = torch.Generator().manual_seed(batch_size)
     return Conditions(
         [f"a{i} b" for i in range(batch_size)],
-        torch.randn(batch_size, MAX_TOKENS, 16, generator=draw, dtype=dtype),
-        torch.randn(batch_size, 16, generator=draw, dtype=dtype),
+        Text(
+            {
+                "prompt_embeds": torch.randn(batch_size, MAX_TOKENS, 16, generator=draw, dtype=dtype),
+                "pooled_prompt_embeds": torch.randn(batch_size, 16, generator=draw, dtype=dtype),
+            }
+        ),
         torch.arange(batch_size),
     )
 
@@ -199,7 +215,7 @@ def new_trainer(run: Path, callbacks: Sequence[Callback] = (), **settings: Any) 
 
 def new_data(models: Models, cache: Path, **settings: Any) -> PromptData:
     defaults = {"batch_size": 2, "eval_batch_size": 2, "cache_dir": str(cache), "seed": 3}
-    return PromptData(str(models.train), str(models.pipeline), str(models.evaluation), **defaults | settings)
+    return PromptData(str(models.train), encoder_of(models), str(models.evaluation), **defaults | settings)
 
 
 def config(models: Models, run: Path, cache: Path) -> dict[str, Any]:

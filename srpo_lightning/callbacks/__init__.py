@@ -1,4 +1,4 @@
-"""What happens around training: averaging, checkpoints, samples, tracking, the report."""
+"""What happens around training: ema, checkpoints, samples, tracking, the report."""
 
 from srpo_lightning.callbacks.checkpoint import RunCheckpoint as RunCheckpoint
 from srpo_lightning.callbacks.ema import EMA as EMA

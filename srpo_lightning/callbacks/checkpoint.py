@@ -1,10 +1,8 @@
 """When checkpoints are written and which are kept."""
 
-import math
 import signal
 import time
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -13,34 +11,35 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from srpo_lightning.agreement import lost_rank
 from srpo_lightning.callbacks.records import EVALUATION_DUE
 from srpo_lightning.callbacks.stop_signals import StopSignals
-from srpo_lightning.callbacks.tracking import read_records
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints, newest, remove, step_of
-from srpo_lightning.full_disk import FullDiskError
+from srpo_lightning.files.checkpoints import remove
+from srpo_lightning.files.full_disk import FullDiskError
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import RunFolder
+from srpo_lightning.training.agreement import lost_rank
 
 
 class RunCheckpoint(Checkpoint):
     """Writes `<run folder>/checkpoints/step-*.ckpt`: every so many steps, at the end, and when the run is stopped.
 
-    A step that is also evaluated is saved after its evaluation; a run that ends before one that was due begins with it
-    when resumed. Only whole states are saved: a run interrupted in the middle of a micro-batch keeps the checkpoints
-    that it has, and one interrupted between the micro-batches of a step saves the state before that step. SIGTERM, a
-    cluster's preemption, and Ctrl-C let all ranks finish the optimizer step, or the batch of an evaluation, save, and
-    exit with status 143 and 130, to go on with `--ckpt_path last`; a second Ctrl-C ends the process at once. A
-    checkpoint that finds no room on the disk is left out, and training goes on; the last one ends the run.
+    A step that is also evaluated is saved after its evaluation. A run that ends before an evaluation that was due
+    begins with it when resumed. Only whole states are saved: a run interrupted within a micro-batch keeps the
+    checkpoints that it has, and one interrupted between the micro-batches of a step saves the state before that step.
+
+    SIGTERM, a cluster's preemption, and Ctrl-C let all ranks finish the optimizer step, or the batch of an evaluation.
+    They save and exit with status 143 and 130, to go on with `--ckpt_path last`. A second Ctrl-C ends the process at
+    once. A checkpoint that finds no room on the disk is left out, and training goes on; the last one ends the run.
 
     Args:
-        every_n_steps: optimizer steps between checkpoints.
-        every_n_minutes: also after the first optimizer step that ends so long after the last checkpoint, or after the
-            start; null: by steps only.
-        keep: how many of the newest stay; older ones are deleted after a newer one is whole.
-        monitor: a number that RewardTracking writes, `<weights>/<name>`, for instance ema/judge. Then every evaluated
+        every_n_steps: Optimizer steps between checkpoints.
+        every_n_minutes: Minutes since the last checkpoint, or the start, after which the next optimizer step is saved
+            too; null: by steps only.
+        keep: Number of newest checkpoints that stay; older ones are deleted after a newer one is whole.
+        monitor: Number that RewardTracking writes, `<weights>/<name>`, for instance ema/judge. With it every evaluated
             step is saved, and the best ones stay too; `--ckpt_path best` is the best.
-        mode: whether the largest or the smallest is best.
-        keep_best: how many of the best stay.
+        mode: Direction of the number: whether the largest or the smallest is best.
+        keep_best: Number of best checkpoints that stay.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class RunCheckpoint(Checkpoint):
         self._signals = StopSignals()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run has its first step saved already (its number is not restored before this hook)."""
+        """Take the first step of a resumed run for saved; its number is not restored before this hook."""
         self._saved_step = self._last_step = trainer.global_step
         self._saved_at_s = time.monotonic()
         self._signals = StopSignals()
@@ -76,7 +75,7 @@ class RunCheckpoint(Checkpoint):
             evaluate(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here on weights, counters and averages disagree."""
+        """Save nothing from here on: policy, counters and ema disagree."""
         self._between_steps = False
 
     def on_train_batch_end(
@@ -96,7 +95,7 @@ class RunCheckpoint(Checkpoint):
         self._leave_if_asked(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What was due until now is due until it ends."""
+        """Note whether this is the evaluation of a step, which stays due until it ends."""
         assert isinstance(pl_module, SRPOModule)
         self._is_evaluation_due = self._between_steps and not pl_module.num_accumulated
 
@@ -109,7 +108,7 @@ class RunCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """A cluster's patience may not last for all of an evaluation."""
+        """Leave between batches where asked: a cluster's patience may not last for all of an evaluation."""
         if self._is_evaluation_due:
             self._leave_if_asked(trainer, pl_module)
 
@@ -123,8 +122,12 @@ class RunCheckpoint(Checkpoint):
                 self._save(trainer, can_wait=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the result."""
-        self._save(trainer)
+        """Save the result; where a run was stopped between the micro-batches of a step, the state before that step."""
+        assert isinstance(pl_module, SRPOModule)
+        if pl_module.num_accumulated:  # trainer.max_time may end it anywhere
+            self._save_last_step(trainer, pl_module)
+        else:
+            self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between steps: after skipped steps, which left the last good weights, or in an evaluation."""
@@ -137,7 +140,7 @@ class RunCheckpoint(Checkpoint):
             rank_zero_warn(f"what was trained since the last checkpoint is lost: {error}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that was resumed with nothing left to train, after a kill in the middle of its last save."""
+        """Delete what a run still holds that was killed in its last save, and resumed with no step left."""
         self._prune(trainer)
         if self._is_evaluation_due and trainer.enable_validation:
             rank_zero_warn(
@@ -185,7 +188,8 @@ class RunCheckpoint(Checkpoint):
             return
         assert isinstance(module, SRPOModule)
         # What was accumulated since the last step is lost: let the run go on from before it.
-        module.micro_step, data, loops = self._position
+        micro_step, data, loops = self._position
+        module.rewind(micro_step)
         if data:
             trainer.datamodule.load_state_dict(data)  # type: ignore[attr-defined]
         trainer.fit_loop.load_state_dict(loops)
@@ -201,7 +205,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
-        path = checkpoint_path(trainer.default_root_dir, trainer.global_step)
+        path = RunFolder.of(trainer).checkpoint(trainer.global_step)
         self._saved_at_s = time.monotonic()
         try:
             trainer.save_checkpoint(path, weights_only=False)
@@ -216,10 +220,10 @@ class RunCheckpoint(Checkpoint):
         self._saved_at_s = time.monotonic()
 
     def _prune(self, trainer: Trainer) -> None:
-        folder = trainer.default_root_dir
+        run = RunFolder.of(trainer)
         if trainer.is_global_zero:
-            best = ranked(folder, self.monitor, self.mode)[: self.keep_best] if self.monitor else []
-            for old in checkpoints(folder)[: -self.keep]:
+            best = run.ranked_checkpoints(self.monitor, self.mode)[: self.keep_best] if self.monitor else []
+            for old in run.checkpoints()[: -self.keep]:
                 if old not in best:
                     remove(old)
 
@@ -250,35 +254,3 @@ def step_size(trainer: Trainer) -> list[int] | None:
     batch_size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
     # Numbers of a configuration have a type of their own, which torch does not read back.
     return [trainer.world_size, int(batch_size), int(trainer.accumulate_grad_batches)] if batch_size else None
-
-
-def ranked(run_folder: str | Path, monitor: str, mode: str) -> list[Path]:
-    """The checkpoints of a run whose steps were evaluated, best first by `monitor` (see RunCheckpoint)."""
-    weights, _, name = monitor.partition("/")
-    records = read_records(run_folder)
-    values = {r["step"]: float(r[name]) for r in records if r["weights"] == weights and name in r}
-    scores = {path: values.get(step_of(path), math.nan) for path in checkpoints(run_folder)}
-    sign = -1 if mode == "max" else 1
-    return sorted((path for path in scores if not math.isnan(scores[path])), key=lambda path: sign * scores[path])
-
-
-def find_checkpoint(ckpt_path: str, run_folder: str | Path, monitor: str | None, mode: str) -> Path:
-    """What `--ckpt_path` means: `last`, `best` (in `monitor`, see RunCheckpoint), or a path.
-
-    Raises:
-        ValueError: naming the cure, if there is no such checkpoint.
-    """
-    if ckpt_path == "last":
-        return newest(run_folder)
-    if ckpt_path == "best":
-        if not monitor:
-            raise ValueError("--ckpt_path best needs checkpoint.monitor, the number to be best in: try ema/judge")
-        best = ranked(run_folder, monitor, mode)
-        if not best:
-            raise ValueError(f"--ckpt_path best: no checkpoint in {run_folder} was evaluated in checkpoint.monitor")
-        return best[0]
-    if not ckpt_path:
-        raise ValueError("--ckpt_path is empty: it is `last`, `best`, or the path of a checkpoint")
-    if not Path(ckpt_path).exists():
-        raise ValueError(f"--ckpt_path {ckpt_path} does not exist: `last` takes the newest of {run_folder}")
-    return Path(ckpt_path)

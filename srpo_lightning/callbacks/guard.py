@@ -9,18 +9,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT
-from srpo_lightning.metrics import Evaluation, Table, bootstrap_mean
-from srpo_lightning.module import SRPOModule
+from srpo_lightning.evaluation.comparison import BASE, HELD_OUT
+from srpo_lightning.evaluation.exchange import Evaluation, Evaluations, ReadsEvaluations
+from srpo_lightning.evaluation.metrics import Table, bootstrap_mean
 
 
-class OverOptimizationGuard(Callback):
+class OverOptimizationGuard(Callback, ReadsEvaluations):
     """Watches held-out scores, diversity and drift at every evaluation, and acts when they say that it is enough.
 
-    Needs RewardTracking, whose tables of the samples it compares: the same prompts from the same noise at every
-    evaluation. It acts when one of these holds for `patience` evaluations in a row:
+    Needs RewardTracking, whose tables it compares: the same prompts from the same noise at every evaluation. It acts
+    when one of these holds for `patience` evaluations in a row:
 
-    - the held-out score is below its best so far, by more than chance (the paired difference's interval over prompts is
+    - the held-out score is below its best so far by more than chance (the paired difference's interval over prompts is
       below zero), while the training reward is not below what it was then: the gap between the two is growing;
     - the samples' diversity has fallen below `min_diversity` times the base's;
     - their drift from the base (CMMD) is above `max_drift`.
@@ -29,12 +29,12 @@ class OverOptimizationGuard(Callback):
     checkpoint, which is then found by `--ckpt_path best`.
 
     Args:
-        weights: whose samples are watched.
-        action: warn and go on; stop; or lower the learning rate, and stop when that has been done three times.
-        patience: evaluations in a row before it acts.
-        min_diversity: share of the base's diversity.
-        max_drift: CMMD from the base; null: not watched.
-        learning_rate_factor: what lower_learning_rate multiplies by.
+        weights: Weights whose samples are watched.
+        action: Action that is taken: warn and go on; stop; or lower the learning rate, and stop after three times.
+        patience: Evaluations in a row before the guard acts.
+        min_diversity: Share of the base's diversity below which the guard acts.
+        max_drift: Drift from the base (CMMD) above which the guard acts; null: not watched.
+        learning_rate_factor: Factor by which lower_learning_rate multiplies the learning rate.
     """
 
     max_times_lowered = 3
@@ -66,25 +66,25 @@ class OverOptimizationGuard(Callback):
             rank_zero_info("guard: it has ended this run; to go on all the same set its action to warn, or remove it")
             trainer.should_stop = True
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what RewardTracking has measured."""
-        assert isinstance(pl_module, SRPOModule)
+    def on_evaluation(self, trainer: Trainer, module: LightningModule, evaluations: Evaluations) -> None:
+        """Watch the evaluations of a run that trains."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self.watch(trainer, pl_module.evaluations, pl_module.trained_steps)
+            self.watch(trainer, evaluations)
 
-    def watch(self, trainer: Trainer, evaluations: Mapping[str, Evaluation], step: int) -> None:
+    def watch(self, trainer: Trainer, evaluations: Evaluations) -> None:
         """Compare an evaluation with the best and with the base, and act."""
-        evaluation = evaluations.get(self.weights) or evaluations.get("policy")
+        found = evaluations.by_weights
+        evaluation = found.get(self.weights) or found.get("policy")
         if evaluation is None:
             return
-        base = evaluations.get(BASE)
-        reasons = self.reasons(evaluation, base.numbers if base else {}, step)
+        base = found.get(BASE)
+        reasons = self.reasons(evaluation, base.numbers if base else {}, evaluations.step)
         self.alarms = self.alarms + 1 if reasons else 0
         if self.alarms >= self.patience:
             self._act(trainer, "; ".join(reasons))
 
     def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:
-        """What is wrong with an evaluation; remembers it if it is the best so far."""
+        """What speaks against an evaluation; one that is the best so far is remembered."""
         (table, numbers), found = evaluation, []
         if not table.columns[HELD_OUT].isfinite().all():
             found.append("held-out scores are not numbers")
@@ -122,7 +122,7 @@ class OverOptimizationGuard(Callback):
             trainer.should_stop = self.has_stopped = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The best evaluation, to go on comparing with."""
+        """The best evaluation, with which a resumed run goes on comparing."""
         best = self.best and {"indices": self.best.indices, "groups": self.best.groups, "columns": self.best.columns}
         counts = {"best_step": self.best_step, "alarms": self.alarms, "times_lowered": self.times_lowered}
         return {"best": best, **counts, "has_stopped": self.has_stopped}

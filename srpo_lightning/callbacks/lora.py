@@ -1,6 +1,5 @@
 """Adapters as files that diffusers reads."""
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
@@ -10,29 +9,26 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.callbacks.ema import EMA
-from srpo_lightning.checkpoints import complete_or_absent_folder
+from srpo_lightning.evaluation.exchange import callbacks_that
+from srpo_lightning.files.checkpoints import complete_or_absent_folder
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.optimizers import whole
-from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import save_lora
+from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.run_folder import RunFolder
+from srpo_lightning.training.optimizers import whole
 
-FOLDER = "lora"
 PREFIX = "policy.transformer."
 
 
-def lora_path(run_folder: str | Path, step: int) -> Path:
-    """The folder of the adapter after `step` optimizer steps."""
-    return Path(run_folder) / FOLDER / f"step-{step:08d}"
+class LoraExport(Checkpoint):  # Lightning calls these last: the ema has followed by then
+    """Writes the policy's adapter into `<run folder>/lora/step-*/`, and its ema into `ema/` therein, at the end.
 
-
-class LoraExport(Checkpoint):  # Lightning calls these last: the average has followed by then
-    """Writes the adapter into `<run folder>/lora/step-*/`, and its average into `ema/` therein, when training ends.
-
-    Either folder goes to `FluxPipeline.load_lora_weights`, and without DoRA the file in it to ComfyUI too; of DoRA that
-    takes what `export --format lora-comfy` writes. They are there complete or not at all.
+    Either folder goes to the pipeline's `load_lora_weights` in diffusers, and without DoRA the file in it to ComfyUI
+    too. With DoRA, ComfyUI takes what `export --format lora-comfy` writes. The folders are there complete or not at
+    all.
 
     Args:
-        every_n_steps: also after each so many optimizer steps; null: at the end only.
+        every_n_steps: Optimizer steps between adapters; null: one at the end only.
     """
 
     def __init__(self, every_n_steps: PositiveInt | None = None) -> None:
@@ -59,23 +55,22 @@ class LoraExport(Checkpoint):  # Lightning calls these last: the average has fol
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, SRPOModule)
         self._written_step = trainer.global_step
-        transformer = _policy(module).transformer
-        assert transformer is not None
-        folder = lora_path(trainer.default_root_dir, trainer.global_step)
-        averages = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), {})  # type: ignore[attr-defined]
-        weights = _whole(dict(module.trainable_parameters())), _whole(averages)
+        policy = _policy(module)
+        folder = RunFolder.of(trainer).lora(trainer.global_step)
+        ema = next((own.weights for own in callbacks_that(trainer, EMA)), {})
+        weights = _whole(dict(module.trainable_parameters())), _whole(ema)
         if trainer.is_global_zero:
             with complete_or_absent_folder(folder) as partial:
                 for tensors, place in zip(weights, (partial, partial / "ema"), strict=True):
                     if tensors:
-                        save_lora(transformer, tensors, place)
+                        save_lora(policy.pipeline_class, policy.transformer, tensors, place)
         trainer.strategy.barrier()
         rank_zero_info(f"adapter: {folder}")
 
 
-def _policy(module: LightningModule) -> FluxPolicy:
+def _policy(module: LightningModule) -> FlowPolicy:
     assert isinstance(module, SRPOModule)
-    if not isinstance(module.policy, FluxPolicy) or module.policy.adapter is None:
+    if not isinstance(module.policy, FlowPolicy) or module.policy.adapter is None:
         raise ValueError(
             "LoraExport writes adapters, and the policy has none: take it out of trainer.callbacks, or give "
             "model.policy.init_args.adapter, for instance {rank: 32}"

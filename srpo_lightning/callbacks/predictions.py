@@ -1,4 +1,4 @@
-"""What `predict` writes: a picture of every evaluation prompt, and which of them were there already."""
+"""What `predict` writes: a picture of every evaluation sample, unless it is there already."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,39 +8,41 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.callbacks.pictures import PREDICTIONS, as_picture, record_if_whole, write_picture
-from srpo_lightning.callbacks.records import Record
-from srpo_lightning.callbacks.samples import METADATA, gathered, record_of
-from srpo_lightning.checkpoints import complete_or_absent
-from srpo_lightning.fingerprint import content_of, fingerprint
+from srpo_lightning.callbacks.samples import gathered, record_of
+from srpo_lightning.evaluation.exchange import HasPictures
+from srpo_lightning.evaluation.pictures import as_picture, record_if_whole, write_picture
+from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.files.fingerprint import content_of, fingerprint
+from srpo_lightning.files.records import Record
+from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.owners import PARTIAL, is_left
-from srpo_lightning.strict_json import strict_json
+from srpo_lightning.run_folder import PictureFolder, RunFolder
 
 DRAWN, KEPT, REDRAWN = "drawn", "kept", "drawn again"
 
 
-class Predictions(Callback):
-    """Writes `<output>/step-*/<weights>/<index>.png`, by the policy's weights and by their average; `predict` adds it.
+class Predictions(Callback, HasPictures):
+    """Writes `<output>/step-*/<weights>/<index>.png`, drawn by policy and ema; `predict` adds this callback.
 
-    A picture that is there is kept if it is whole and of what would be drawn: prompt, noise, size, steps, guidance,
-    checkpoint, policy, text features and precision, which every file records; any other is drawn again. At the end
-    `<output>/metadata.jsonl` has the record of every picture in the folder, and one line says how many were drawn.
+    A picture that is there is kept if it is whole and of what would be drawn. Every file records that: prompt, noise,
+    size, steps, guidance, checkpoint, policy, text features and precision. Any other picture is drawn again. At the
+    end `<output>/metadata.jsonl` has the record of every picture in the folder, and one line says how many were drawn.
 
     Args:
-        output: folder of the pictures; null is predictions/ in the run folder.
+        output: Folder of the pictures; null is predictions/ in the run folder.
     """
 
     def __init__(self, output: str | None = None) -> None:
         self.output = output
-        self.folder = Path()
+        self.folder = PictureFolder("")
         self.drawn_by = ""
         self.outcomes: dict[str, str] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the module pass over batches whose pictures are there."""
+        """Settle where the pictures lie, and what beside their own settings they depend on."""
         assert isinstance(pl_module, SRPOModule)
-        self.folder = Path(self.output or Path(trainer.default_root_dir) / PREDICTIONS).expanduser()
+        own = RunFolder.of(trainer).predictions.path
+        self.folder = PictureFolder(Path(self.output or own).expanduser())
         self.outcomes = {}
         checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         features = trainer.datamodule.cache.description["fingerprint"]  # type: ignore[attr-defined]
@@ -48,16 +50,14 @@ class Predictions(Callback):
             [pl_module.policy, checkpoint and content_of(checkpoint), features, trainer.precision]
         )
         if trainer.is_global_zero:  # until it is true again
-            (self.folder / METADATA).unlink(missing_ok=True)
+            self.folder.metadata.unlink(missing_ok=True)
 
-        def is_finished(batch: Conditions) -> bool:
-            rows = range(batch.batch_size)
-            records = [self.record(pl_module, name, batch, row) for name in pl_module.weight_variants for row in rows]
-            is_there = all(self.is_kept(record) for record in records)
-            # Ranks that share their weights draw together or not at all.
-            return bool(trainer.strategy.reduce_boolean_decision(is_there, all=True))
-
-        pl_module.is_finished = is_finished
+    def has_pictures(self, module: LightningModule, batch: Conditions, weights: Iterable[str]) -> bool:
+        """Whether the pictures of a batch are there on all ranks; those that share weights draw together or not."""
+        assert isinstance(module, SRPOModule)
+        records = [self.record(module, name, batch, row) for name in weights for row in range(batch.batch_size)]
+        is_there = all(self.is_kept(record) for record in records)
+        return bool(module.trainer.strategy.reduce_boolean_decision(is_there, all=True))
 
     def on_predict_batch_end(
         self,
@@ -74,54 +74,53 @@ class Predictions(Callback):
             for row in range(batch.batch_size):
                 record = self.record(pl_module, weights, batch, row)
                 if not self.is_kept(record):
-                    path = self.folder / record["file"]
+                    path = self.folder.path / record["file"]
                     self.outcomes[record["file"]] = REDRAWN if path.exists() else DRAWN
                     write_picture(path, as_picture(images[row]), record)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """List all pictures of the folder, and say what happened."""
+        """List all pictures of the folder, and say how many were drawn."""
         pairs = gathered(dict.fromkeys(self.outcomes.items()))
         if trainer.is_global_zero:
             rank_zero_info(summary(self.folder, write_metadata(self.folder), together(pairs)))
 
     def record(self, module: SRPOModule, weights: str, batch: Conditions, row: int) -> Record:
-        """What a picture of a batch is of, and all that it depends on."""
+        """What the picture of a row of a batch is of, and all that it depends on."""
         has_own_seed = batch.seeds is not None and batch.seeds[row] is not None
-        return record_of(module, weights, batch, row, "") | {
+        return record_of(module, weights, batch, row) | {
             "size": list(batch.size) if batch.size else None,
             "noise": "seed" if has_own_seed else "seed and index",
             "drawn_by": self.drawn_by,
         }
 
     def is_kept(self, record: Record) -> bool:
-        """Whether the picture is there, whole and of the same, and remember it."""
-        found = record_if_whole(self.folder / record["file"])
+        """Whether a picture is there, whole and of this record; remember it if it is."""
+        found = record_if_whole(self.folder.path / record["file"])
         is_same = found is not None and all(found.get(name) == value for name, value in record.items())
         if is_same:
             self.outcomes.setdefault(record["file"], KEPT)
         return is_same
 
 
-def write_metadata(folder: Path) -> list[Record]:
-    """The records of all pictures in a folder, from the pictures themselves, as a file with a line each."""
-    for left in filter(is_left, folder.glob(f"step-*/*/*{PARTIAL}-*")):  # by a call that was killed
-        left.unlink()
-    found = [(path, record_if_whole(path)) for path in sorted(folder.glob("step-*/*/*.png"))]
-    records = [record | {"file": path.relative_to(folder).as_posix()} for path, record in found if record is not None]
-    with complete_or_absent(folder / METADATA) as partial:
+def write_metadata(folder: PictureFolder) -> list[Record]:
+    """Collect the records of a folder's pictures from the pictures themselves, in one file with a line for each."""
+    folder.remove_unfinished()
+    found = [(path.relative_to(folder.path).as_posix(), record_if_whole(path)) for path in folder.pictures()]
+    records = [record | {"file": name} for name, record in found if record is not None]
+    with complete_or_absent(folder.metadata) as partial:
         partial.write_text("".join(strict_json(record) + "\n" for record in records), "utf-8")
     return records
 
 
 def together(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """What became of each picture, of what every rank says; one that any of them drew was drawn."""
+    """What became of each picture, by what all ranks say; one that any rank drew was drawn."""
     assert DRAWN < REDRAWN < KEPT
     return dict(sorted(pairs, reverse=True))
 
 
-def summary(folder: Path, records: list[Record], outcomes: dict[str, str]) -> str:
+def summary(folder: PictureFolder, records: list[Record], outcomes: dict[str, str]) -> str:
     """How many pictures were drawn and where they are."""
     counts = ", ".join(f"{list(outcomes.values()).count(kind)} {kind}" for kind in (DRAWN, KEPT, REDRAWN))
     others = sum(record["file"] not in outcomes for record in records)
     beside = f"; {others} of earlier calls lie beside them" if others else ""
-    return f"predict: {len(outcomes)} pictures in {folder.resolve()}: {counts}{beside}"
+    return f"predict: {len(outcomes)} pictures in {folder.path.resolve()}: {counts}{beside}"

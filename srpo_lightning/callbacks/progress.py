@@ -29,23 +29,23 @@ class Progress(Callback):
         self._hook: RemovableHandle | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first line, and the hook that counts."""
+        """Say what runs where, and count the calls of the policy."""
         assert isinstance(pl_module, SRPOModule)
         rank_zero_info(describe(trainer, pl_module))
         self._hook = pl_module.policy.register_forward_hook(lambda *_: self._count(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first step warms up, and the clock starts after it."""
+        """Wait for the first step, which warms up: the clock starts after it."""
         self._begun = 0.0, trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count from here."""
+        """Count the calls of a step from here."""
         self._calls, self._shown_s = 0, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The second line, once."""
+        """Say once how long steps take."""
         start_s, first = self._begun
         done = trainer.global_step - first
         if not start_s and done == 1:

@@ -1,8 +1,7 @@
-"""Before and after, as a table and as a picture, when training ends."""
+"""Base, policy and ema beside each other, as a table and as a picture, when training ends."""
 
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
@@ -11,25 +10,25 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from srpo_lightning.callbacks.comparison import BASE, compare, write_comparison
-from srpo_lightning.callbacks.pictures import contact_sheet, picture_if_whole, sample_path
-from srpo_lightning.callbacks.records import Record, recorded_in
-from srpo_lightning.callbacks.tracking import FILE, read_records
-from srpo_lightning.checkpoints import complete_or_absent
-from srpo_lightning.markdown import markdown_table
-from srpo_lightning.module import SRPOModule
-from srpo_lightning.provenance import software
+from srpo_lightning.evaluation.comparison import BASE, compare, write_comparison
+from srpo_lightning.evaluation.exchange import Evaluations, ReadsEvaluations
+from srpo_lightning.evaluation.pictures import contact_sheet, picture_if_whole
+from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.files.markdown import markdown_table
+from srpo_lightning.files.provenance import software
+from srpo_lightning.files.records import Record
+from srpo_lightning.run_folder import RunFolder
 
 
-class Report(Callback):
+class Report(Callback, ReadsEvaluations):
     """Writes `report.md` and `before_after.png` into the run folder and prints the table.
 
-    Compares the first validation (before training, with trainer.num_sanity_val_steps -1) with the last one, for the
-    policy's weights and for their average. Needs RewardTracking for the numbers and SampleLogger for the pictures.
+    Compares the first validation with the last one of policy and ema. The first is the base's with
+    trainer.num_sanity_val_steps -1. Needs RewardTracking for the numbers and SampleLogger for the pictures.
 
     Args:
-        num_columns: evaluation prompts in the picture.
-        scale: whole number that pictures are enlarged by.
+        num_columns: Number of evaluation samples in the picture.
+        scale: Whole number that pictures are enlarged by.
     """
 
     def __init__(self, num_columns: PositiveInt = 8, scale: PositiveInt = 1) -> None:
@@ -49,66 +48,64 @@ class Report(Callback):
         self._seconds.append(time.perf_counter() - self._start_s)
 
     @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """`validate` compares base, policy and average, and says by which."""
-        assert isinstance(pl_module, SRPOModule)
-        if trainer.state.fn == TrainerFn.FITTING or not pl_module.evaluations:
+    def on_evaluation(self, trainer: Trainer, module: LightningModule, evaluations: Evaluations) -> None:
+        """Write and print what `validate` and `test` have found of base, policy and ema."""
+        if trainer.state.fn == TrainerFn.FITTING:
             return
-        step = pl_module.trained_steps
-        tables = {weights: pl_module.evaluations[weights].table for weights in in_order(pl_module.evaluations)}
-        path = recorded_in(trainer) / f"step-{step:08d}"
+        step, found = evaluations
+        tables = {weights: found[weights].table for weights in in_order(found)}
+        path = RunFolder.recording(trainer).comparison(step)
         tags = trainer.datamodule.eval_tags  # type: ignore[attr-defined]
         head = {"step": step, "checkpoint": str(trainer.ckpt_path or ""), "software": software()}
         print(f"\n{write_comparison(path, compare(tables, tags), head)}\n{path}.md, {path}.json")
 
-    on_test_end = on_validation_end
-
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and print."""
-        folder = Path(trainer.default_root_dir)
-        if not (folder / FILE).is_file():
+        """Write the table and the picture, and print the table."""
+        run = RunFolder.of(trainer)
+        if not run.metrics.is_file():
             return
-        columns = before_and_after(read_records(folder))
+        columns = first_and_last(run.read_metrics())
         table = markdown(columns)
         if self._seconds:
             table += (
                 f"\n{sum(self._seconds) / len(self._seconds):.2f} seconds per step (mean of {len(self._seconds)})\n"
             )
-        with complete_or_absent(folder / "report.md") as partial:
+        with complete_or_absent(run.report) as partial:
             partial.write_text(table, encoding="utf-8")
         print(f"\n{table}")
-        rows = {name: self._pictures(folder, record) for name, record in columns.items()}
+        rows = {name: self._pictures(run, record) for name, record in columns.items()}
         if all(map(any, rows.values())):
             shown = [i for i in range(self.num_columns) if any(row[i] for row in rows.values())]
             rows = {name: [row[i] for i in shown] for name, row in rows.items()}
-            with complete_or_absent(folder / "before_after.png") as partial:
+            with complete_or_absent(run.sheet) as partial:
                 contact_sheet(rows, self.scale).save(partial, format="PNG")
-            print(f"pictures: {folder / 'before_after.png'}")
+            print(f"pictures: {run.sheet}")
 
-    def _pictures(self, folder: Path, record: Record) -> list[Image.Image | None]:
+    def _pictures(self, run: RunFolder, record: Record) -> list[Image.Image | None]:
         step, weights = int(record["step"]), str(record["weights"])
-        return [picture_if_whole(sample_path(folder, step, weights, index)) for index in range(self.num_columns)]
+        return [picture_if_whole(run.samples.picture(step, weights, index)) for index in range(self.num_columns)]
 
 
 def in_order(weights: Iterable[str]) -> list[str]:
-    """Base first, then the policy, then what was made of it."""
+    """The base first, then the policy, then what was made of it."""
     order = (BASE, "policy")
     return sorted(weights, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
-def before_and_after(records: list[Record]) -> dict[str, Record]:
-    """The first record, and the last one of each kind of weights, by the heading of their column."""
-    latest = {str(record["weights"]): record for record in records}
-    columns = {"before": records[0]}
-    for weights, record in latest.items():
-        if record["step"] != records[0]["step"]:
-            columns["after" if weights == "policy" else f"after, {weights}"] = record
-    return columns
+def first_and_last(records: list[Record]) -> dict[str, Record]:
+    """The first record and the last one of each kind of weights, by the heading of their column."""
+    latest = {str(record["weights"]): record for record in records if record["step"] != records[0]["step"]}
+    return {first_heading(records[0]): records[0], **latest}
+
+
+def first_heading(record: Record) -> str:
+    """What the first record of a run is of: the base, unless the run was not evaluated before training."""
+    return "first" if record["step"] else BASE
 
 
 def markdown(columns: dict[str, Record]) -> str:
-    """A table with a row per measure."""
+    """A table with a row for each number."""
     names = dict.fromkeys(name for record in columns.values() for name in record if name not in ("step", "weights"))
     rows = (
         [name, *(f"{float(r[name]):.3f}" if name in r else "not measured" for r in columns.values())] for name in names

@@ -1,6 +1,7 @@
-"""Evaluation samples as files, and side by side in TensorBoard or Weights & Biases."""
+"""Evaluation samples as files, and as a sheet in TensorBoard or Weights & Biases."""
 
 import time
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,20 +15,15 @@ from torch import Tensor
 from torch.distributed import all_gather_object, get_world_size, is_initialized
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.comparison import BASE
-from srpo_lightning.callbacks.pictures import (
-    SAMPLES,
-    as_picture,
-    contact_sheet,
-    picture_if_whole,
-    sample_path,
-    write_picture,
-)
-from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
+from srpo_lightning.callbacks.records import Recorder
+from srpo_lightning.evaluation.comparison import BASE
+from srpo_lightning.evaluation.exchange import Evaluations, ReadsEvaluations
+from srpo_lightning.evaluation.pictures import as_picture, contact_sheet, picture_if_whole, write_picture
+from srpo_lightning.files import records
+from srpo_lightning.files.records import Record
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import PictureFolder, RunFolder
 
-METADATA = "metadata.jsonl"
 THUMBNAIL_PX = 256
 LEGIBLE_PX = 128  # a picture's width in a sheet at least, so that there is room for words
 
@@ -36,28 +32,26 @@ Value = TypeVar("Value")
 
 
 class Sample(NamedTuple):
-    """A picture that was drawn here, and what it is of."""
+    """A picture that was drawn on this rank, and its record."""
 
     picture: Image.Image
     record: Record
 
 
-class SampleLogger(Recorder):
+class SampleLogger(Recorder, ReadsEvaluations):
     """Keeps the pictures of the first evaluation prompts, the same prompts and noise at every validation.
 
-    Writes `<run folder>/samples/step-*/<weights>/<index>.png`, with prompt, seed, scores (those of RewardTracking) and
-    the version of the code in each file, a line each in `samples/metadata.jsonl`, and one sheet, base, policy and
-    average under each other, to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew. Those of
-    `validate` and `test` are in the folder `validation` in the run's.
+    Writes `<run folder>/samples/step-*/<weights>/<index>.png`. Each file has prompt, seed, RewardTracking's scores and
+    the version of the code in it; `samples/metadata.jsonl` has a line for each. One sheet, with base, policy and ema
+    under each other, goes to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew. Those of
+    `validate` and `test` are in the folder `validation` of the run folder.
 
     Args:
-        num_samples: how many of the evaluation prompts, from the first.
-        columns: of the sheet.
-        max_share: the part of the training time that writing may take; beyond it validations are passed over, but never
+        num_samples: Number of evaluation samples to keep, from the first.
+        columns: Number of pictures in a row of the sheet.
+        max_share: Share of the training time that writing may take; beyond it validations are passed over, but never
             the first and the last. The drawing itself is the validation's, whose interval says how often.
     """
-
-    file = f"{SAMPLES}/{METADATA}"
 
     def __init__(
         self, num_samples: PositiveInt = 16, columns: PositiveInt = 8, max_share: NonNegativeFloat = 0.01
@@ -69,9 +63,15 @@ class SampleLogger(Recorder):
         self._start_s = time.perf_counter()
         self._samples: dict[tuple[str, int], Sample] = {}
         self._base: dict[int, Image.Image] = {}
+        self._evaluations: Evaluations | None = None
+
+    @staticmethod
+    def file(run: RunFolder) -> Path:
+        """The records of the pictures."""
+        return run.samples.metadata
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last pictures."""
+        """Forget the pictures of the evaluation before."""
         self._samples = {}
 
     def on_validation_batch_end(  # type: ignore[override]  # the outputs of SRPOModule.validation_step
@@ -83,7 +83,7 @@ class SampleLogger(Recorder):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the pictures among the batch that are to be written, until their scores are there."""
+        """Keep the pictures that are to be written, until their scores are there."""
         assert isinstance(pl_module, SRPOModule)
         for weights, images in outputs.items():
             for row, index in enumerate(batch.indices.tolist()):
@@ -91,8 +91,12 @@ class SampleLogger(Recorder):
                     record = record_of(pl_module, weights, batch, row)
                     self._samples[weights, index] = Sample(as_picture(images[row]), record)
 
+    def on_evaluation(self, trainer: Trainer, module: LightningModule, evaluations: Evaluations) -> None:
+        """Keep the scores until the pictures are written."""
+        self._evaluations = evaluations
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them, unless writing has taken too much of the time so far."""
+        """Write the pictures, unless writing has taken too much of the time so far."""
         assert isinstance(pl_module, SRPOModule)
         is_over = self.seconds > self.max_share * (time.perf_counter() - self._start_s)
         can_wait = bool(pl_module.trained_steps) and trainer.state.fn == TrainerFn.FITTING
@@ -100,21 +104,21 @@ class SampleLogger(Recorder):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last ones in any case."""
+        """Write the last pictures in any case."""
         assert isinstance(pl_module, SRPOModule)
         if trainer.strategy.reduce_boolean_decision(bool(self._samples), all=False):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, module: SRPOModule) -> None:
         start_s = time.perf_counter()
+        folder = RunFolder.recording(trainer).samples
         for (weights, index), sample in self._samples.items():
-            sample.record["scores"] = scores_of(module, weights, index)
-            path = sample_path(recorded_in(trainer), int(sample.record["step"]), weights, index)
-            write_picture(path, *sample)
+            sample.record["scores"] = scores_of(self._evaluations, weights, index)
+            write_picture(folder.picture(int(sample.record["step"]), weights, index), *sample)
         everyones = gathered({key: small(sample) for key, sample in self._samples.items()})
         self._samples = {}
         if trainer.is_global_zero:
-            records.append(recorded_in(trainer) / self.file, *(record for _, record in everyones.values()))
+            records.append(folder.metadata, *(record for _, record in everyones.values()))
             self._show(trainer, module, everyones)
         self.seconds += time.perf_counter() - start_s
         for logger in trainer.loggers:
@@ -127,7 +131,7 @@ class SampleLogger(Recorder):
             self._base = {index: sample.picture for (_, index), sample in samples.items()}
         elif not self._base:  # a resumed run
             for (_, index), sample in samples.items():
-                path = sample_path(trainer.default_root_dir, 0, "policy", index)
+                path = RunFolder.of(trainer).samples.picture(0, "policy", index)
                 if index in shown and (picture := picture_if_whole(path, sample.record)):
                     self._base[index] = picture
         for weights in dict.fromkeys([BASE, *(weights for weights, _ in samples)]):
@@ -143,8 +147,8 @@ class SampleLogger(Recorder):
                 show(logger, sheet, module.trained_steps)
 
 
-def record_of(module: SRPOModule, weights: str, batch: Conditions, row: int, kind: str = SAMPLES) -> Record:
-    """What a picture of a batch is of."""
+def record_of(module: SRPOModule, weights: str, batch: Conditions, row: int) -> Record:
+    """What the picture of a row of a batch is of."""
     step, index = module.trained_steps, int(batch.indices[row])
     own_seed = batch.seeds[row] if batch.seeds else None
     return {
@@ -155,28 +159,28 @@ def record_of(module: SRPOModule, weights: str, batch: Conditions, row: int, kin
         "prompt": batch.prompts[row],
         "guidance": module.sample_guidance,
         "num_steps": module.num_sample_steps,
-        "file": sample_path("", step, weights, index, kind).relative_to(kind).as_posix(),
+        "file": PictureFolder.name(step, weights, index),
     }
 
 
-def scores_of(module: SRPOModule, weights: str, index: int) -> dict[str, float]:
-    """What RewardTracking has measured of a sample, if it is there."""
-    if weights not in module.evaluations:
+def scores_of(evaluations: Evaluations | None, weights: str, index: int) -> dict[str, float]:
+    """What RewardTracking has measured of a sample; nothing where it has not."""
+    if evaluations is None or weights not in evaluations.by_weights:
         return {}
-    table = module.evaluations[weights].table
+    table = evaluations.by_weights[weights].table
     row = int(torch.searchsorted(table.indices, index))
     return {name: round(float(column[row]), 5) for name, column in table.columns.items()}
 
 
 def small(sample: Sample) -> Sample:
-    """For a sheet."""
+    """The sample with a picture small enough for a sheet."""
     picture = sample.picture.copy()
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     return sample._replace(picture=picture)
 
 
 def gathered(own: dict[Key, Value]) -> dict[Key, Value]:
-    """What every rank has, on all of them."""
+    """The entries of all ranks, on every rank."""
     if not is_initialized():
         return own
     parts: list[dict[Key, Value]] = [{}] * get_world_size()
@@ -185,7 +189,7 @@ def gathered(own: dict[Key, Value]) -> dict[Key, Value]:
 
 
 def show(logger: Logger, sheet: Image.Image, step: int) -> None:
-    """Log a picture where that is possible."""
+    """Log a sheet, where the logger takes pictures."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image("samples", np.array(sheet), step, dataformats="HWC")
     elif isinstance(logger, WandbLogger):

@@ -1,6 +1,7 @@
-"""A resumed run whose configuration is another than the checkpoint's: what differs is said, and the new one counts."""
+"""A resumed run with another configuration than its checkpoint's: what differs is said, and the new one counts."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from srpo_lightning.callbacks.guard import OverOptimizationGuard
+from srpo_lightning.evaluation.exchange import callbacks_that
 from srpo_lightning.module import SRPOModule
 
 Settings: TypeAlias = dict[str, Any]
@@ -18,27 +20,28 @@ Settings: TypeAlias = dict[str, Any]
 KEY = "settings"
 
 TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "callbacks")
-"""Of the trainer's settings those that change what is trained or recorded."""
+"""Settings of the trainer that change what is trained or recorded."""
 
 WITHOUT_EFFECT = frozenset(
     f"data.{name}"
     for name in (
-        "cache_dir", "mirror_dir", "max_prompts_to_encode", "text_batch_size", "text_device", "num_workers",
-        "eval_batch_size", "max_picture_megapixels", "max_picture_megabytes",
+        "cache_dir", "mirror_dir", "mirror_gigabytes", "max_prompts_to_encode", "text_batch_size", "text_device",
+        "num_workers", "eval_batch_size", "max_picture_megapixels", "max_picture_megabytes",
     )
 )  # fmt: skip
-"""Settings of data that change where and how fast, but no result."""
+"""Settings of data that change where and how fast a run works, but no result."""
 
 CONSEQUENCE = "steps and records before and after do not compare"
 
-SCHEDULE = ("model.optimizer", "model.lr_scheduler")
+SCHEDULE = r"model\.(optimizer|lr_scheduler)[. ]"
+"""Which lines are of the optimizer's or the scheduler's own settings."""
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
-    """What of a configuration changes what is trained or recorded, as plain values by dotted name.
+    """The settings that change what is trained or recorded, as plain values by dotted name.
 
     Args:
-        config: of a command, as nested mappings.
+        config: Configuration of a command, as nested mappings.
     """
     chosen = {name: config.get(name) for name in ("seed_everything", "model", "data")}
     trainer = dict(config.get("trainer") or {})
@@ -62,7 +65,7 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def differences(before: Settings, now: Settings) -> list[str]:
-    """A line for each setting of which the value is another; for a new or missing class that alone."""
+    """A line for each setting whose value is another."""
     lines = []
     for name in [*before, *(name for name in now if name not in before)]:
         then, present = before.get(name), now.get(name)
@@ -74,12 +77,12 @@ def differences(before: Settings, now: Settings) -> list[str]:
 class RunSettings(Callback):
     """Keeps the run's settings in its checkpoints, and says in which of them a resumed run differs.
 
-    Optimizer and scheduler are made from the present configuration: the learning rate goes on as if it had been this
-    one from the start, at the step of the checkpoint. What OverOptimizationGuard lowered stays lowered, as a factor.
-    Where the configuration is the same, nothing is touched.
+    Optimizer and scheduler are made from the present configuration. The learning rate goes on from the step of the
+    checkpoint, as if it had been the present one from the start. What OverOptimizationGuard lowered stays lowered, as a
+    factor. Where the configuration has not changed, nothing is touched.
 
     Args:
-        settings: from `settings_of`; plain values.
+        settings: Plain values by dotted name, from `settings_of`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -87,7 +90,7 @@ class RunSettings(Callback):
         self._has_another_schedule = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Beside everything else."""
+        """Save the settings of the run."""
         checkpoint[KEY] = dict(self.settings)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -96,14 +99,14 @@ class RunSettings(Callback):
         if trainer.state.fn != TrainerFn.FITTING or before is None:
             return
         for line in differences(before, self.settings):
-            is_schedule = line.startswith(SCHEDULE)
+            is_schedule = re.match(SCHEDULE, line) is not None
             self._has_another_schedule |= is_schedule
             rank_zero_warn(f"{line}: {'the configuration counts from here on' if is_schedule else CONSEQUENCE}")
         if self._has_another_schedule:
             checkpoint["lr_schedulers"] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Optimizer and scheduler have their states back."""
+        """Put the present schedule in place, now that optimizer and scheduler have their states back."""
         assert isinstance(pl_module, SRPOModule)
         if self._has_another_schedule:
             self._has_another_schedule = False
@@ -142,5 +145,5 @@ def _copy(settings: Mapping[str, Any], group: dict[str, Any], lowered: float) ->
 
 
 def _lowered(trainer: Trainer) -> float:
-    guards = [c for c in trainer.callbacks if isinstance(c, OverOptimizationGuard)]  # type: ignore[attr-defined]
+    guards = callbacks_that(trainer, OverOptimizationGuard)
     return float(torch.tensor([g.learning_rate_factor**g.times_lowered for g in guards], dtype=torch.float64).prod())

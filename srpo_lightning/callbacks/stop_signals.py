@@ -9,7 +9,7 @@ from typing import Any
 
 WISHES = (signal.SIGTERM, signal.SIGINT)
 TOGETHER_S = 1.0
-"""A launcher passes on a Ctrl-C that the terminal has sent to every process already: so soon after, it is the same."""
+"""Seconds within which two Ctrl-C are one: a launcher passes on what the terminal has sent to every process."""
 
 SAID = b"\nCtrl-C: the step is finished and saved first; again: leave at once, and lose it\n"
 
@@ -30,8 +30,8 @@ class StopSignals:
         """Listen from here on.
 
         Args:
-            is_alone: whether there are no other ranks.
-            speaks: whether this rank tells what a Ctrl-C does.
+            is_alone: Whether there are no other ranks.
+            speaks: Whether this rank tells what a Ctrl-C does.
         """
         self._is_alone, self._speaks = is_alone, speaks
         if threading.current_thread() is threading.main_thread():

@@ -1,8 +1,8 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
-import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,80 +10,77 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.callbacks import records
-from srpo_lightning.callbacks.comparison import (
+from srpo_lightning.callbacks.base import as_base, keep_base, read_base
+from srpo_lightning.callbacks.records import Recorder
+from srpo_lightning.data.prompts import read_prompts
+from srpo_lightning.evaluation.comparison import (
     BASE,
     HELD_OUT,
     LABEL,
     NOT_WON,
-    read_header,
-    read_table,
     save_table,
     summary,
+    warn_of_unknown,
 )
-from srpo_lightning.callbacks.records import Record, Recorder, recorded_in
-from srpo_lightning.data.prompts import read_prompts
-from srpo_lightning.fingerprint import fingerprint
-from srpo_lightning.metrics import (
-    FEW_GROUPS,
+from srpo_lightning.evaluation.exchange import (
     Evaluation,
-    SampleTable,
-    Table,
-    brightness,
-    high_frequency,
-    is_in_top,
-    most_like,
-    saturation,
+    Evaluations,
+    OffersWeights,
+    ReadsEvaluations,
+    Weights,
+    callbacks_that,
 )
+from srpo_lightning.evaluation.metrics import FEW_GROUPS, PICTURE_STATISTICS, SampleTable, Table, is_in_top, most_like
+from srpo_lightning.files.fingerprint import fingerprint
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.reward_forms import RewardForm
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.clip import ClipReward
+from srpo_lightning.run_folder import RunFolder
 
-FILE = "metrics.jsonl"
-TABLES = "tables"
-OWN_COLUMNS = ("reward", "judge", "prompt", "saturation", "brightness", "high_frequency", LABEL, HELD_OUT)
-
-
-def table_path(run_folder: str | Path, step: int, weights: str) -> Path:
-    """Where the numbers of every sample after `step` optimizer steps lie."""
-    return Path(run_folder) / TABLES / f"step-{step:08d}" / f"{weights}.safetensors"
+SCORES = ("reward", "judge", "prompt")
+OWN_COLUMNS = (*SCORES, *PICTURE_STATISTICS, LABEL, HELD_OUT)
+OF_ALL_SAMPLES = ("diversity", "share", "drift", "win", "prompt_diversity")
 
 
-class RewardTracking(Recorder):
-    """Scores every evaluation sample, for the policy's weights, for their average and for the weights before training.
+class RewardTracking(Recorder, OffersWeights):
+    """Scores every evaluation sample, of base, policy and ema.
 
-    Logged under `val/<weights>/` and appended to `<run folder>/metrics.jsonl` (by `validate` and `test` in the folder
-    `validation` in it, with a key of all that the numbers depend on), each the mean over the samples:
-    `reward` (the objective under the training reward), `judge` (the same under the judge: when the first rises and the
-    second falls, the policy is exploiting its reward), `prompt` (the judge's score of image and prompt), each of
-    `metrics`, `top<k>` (whether the judge ranks an image's own prompt among the best k of `candidates`), what hacked
-    rewards move (`saturation`, `brightness`, `high_frequency`), and of all samples together `share/<label>` (images
-    that the judge finds most like each label), where the judge has image features `diversity`, `prompt_diversity` and
-    `drift` (CMMD from the base), and `win/<score>` (how often a sample beats the base's from the same noise).
+    Logged under `val/<weights>/` and appended to `<run folder>/metrics.jsonl`. `validate` and `test` write into the
+    folder `validation` in it, with a key of all that the numbers depend on. Means over the samples are:
+
+    - `reward`, the objective under the training reward, and `judge`, the same under the judge. When the first rises
+      and the second falls, the policy is exploiting its reward;
+    - `prompt`, the judge's score of image and prompt, and each of `metrics`;
+    - `top<k>`, whether the judge ranks an image's own prompt among the best k of `candidates`;
+    - `saturation`, `brightness` and `high_frequency`, which hacked rewards move.
+
+    Numbers of all samples together are:
+
+    - `share/<label>`, the share of images that the judge finds most like each label;
+    - `diversity`, `prompt_diversity` and `drift` (CMMD from the base), where the judge has image features;
+    - `win/<score>`, how often a sample beats the base's from the same noise.
 
     The numbers of each sample are kept in `<run folder>/tables/`, those of the base once, in `base.safetensors`. Where
-    it is not there, or of other prompts, noise or rewards, the evaluation puts the weights before training back in
-    place and measures them too. Judge and metrics are in host memory while the policy trains.
+    that is missing, or of other prompts, noise or rewards, the base is put in place again and measured. Judge and
+    metrics are in host memory while the policy trains.
 
     Args:
-        judge: a reward model other than the training reward; it must read text.
-        labels: texts to tell images apart by, for instance styles.
-        candidates: prompt files; each image's own prompt competes against all prompts in them.
-        top_k: how many of the candidates count as right.
-        metrics: further reward models by the name that their score of image and prompt is logged under.
-        held_out: scores by their weight in `held_out`, one number to choose checkpoints by (checkpoint.monitor:
-            policy/held_out) and for OverOptimizationGuard; the training reward has no place in it. By default judge and
-            prompt count alike: the first alone also rises while subjects fade.
-        form: what `reward` and `judge` are of; None: what the objective asks of its reward. One form makes runs with
-            several objectives comparable.
+        judge: Reward model that reads text and is another than the training reward.
+        labels: Texts to tell images apart by, for instance styles.
+        candidates: Prompt files; each image's own prompt competes against all prompts in them.
+        top_k: Number of best candidates among which an image's own prompt counts as right.
+        metrics: Further reward models, by the name that their score of image and prompt is logged under.
+        held_out: Weights of scores, by their name, in `held_out`: the one number to choose checkpoints by
+            (checkpoint.monitor: policy/held_out) and for OverOptimizationGuard. The training reward has no place in it.
+            By default judge and prompt count alike: the first alone also rises while subjects fade.
+        form: Reward form that `reward` and `judge` are of; null is what the objective asks of its reward. One form
+            makes runs with several objectives comparable.
     """
-
-    file = FILE
 
     def __init__(
         self,
@@ -104,26 +101,36 @@ class RewardTracking(Recorder):
         self.top_k = top_k
         self.top = f"top{top_k}"
         self.held_out = {"judge": 1.0, "prompt": 1.0} if held_out is None else held_out
+        self._check()
         self.base: Table | None = None
+        self.evaluations: Evaluations | None = None
         self.tables: dict[str, SampleTable] = {}
+        self._needs_base = False
         self._start_s = 0.0
-        taken = self.scorers.keys() & {*OWN_COLUMNS, self.top, "diversity", "share", "drift", "win", "prompt_diversity"}
+
+    def _check(self) -> None:
+        taken = self.scorers.keys() & {*OWN_COLUMNS, self.top, *OF_ALL_SAMPLES}
         if taken:
-            raise ValueError(f"metrics has {', '.join(taken)}, which is logged already: choose another name")
-        unknown = self.held_out.keys() - {"judge", "prompt", self.top, *self.scorers}
-        if len(labels) == 1 or len(set(labels)) < len(labels):
-            raise ValueError(f"labels is {list(labels)}: give two or more, all different, or none")
-        if self.candidates and top_k >= len(self.candidates):
-            raise ValueError(
-                f"top_k is {top_k} of {len(self.candidates)} candidates: every picture would be right; set it below"
-            )
+            meant = "".join(f" ({PICTURE_STATISTICS[name].meaning})" for name in taken & PICTURE_STATISTICS.keys())
+            raise ValueError(f"metrics has {', '.join(taken)}, which is logged already{meant}: choose another name")
+        if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels is {self.labels}: give two or more, all different, or none")
+        if self.candidates and self.top_k >= len(self.candidates):
+            of = f"{self.top_k} of {len(self.candidates)} candidates"
+            raise ValueError(f"top_k is {of}: every picture would be right; set it below")
         if self.held_out and not any(self.held_out.values()):
             raise ValueError("held_out has weights of 0 alone: give at least one score another, for instance judge: 1")
+        unknown = self.held_out.keys() - {"judge", "prompt", self.top, *self.scorers}
         if unknown or not self.held_out:
             raise ValueError(
                 f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among judge, prompt, {self.top} and "
                 f"the names in metrics ({', '.join(self.scorers) or 'there are none'})"
             )
+
+    @staticmethod
+    def file(run: RunFolder) -> Path:
+        """The numbers of every evaluation."""
+        return run.metrics
 
     @property
     def models(self) -> list[Reward]:
@@ -132,7 +139,7 @@ class RewardTracking(Recorder):
 
     @property
     def columns(self) -> list[str]:
-        """What every sample gets a number of."""
+        """The numbers that every sample gets."""
         return [*(name for name in OWN_COLUMNS if name != LABEL or self.labels), self.top, *self.scorers]
 
     @property
@@ -155,14 +162,17 @@ class RewardTracking(Recorder):
             model.requires_grad_(False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask for the base's samples too, if nobody has measured them yet."""
+        """Look whether the base must be measured too."""
         assert isinstance(pl_module, SRPOModule)
         self._start_s = time.perf_counter()
-        pl_module.weight_variants.pop(BASE, None)
         if pl_module.trained_steps:
-            self.base = self.base or self._read_base(trainer, pl_module)
-            if self.base is None:
-                pl_module.weight_variants[BASE] = pl_module.as_pretrained
+            self.base = self.base or read_base(trainer, self.key(trainer, pl_module))
+        self._needs_base = bool(pl_module.trained_steps) and self.base is None
+
+    def offered_weights(self, module: LightningModule) -> dict[str, Weights | None]:
+        """The base, where nobody has measured it yet."""
+        assert isinstance(module, SRPOModule)
+        return {BASE: partial(as_base, module)} if self._needs_base else {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting anew."""
@@ -186,35 +196,31 @@ class RewardTracking(Recorder):
                 self.tables[weights] = table.to(pl_module.device)
             images = images.float()
             scores = self.scores(pl_module, images, batch.prompts)
-            features = images.new_empty(len(images), 0)
-            if isinstance(self.judge, ClipReward):  # has_features
-                features = self.judge.image_features(images)
+            none = images.new_empty(len(images), 0)
+            features = self.judge.image_features(images) if isinstance(self.judge, ClipReward) else none
             self.tables[weights].update(batch.indices, scores, features)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the samples of all ranks together, log, and append to the file."""
+        """Put the samples of all ranks together, log, append to the file, and tell who reads evaluations."""
         assert isinstance(pl_module, SRPOModule)
+        self._needs_base = False
         tables = {weights: table.table() for weights, table in self.tables.items()}
         step = pl_module.trained_steps
         measured_base = tables.get(BASE) if step else tables.get("policy")
         if measured_base is not None:
-            self.base = measured_base
-            if (few := len(self.base.groups.unique())) < FEW_GROUPS:
-                rank_zero_info(
-                    f"{few} evaluation prompts are few: intervals over them are too narrow, and of one prompt there is "
-                    f"none, nor does the guard act. Give {FEW_GROUPS} or more (data.evaluation, data.num_eval_prompts)"
-                )
-            if trainer.is_global_zero:
-                self._keep_base(trainer, pl_module, measured_base)
+            self._learn_base(trainer, pl_module, measured_base)
         if self.base is not None:
             tables |= {BASE: self.base}
-        pl_module.evaluations = {
+        by_weights = {
             weights: Evaluation(table, summary(table, None if weights == BASE or not step else self.base, self.labels))
             for weights, table in tables.items()
         }
         for weights in (name for name in self.tables if name != BASE):
             warn_of_unknown(weights, tables[weights], step)
-            self._record(trainer, pl_module, weights, *pl_module.evaluations[weights])
+            self._record(trainer, pl_module, weights, *by_weights[weights])
+        self.evaluations = Evaluations(step, by_weights)
+        for reader in callbacks_that(trainer, ReadsEvaluations):
+            reader.on_evaluation(trainer, pl_module, self.evaluations)
         seconds = time.perf_counter() - self._start_s
         for logger in trainer.loggers:
             logger.log_metrics({"val/seconds": seconds}, step)
@@ -235,9 +241,7 @@ class RewardTracking(Recorder):
             "reward": form.score(module.reward, images, prompts),
             "judge": form.score(self.judge, images, prompts),
             "prompt": self.judge(images, prompts),
-            "saturation": saturation(images),
-            "brightness": brightness(images),
-            "high_frequency": high_frequency(images),
+            **{name: own.measure(images) for name, own in PICTURE_STATISTICS.items()},
             self.top: is_in_top(self.judge.compare(images, candidates), truth, self.top_k),
         }
         if self.labels:
@@ -260,62 +264,34 @@ class RewardTracking(Recorder):
         }
         return fingerprint(what)
 
-    def _read_base(self, trainer: Trainer, module: SRPOModule) -> Table | None:
-        key = self.key(trainer, module)
-        found = (read_table(base_path(folder), key) for folder in (trainer.default_root_dir, recorded_in(trainer)))
-        return next((table for table in found if table is not None), None)
-
-    def _keep_base(self, trainer: Trainer, module: SRPOModule, base: Table) -> None:
-        """In the run folder, unless `validate` would replace the run's own by that of other prompts or settings."""
-        key, path = self.key(trainer, module), base_path(trainer.default_root_dir)
-        header = read_header(path) if path.is_file() else None
-        is_others = header is not None and header["key"] != key
-        save_table(base_path(recorded_in(trainer)) if is_others else path, base, key)
+    def _learn_base(self, trainer: Trainer, module: SRPOModule, base: Table) -> None:
+        self.base = base
+        if (few := len(base.groups.unique())) < FEW_GROUPS:
+            rank_zero_info(
+                f"{few} evaluation prompts are few: intervals over them are too narrow, and of one prompt there is "
+                f"none, nor does the guard act. Give {FEW_GROUPS} or more (data.evaluation, data.num_eval_prompts)"
+            )
+        if trainer.is_global_zero:
+            keep_base(trainer, self.key(trainer, module), base)
 
     def _record(
         self, trainer: Trainer, module: SRPOModule, weights: str, table: Table, numbers: dict[str, float]
     ) -> None:
-        step, folder = module.trained_steps, recorded_in(trainer)
-        module.log_dict({f"val/{weights}/{name}": value for name, value in numbers.items()}, logger=False)
+        step, run = module.trained_steps, RunFolder.recording(trainer)
+        named = {f"val/{weights}/{name}": value for name, value in numbers.items()}
+        module.log_dict(named, logger=False)
         for logger in trainer.loggers:
-            logger.log_metrics({f"val/{weights}/{name}": value for name, value in numbers.items()}, step)
+            logger.log_metrics(named, step)
             if isinstance(logger, TensorBoardLogger):
-                for name in ("reward", "judge", "prompt", *self.scorers):
+                for name in (*SCORES, *self.scorers):
                     known = table.columns[name][table.columns[name].isfinite()]
                     if len(known):  # TensorBoard has no histogram of nothing
                         logger.experiment.add_histogram(f"distribution/{weights}/{name}", known, step)
         if trainer.is_global_zero:
             own = {} if trainer.state.fn == TrainerFn.FITTING else {"key": self.key(trainer, module)}
-            append_record(folder, {"step": step, "weights": weights, **own, **numbers})
-            save_table(table_path(folder, step, weights), table, "")
+            run.append_metrics({"step": step, "weights": weights, **own, **numbers})
+            save_table(run.table(step, weights), table, "")
 
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)
-
-
-def warn_of_unknown(weights: str, table: Table, step: int) -> None:
-    """Say how many samples have a score that is not a number, of which every mean is none either."""
-    unknown = torch.stack([~column.isfinite() for column in table.columns.values()]).any(0)
-    if unknown.any():
-        rank_zero_warn(
-            f"step {step}: {int(unknown.sum())} of {len(unknown)} samples of {weights} have scores that are not "
-            f"numbers, sample {int(table.indices[unknown][0])} the first: look at the pictures; lower the learning "
-            "rate, or draw in a wider precision (trainer.precision)"
-        )
-
-
-def base_path(run_folder: str | Path) -> Path:
-    """Where the base's numbers are kept."""
-    return Path(run_folder) / TABLES / f"{BASE}.safetensors"
-
-
-def append_record(run_folder: str | Path, record: Record) -> None:
-    """Add a line to the run's metrics file."""
-    records.append(Path(run_folder) / FILE, record)
-
-
-def read_records(run_folder: str | Path) -> list[Record]:
-    """All lines of the run's metrics file, oldest first; what was not a number is NaN again."""
-    lines = records.read(Path(run_folder) / FILE)
-    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]

@@ -4,12 +4,27 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from srpo_lightning.data.picture_files import PICTURES, is_hidden, part_of
 from srpo_lightning.data.tables import CAPTION_BYTES, Found, Row, object_of
 
 END_BYTES = 1 << 24
 """The most that is looked at behind the last sample."""
+
+NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+
+
+class Header(tarfile.TarInfo):
+    """What an archive says of its next file; names and notes, which tarfile reads as long as they say, have a limit."""
+
+    @classmethod
+    def frombuf(cls, *args: Any, **kwargs: Any) -> "Header":
+        """From its bytes."""
+        own = super().frombuf(*args, **kwargs)
+        if own.type in NAMES and own.size > CAPTION_BYTES:
+            raise tarfile.ReadError(f"a name or note of {own.size} bytes, at most {CAPTION_BYTES} are read")
+        return own
 
 
 def archive_rows(file: Path, prompt: str, image: str) -> Iterator[Found]:
@@ -25,7 +40,7 @@ def archive_rows(file: Path, prompt: str, image: str) -> Iterator[Found]:
     """
     file = file.resolve()
     try:
-        with tarfile.open(file, "r:") as archive:
+        with tarfile.open(file, "r:", tarinfo=Header) as archive:
             for name, members in groupby(_members(archive, file), _sample):
                 yield Found(_row(archive, file, members, prompt, image), str(file), name, "sample")
             _check_end(file, archive.offset)

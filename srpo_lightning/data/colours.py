@@ -21,6 +21,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "TGA
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", *WIDE)
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
+MISREAD = ((0, 1), (0, 2), (0, 4), (2, 16))
+"""Kinds of colours of a PNG (0: grey, 2: RGB) and their bits, of which Pillow compares the transparent one unscaled."""
 SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 SRGB_GAMMA = 1 / 2.2
 NEAR = 0.01
@@ -89,13 +91,18 @@ def _unfit(opened: Image.Image, content: bytes, limits: Limits) -> str | None:
     width, height = opened.size
     if width * height > limits.megapixels * MEGA:
         return (
-            f"has {width} x {height} pixels, more than data.max_picture_megapixels ({limits.megapixels}): raise that, "
-            "or make it smaller"
+            f"has {width} x {height} pixels, more than {limits.group}max_picture_megapixels ({limits.megapixels}): "
+            "raise that, or make it smaller"
         )
     if getattr(opened, "is_animated", False) and opened.format != "MPO":  # whose others are previews and depths
         return "is an animation, or has several pages: save the one that is meant as .png"
     if opened.mode not in MODES and not _is_wide(opened):
         return f"has pixels that are shown in no one way (Pillow's mode {opened.mode}): save it in sRGB, 8 or 16 bits"
+    if "transparency" in opened.info and opened.format == "PNG" and (content[25], content[24]) in MISREAD:
+        return (
+            f"has one colour that is transparent, in {content[24]} bits, which is not read rightly: save it with an "
+            "alpha channel, or in 8 bits"
+        )
     primaries = opened.info.get("chromaticity", SRGB_PRIMARIES)
     is_told = "icc_profile" in opened.info or "srgb" in opened.info
     if not is_told and any(abs(a - b) > NEAR for a, b in zip(primaries, SRGB_PRIMARIES, strict=True)):

@@ -1,18 +1,17 @@
 """Prompts and pictures in, batches of conditions out, in an order that is a function of (seed, step, rank)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
-from srpo_lightning.agreement import digest
 from srpo_lightning.batch import Conditions, Size
 from srpo_lightning.data.columns import check_size
 from srpo_lightning.data.dataset import PromptDataset, collate
@@ -24,8 +23,8 @@ from srpo_lightning.data.preparation import Preparation
 from srpo_lightning.data.prompts import PromptSet, Sources
 from srpo_lightning.data.records import Records
 from srpo_lightning.data.selection import Selection, check_sources, select, select_evaluation
-from srpo_lightning.policies.image import FluxImageEncoder
-from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.encoding import Encoder, Encoding
+from srpo_lightning.training.agreement import digest
 
 
 class PromptData(LightningDataModule):
@@ -33,7 +32,7 @@ class PromptData(LightningDataModule):
 
     Args:
         train: training prompts: a path, or a source with its columns, or a list of these.
-        pretrained: the pipeline whose text encoders and VAE are used (follows model.policy.init_args.pretrained).
+        encoder: the policy's way to its encoders, `Policy.encoder` (follows model.policy).
         evaluation: held-out prompts for validate, test and predict; None: `validation_fraction` of those to train.
         validation_fraction: of the training prompts, held out by a hash of the text: adding prompts moves none.
         images: captions with real pictures; None: those training records that name one.
@@ -47,10 +46,10 @@ class PromptData(LightningDataModule):
         eval_samples_per_prompt: how often each of them is drawn, from other noise each time.
         sizes: [width, height] of pictures in pixels, for records without their own: one is drawn per step, and a real
             picture goes to that of the nearest aspect ratio. None: the policy's own.
-        height: of the policy's own size (follows model.policy.init_args.height).
-        width: the same.
         cache_dir: where text features and latents are kept between runs; on s3://, gs:// or hf:// they are only read.
-        mirror_dir: where chunks that come from there are kept on this machine, as many as were read.
+        mirror_dir: where files that come from there are kept on this machine.
+        mirror_gigabytes: Disk space for files in `mirror_dir`: those go that were not used for longest, unless they
+            are open. None: no limit.
         max_picture_megapixels: real pictures of more are refused before they are decoded.
         max_picture_megabytes: files of real pictures that are larger are refused before they are read.
         max_prompts_to_encode: the most that fit encodes by itself; beyond it says how to run `cache`.
@@ -59,7 +58,7 @@ class PromptData(LightningDataModule):
         text_quantize: keep T5 in 8 (int8) or 4 (nf4) bits per weight while encoding.
         text_batch_size: prompts or pictures encoded at once.
         text_device: where prompts and pictures are encoded.
-        shuffle_window: in larger sets prompts are shuffled within stretches of so many, so that few chunks are open.
+        shuffle_window: in larger sets prompts are shuffled within stretches of so many, so that few files are open.
         num_workers: processes that read features.
         seed: of the order of training prompts (follows model.seed).
     """
@@ -67,7 +66,7 @@ class PromptData(LightningDataModule):
     def __init__(
         self,
         train: Sources,
-        pretrained: str,
+        encoder: Callable[[Encoding], Encoder],
         evaluation: Sources | None = None,
         validation_fraction: ClosedUnitInterval = 0.0,
         images: Sources | None = None,
@@ -79,10 +78,9 @@ class PromptData(LightningDataModule):
         num_eval_prompts: PositiveInt | None = None,
         eval_samples_per_prompt: PositiveInt = 1,
         sizes: list[tuple[PositiveInt, PositiveInt]] | None = None,
-        height: PositiveInt = 1024,
-        width: PositiveInt = 1024,
         cache_dir: str = ".cache/features",
         mirror_dir: str = ".cache/mirror",
+        mirror_gigabytes: PositiveFloat | None = None,
         max_picture_megapixels: PositiveInt = LIMITS.megapixels,
         max_picture_megabytes: PositiveInt = LIMITS.megabytes,
         max_prompts_to_encode: NonNegativeInt = 2000,
@@ -97,7 +95,7 @@ class PromptData(LightningDataModule):
     ) -> None:
         super().__init__()
         if sizes == []:
-            raise ValueError("data.sizes is []: give at least one [width, height], or leave it away")
+            raise ValueError("data.sizes is []: give at least one [width, height], or leave it out")
         for number, (own_width, own_height) in enumerate(sizes or []):
             check_size(own_width, own_height, f"data.sizes[{number}]")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -111,23 +109,24 @@ class PromptData(LightningDataModule):
         self.sampler: StepSampler | None = None
         self.records_before: Records | None = None
         check_sources(evaluation, validation_fraction, images, offline_ratio)
+        dtype = getattr(torch, text_dtype)
+        own = encoder(
+            Encoding(max_sequence_length, dtype, text_device, text_quantize, draws=picture_latents == "sample")
+        )
         self.num_eval_prompts = num_eval_prompts
         self._held_out = partial(select_evaluation, train, evaluation, validation_fraction)
         self._all = partial(
             select,
             *(train, evaluation, validation_fraction, images, offline_ratio),
-            *(self.sizes or [(height, width)], Limits(max_picture_megapixels, max_picture_megabytes)),
+            *(self.sizes or [own.size], Limits(max_picture_megapixels, max_picture_megabytes)),
         )
-        dtype = getattr(torch, text_dtype)
-        encoder = FluxTextEncoder(pretrained, max_sequence_length, dtype, text_device, text_quantize)
-        self.cache = FeatureCache(cache_dir, encoder, mirror_dir)
-        self.image_encoder = (
-            FluxImageEncoder(pretrained, device=text_device, draw=picture_latents == "sample")
-            if offline_ratio
-            else None
-        )
+        mirror = mirror_dir, mirror_gigabytes
+        self.cache = FeatureCache(cache_dir, own.text, *mirror)
+        if offline_ratio and own.images is None:
+            raise ValueError("data.offline_ratio is above 0, but the policy trains on no real pictures: set it to 0")
+        self.image_encoder = own.images() if own.images and offline_ratio else None
         encoder_of_pictures = self.image_encoder and self.image_encoder.description()
-        self.latents = LatentCache(cache_dir, encoder_of_pictures, mirror_dir) if encoder_of_pictures else None
+        self.latents = LatentCache(cache_dir, encoder_of_pictures, *mirror) if encoder_of_pictures else None
         self.text_batch_size, self.max_prompts_to_encode = text_batch_size, max_prompts_to_encode
 
     @cached_property
@@ -280,10 +279,12 @@ class PromptData(LightningDataModule):
         self, sets: list[PromptSet], sampler: Sampler[list[Pick]], pictures: Sequence[Picture]
     ) -> DataLoader[Any]:
         self.preparation.open()
+        text = self.cache.encoder
+        unconditional = None if text.negative is None else self.cache[text.negative]
         return DataLoader(
             PromptDataset(sets, self.cache, self.latents, pictures),
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=partial(collate, ragged=text.ragged, unconditional=unconditional),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

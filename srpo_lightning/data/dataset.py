@@ -1,6 +1,6 @@
 """Records with their features and latents, one by one and stacked to batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from srpo_lightning.batch import Conditions, Size
-from srpo_lightning.data.chunks import key_of
+from srpo_lightning.batch import Conditions, Size, Text
 from srpo_lightning.data.columns import Prompt
 from srpo_lightning.data.features import FeatureCache
 from srpo_lightning.data.images import LatentCache, Picture, latent_key
 from srpo_lightning.data.order import Pick
 from srpo_lightning.data.prompts import PromptSet
-from srpo_lightning.policies.text import TextFeatures
+from srpo_lightning.data.tensor_files import key_of
 
 
 class Item(NamedTuple):
@@ -23,15 +22,15 @@ class Item(NamedTuple):
 
     Args:
         prompt: its record.
-        features: of its text.
-        number: of the sample in its list; evaluation passes over the list several times.
-        size: of its picture.
-        seed: of its evaluation sample.
-        x0: [L, C] latents of its real picture.
+        features: features of its text by name, [T, ...] or [P].
+        number: position of the sample in its list; evaluation passes over the list several times.
+        size: pixels of its picture.
+        seed: number that its evaluation sample is drawn from.
+        x0: [*latent] latents of its real picture.
     """
 
     prompt: Prompt
-    features: TextFeatures
+    features: dict[str, Tensor]
     number: int
     size: Size | None
     seed: int | None
@@ -76,20 +75,26 @@ class PromptDataset(Dataset[Item]):
         return Item(prompt, self.cache.features(int(self.rows[row])), position, pick.size, seed, x0)
 
 
-def collate(items: list[Item]) -> Conditions:
-    """Stack items to a batch."""
+def collate(items: list[Item], ragged: frozenset[str], unconditional: Mapping[str, Tensor] | None) -> Conditions:
+    """Stack items to a batch.
+
+    Args:
+        items: samples of pictures of one size.
+        ragged: names of the sequences of each prompt's own length.
+        unconditional: features of the text that guidance moves away from; None: there is none.
+    """
     prompts = [item.prompt for item in items]
     latents = [item.x0 for item in items if item.x0 is not None]
     return Conditions(
         [prompt.text for prompt in prompts],
-        torch.stack([item.features.prompt_embeds for item in items]),
-        torch.stack([item.features.pooled_prompt_embeds for item in items]),
+        Text.collate([item.features for item in items], ragged),
         torch.tensor([item.number for item in items]),
         items[0].size,
         torch.stack(latents) if latents else None,
         _if_any([item.seed for item in items]),
         _if_any([prompt.negative_prompt for prompt in prompts]),
         [prompt.tags or [] for prompt in prompts] if any(prompt.tags for prompt in prompts) else None,
+        None if unconditional is None else Text.collate([unconditional], ragged),
     )
 
 

@@ -10,10 +10,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from srpo_lightning.batch import Size
-from srpo_lightning.data.chunks import Item, key_of
 from srpo_lightning.data.colours import as_seen
 from srpo_lightning.data.picture_files import LIMITS, Limits, read_picture
-from srpo_lightning.data.store import ChunkStore, per_chunk
+from srpo_lightning.data.store import ParquetStore, per_file
+from srpo_lightning.data.tensor_files import Item, key_of
 
 Pixels = Float[Tensor, "3 H W"]
 EncodeImages = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B L C"]]
@@ -34,13 +34,14 @@ class Picture(NamedTuple):
     limits: Limits = LIMITS
 
 
-class LatentCache(ChunkStore):
+class LatentCache(ParquetStore):
     """The latents of pictures, by their bytes and their size.
 
     Args:
         folder: of the caches of all encoders, here or on s3://, gs:// or hf://.
         description: of the encoder, with its `fingerprint`.
-        mirror: see `ChunkStore`.
+        mirror: See `ParquetStore`.
+        mirror_gigabytes: See `ParquetStore`.
     """
 
     def missing(self, pictures: Sequence[Picture]) -> list[Picture]:
@@ -53,8 +54,8 @@ class LatentCache(ChunkStore):
         count = 0
         for size in dict.fromkeys(picture.size for picture in pictures):
             wanted = [(latent_key(picture), picture) for picture in pictures if picture.size == size]
-            items_per_chunk = per_chunk(int(size[0] * size[1] * LATENT_BYTES_PER_PIXEL))
-            count += self.fill(wanted, lambda batch: encoded(batch, encode), batch_size, items_per_chunk)
+            items_per_file = per_file(int(size[0] * size[1] * LATENT_BYTES_PER_PIXEL))
+            count += self.fill(wanted, lambda batch: encoded(batch, encode), batch_size, items_per_file)
         return count
 
     def latents(self, row: int) -> Tensor:

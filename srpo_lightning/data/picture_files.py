@@ -5,7 +5,7 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from srpo_lightning.checkpoints import complete_or_absent
+from srpo_lightning.files.checkpoints import complete_or_absent
 
 OPENED = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".tga")
 PICTURES = (*OPENED, ".apng", ".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr")
@@ -21,10 +21,12 @@ class Limits(NamedTuple):
     Args:
         megapixels: width times height.
         megabytes: of the file.
+        group: what stands before the names of the settings that raise these.
     """
 
     megapixels: int = 100
     megabytes: int = 200
+    group: str = "data."
 
 
 LIMITS = Limits()
@@ -57,7 +59,7 @@ def read_picture(reference: str, limits: Limits = LIMITS) -> bytes:
         num_bytes = int(size or told.st_size)
         if num_bytes > limits.megabytes * MEGA:
             raise ValueError(
-                f"picture {reference} has {num_bytes / MEGA:.0f} MB, more than data.max_picture_megabytes "
+                f"picture {reference} has {num_bytes / MEGA:.0f} MB, more than {limits.group}max_picture_megabytes "
                 f"({limits.megabytes}): raise that, or leave the picture out"
             )
         with Path(path).open("rb") as stream:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from srpo_lightning.data.features import FeatureCache
 from srpo_lightning.data.images import LatentCache
 from srpo_lightning.data.selection import Selection
-from srpo_lightning.policies.image import FluxImageEncoder
+from srpo_lightning.encoding import ImageEncoder
 
 SAMPLED = 10_000  # prompts whose lengths are looked at, evenly over the set
 
@@ -30,7 +30,7 @@ class Preparation(NamedTuple):
     selection: Selection
     cache: FeatureCache
     latents: LatentCache | None
-    image_encoder: FluxImageEncoder | None
+    image_encoder: ImageEncoder | None
     batch_size: int
     max_to_encode: int
 
@@ -40,14 +40,14 @@ class Preparation(NamedTuple):
         Raises:
             ValueError: with the command to run, if much is missing; with the file and the cure, if a cache is damaged.
         """
-        texts = self.selection.texts
+        texts = with_negative(self.selection.texts, self.cache.encoder.negative)
         missing = self.missing(texts)
         if missing:
             self._refuse_many(len(missing), len(texts), "prompts", self.cache.others())
             self.cache.add(texts, self.batch_size)
         self.cache.encoder.unload()
         num_pictures = self._encode_pictures()
-        self._report(texts, len(missing), num_pictures)
+        self._report(self.selection.texts, len(missing), num_pictures)
 
     def open(self) -> None:
         """Read the manifests, in every process of a run."""
@@ -103,6 +103,11 @@ class Preparation(NamedTuple):
                 rank_zero_info(f"prompts: {count} {what}")
         for line in lengths(texts, self.cache):
             rank_zero_info(line)
+
+
+def with_negative(texts: Sequence[str], negative: str | None) -> list[str]:
+    """Everything that is to be encoded: the prompts, and the text that guidance moves away from."""
+    return list(dict.fromkeys([*texts, *([] if negative is None else [negative])]))
 
 
 def lengths(texts: Sequence[str], cache: FeatureCache) -> list[str]:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from srpo_lightning.agreement import digest
 from srpo_lightning.data.order import Order
+from srpo_lightning.training.agreement import digest
 
 KEY_BYTES = 8
 

@@ -2,17 +2,20 @@
 
 import csv
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TextIO, TypeAlias
 
 Row: TypeAlias = dict[str, Any]
 
 BOM = "\ufeff"
 CAPTION_BYTES = 1 << 20
 """The longest caption or record that is a file of its own."""
+
+LINE_LETTERS = 1 << 24
+"""The longest line or cell of a table: a damaged file may be one line without end."""
 
 
 class Found(NamedTuple):
@@ -99,11 +102,21 @@ def _twice(names: Any) -> str | None:
 
 def _lines(file: Path, prompt: str) -> Iterator[Found]:
     with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(_of_some_length(stream, file), 1):
             found = Found({prompt: line}, str(file), number)
             if number == 1 and _is_object(line):
                 raise ValueError(f"{found.place} is JSON, not a prompt: name the file {file.stem}.jsonl")
             yield found
+
+
+def _of_some_length(stream: TextIO, file: Path) -> Iterator[str]:
+    for number in count(1):
+        line = stream.readline(LINE_LETTERS + 1)
+        if len(line) > LINE_LETTERS:
+            raise ValueError(f"prompt file {file}, line {number} has more than {LINE_LETTERS} letters: divide it")
+        if not line:
+            return
+        yield line
 
 
 def _is_object(line: str) -> bool:
@@ -115,16 +128,16 @@ def _is_object(line: str) -> bool:
 
 def _objects(file: Path, prompt: str) -> Iterator[Found]:
     with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(_of_some_length(stream, file), 1):
             found = Found({prompt: ""}, str(file), number)
             yield found._replace(row=object_of(line, found.place)) if line.strip() else found
 
 
 def _table(file: Path, _: str) -> Iterator[Found]:
-    csv.field_size_limit(sys.maxsize)  # prompts may be longer than the 128 KiB that csv starts with
+    csv.field_size_limit(LINE_LETTERS)  # prompts may be longer than the 128 KiB that csv starts with
     with file.open(encoding="utf-8-sig", newline="") as stream:
         try:
-            reader = csv.DictReader(stream, strict=True)
+            reader = csv.DictReader(_of_some_length(stream, file), strict=True)
             names = [name.strip() for name in reader.fieldnames or []]
             if name := _twice(name for name in names if name):
                 raise ValueError(f"prompt file {file}, line 1: two columns are called {name!r}: rename one")
@@ -161,9 +174,13 @@ KINDS: dict[str, Callable[[Path, str], Iterator[Found]]] = {
 
 
 def _first_line_that_is_no_text(file: Path) -> int:
-    content = file.read_bytes()
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        return content.count(b"\n", 0, error.start) + 1
+    with file.open("rb") as stream:
+        for number in count(1):
+            line = stream.readline(LINE_LETTERS)
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+            if not line:
+                break
     return 0

@@ -8,19 +8,18 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from torch.multiprocessing.spawn import spawn
 from tqdm.auto import tqdm
 
-from srpo_lightning.arguments import read_config
+from srpo_lightning.config.arguments import new_data, new_policy, read_config
 from srpo_lightning.data import PromptData
-from srpo_lightning.data.chunks import Item, key_of, writing
 from srpo_lightning.data.images import LATENT_BYTES_PER_PIXEL, LatentCache, encoded, latent_key
-from srpo_lightning.data.preparation import lengths
-from srpo_lightning.data.store import ChunkStore, in_groups, per_chunk
-from srpo_lightning.policies.image import FluxImageEncoder
-from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.data.preparation import lengths, with_negative
+from srpo_lightning.data.store import ParquetStore, in_groups, per_file, writing
+from srpo_lightning.data.tensor_files import Item, key_of
+from srpo_lightning.encoding import ImageEncoder, TextEncoder
+from srpo_lightning.training.devices import chosen_device
 
 MEGABYTE = 10**6
 
@@ -31,17 +30,19 @@ class Work(NamedTuple):
     """Items to encode into one store.
 
     Args:
-        what: they are, for people.
-        store: where they go.
-        encoder: of either kind; each process has its own copy, on its own device.
-        groups: of keys and values, each of which becomes a chunk.
-        item_bytes: of one, before compression.
-        batch_size: how many are encoded at once.
+        what: Name of the items, for people.
+        store: Store that keeps them.
+        encoder: Encoder of texts or of pictures; each process has its own copy, on its own device.
+        encode: Function of such an encoder and values, which gives their features.
+        groups: Groups of keys and values, each of which becomes a file.
+        item_bytes: Bytes of one item before compression.
+        batch_size: Number of items encoded at once.
     """
 
     what: str
-    store: ChunkStore
-    encoder: FluxTextEncoder | FluxImageEncoder
+    store: ParquetStore
+    encoder: TextEncoder | ImageEncoder
+    encode: Callable[[Any, list[Any]], list[Item]]
     groups: list[Wanted]
     item_bytes: int
     batch_size: int
@@ -56,25 +57,28 @@ def cache(config: str, num_processes: PositiveInt | None = None, device: str = "
     """Encode all prompts and pictures of a configuration that are not encoded yet; after a kill it goes on.
 
     Args:
-        config: the configuration file that `fit` will get.
-        num_processes: None: one for each GPU, or one.
-        device: where they encode: auto, cuda or cpu.
-        prune: delete chunks in which no prompt or picture of this configuration is.
+        config: Configuration file that `fit` will get.
+        num_processes: Number of processes that encode; null means one for each GPU, or one without any.
+        device: Device that encodes: auto, cuda or cpu; auto takes a GPU if there is one.
+        prune: Whether to delete files that hold no prompt or picture of this configuration.
 
     Raises:
         ValueError: naming the cure, if a source or a model cannot be read, or the cache is a remote one.
     """
+    kind = chosen_device(device)
     data = read_data(config)
     if data.cache.remote:
         raise ValueError(
             f"data.cache_dir is {data.cache.parent}, from where features are only read: encode into a folder here, and "
             "upload that"
         )
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    processes = num_processes or (torch.cuda.device_count() if kind == "cuda" else 1)
-    texts = data.selection.texts
-    for line in lengths(texts, data.cache):
+    num_gpus = torch.cuda.device_count() if kind == "cuda" else 0
+    processes = num_processes or num_gpus or 1
+    if num_gpus and processes > num_gpus:
+        raise ValueError(f"num_processes is {processes}, and each needs a GPU of {num_gpus}: set it to that or less")
+    for line in lengths(data.selection.texts, data.cache):
         print(line)
+    texts = with_negative(data.selection.texts, data.cache.encoder.negative)
     for store, wanted, work in ((data.cache, *text_work(data, texts)), *image_work(data)):
         with writing(store.folder):
             todo = work(store.recover(wanted))
@@ -83,17 +87,15 @@ def cache(config: str, num_processes: PositiveInt | None = None, device: str = "
             manifest = store.publish(keep=[key for key, _ in wanted] if prune else None)
         each = manifest.num_bytes // max(manifest.num_items, 1)
         print(
-            f"{store.folder}: {manifest.num_items} {todo.what} in {len(manifest.chunks)} chunks, "
+            f"{store.folder}: {manifest.num_items} {todo.what} in {len(manifest.files)} files, "
             f"{manifest.num_bytes / MEGABYTE:.1f} MB, {each} bytes each ({todo.item_bytes} before compression)"
         )
 
 
 def read_data(config: str) -> PromptData:
     """The data module of a configuration file."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(PromptData, "data")
-    found: PromptData = parser.instantiate_classes(parser.parse_object({"data": read_config(config).data})).data
-    return found
+    settings = read_config(config)
+    return new_data(settings, new_policy(settings))
 
 
 def text_work(data: PromptData, texts: Sequence[str]) -> tuple[Wanted, Callable[[Wanted], Work]]:
@@ -101,14 +103,14 @@ def text_work(data: PromptData, texts: Sequence[str]) -> tuple[Wanted, Callable[
     cache = data.cache
 
     def work(missing: Wanted) -> Work:
-        groups = in_groups(missing, cache.items_per_chunk)
-        return Work("prompts", cache, cache.encoder, groups, cache.item_bytes, data.text_batch_size)
+        groups = in_groups(missing, cache.items_per_file)
+        return Work("prompts", cache, cache.encoder, encode_texts, groups, cache.item_bytes, data.text_batch_size)
 
     return [(key_of(text), text) for text in texts], work
 
 
 def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable[[Wanted], Work]]]:
-    """The same of the pictures; chunks hold one size each."""
+    """The same of the pictures; files hold one size each."""
     if data.latents is None:
         return
     store, encoder = data.latents, data.image_encoder
@@ -120,8 +122,8 @@ def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable
     def work(missing: Wanted) -> Work:
         groups = []
         for size in dict.fromkeys(picture.size for _, picture in missing):
-            groups += in_groups([item for item in missing if item[1].size == size], per_chunk(item_bytes))
-        return Work("pictures", store, encoder, groups, item_bytes, data.text_batch_size)
+            groups += in_groups([item for item in missing if item[1].size == size], per_file(item_bytes))
+        return Work("pictures", store, encoder, encode_pictures, groups, item_bytes, data.text_batch_size)
 
     yield store, [(latent_key(picture), picture) for picture in pictures], work
 
@@ -132,8 +134,8 @@ def estimate(work: Work, wanted: int, processes: int, kind: str) -> None:
     free = shutil.disk_usage(work.store.folder).free
     print(
         f"{work.what}: {wanted - work.num_items} of {wanted} are there; {work.num_items} to encode in "
-        f"{len(work.groups)} chunks on {processes} x {kind}, at most {work.num_items * work.item_bytes / MEGABYTE:.1f} "
-        f"MB of {free / MEGABYTE:.0f} MB free; time and size follow after the first chunk",
+        f"{len(work.groups)} files on {processes} x {kind}, at most {work.num_items * work.item_bytes / MEGABYTE:.1f} "
+        f"MB of {free / MEGABYTE:.0f} MB free; time and size follow after the first file",
         flush=True,
     )
 
@@ -159,9 +161,9 @@ def encode(work: Work, processes: int, kind: str) -> None:
 
 
 def _finished(work: Work, processes: int, kind: str) -> Iterator[tuple[int, int]]:
-    """The items and bytes of each chunk, when it is on the disk."""
+    """The items and bytes of each file, when it is on the disk."""
     if processes == 1:
-        yield from _chunks(work, 0, 1, kind)
+        yield from _files(work, 0, 1, kind)
         return
     queue: Any = get_context("spawn").SimpleQueue()
     running = spawn(_process, (work, processes, kind, queue), processes, join=False)
@@ -177,20 +179,24 @@ def _finished(work: Work, processes: int, kind: str) -> Iterator[tuple[int, int]
 
 
 def _process(rank: int, work: Work, processes: int, kind: str, queue: Any) -> None:
-    for finished in _chunks(work, rank, processes, kind):
+    for finished in _files(work, rank, processes, kind):
         queue.put(finished)
 
 
-def _chunks(work: Work, rank: int, processes: int, kind: str) -> Iterator[tuple[int, int]]:
+def _files(work: Work, rank: int, processes: int, kind: str) -> Iterator[tuple[int, int]]:
     encoder = work.encoder
     encoder.device = f"cuda:{rank}" if kind == "cuda" else kind
     for group in work.groups[rank::processes]:
-        chunk = work.store.write(group, partial(_items, encoder), work.batch_size)
-        yield len(chunk.keys), chunk.num_bytes
+        file = work.store.write(group, partial(work.encode, encoder), work.batch_size)
+        yield len(file.keys), file.num_bytes
     encoder.unload()
 
 
-def _items(encoder: FluxTextEncoder | FluxImageEncoder, values: list[Any]) -> list[Item]:
-    if isinstance(encoder, FluxTextEncoder):
-        return [features._asdict() for features in encoder.encode(values)]
-    return encoded(values, encoder.encode)
+def encode_texts(encoder: TextEncoder, texts: list[str]) -> list[Item]:
+    """Features of prompts, as they are stored."""
+    return list(encoder.encode(texts))
+
+
+def encode_pictures(encoder: ImageEncoder, pictures: list[Any]) -> list[Item]:
+    """Latents of pictures, as they are stored."""
+    return encoded(pictures, encoder.encode)

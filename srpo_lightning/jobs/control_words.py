@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby, product
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +16,13 @@ from tqdm.auto import tqdm
 from srpo_lightning.batch import Size
 from srpo_lightning.data.colours import as_seen, size_as_seen
 from srpo_lightning.data.files import rows
-from srpo_lightning.data.picture_files import OPENED, PICTURES, is_hidden
+from srpo_lightning.data.picture_files import LIMITS, OPENED, PICTURES, Limits, is_hidden
 from srpo_lightning.data.prompts import read_prompts
+from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.files.strict_json import strict_json
+from srpo_lightning.objectives.reward_forms import check_template
 from srpo_lightning.rewards import Reward
-from srpo_lightning.strict_json import strict_json
+from srpo_lightning.training.devices import chosen_device
 
 INVENTED = ("Blorfy", "Quandish", "Trevolic", "Zumbral")  # words that no model has met
 
@@ -26,24 +30,33 @@ NO_AUC = "these tell how much a pair moves the score, not whether it means what 
 
 
 class Picture(NamedTuple):
-    """A picture file and what it is of."""
+    """A picture file, what it is of, and as what it is seen.
+
+    Args:
+        path: of the file.
+        prompt: what it is of.
+        size: height and width.
+        limits: up to where it is read.
+    """
 
     path: Path
     prompt: str
+    size: Size
+    limits: Limits
 
 
 class Pair(NamedTuple):
     """What a reward model makes of two words.
 
     Args:
-        words: "positive/negative".
-        contrast: mean over the pictures of R(positive. prompt) - R(negative. prompt).
-        spread: its standard deviation over the pictures: the same contrast everywhere tells no pictures apart.
-        separation: spread over that of pairs of invented words; about 1 is no more than chance, more is strength, which
+        words: Pair as "positive/negative".
+        contrast: Mean over the pictures of R(positive. prompt) - R(negative. prompt).
+        spread: Standard deviation of that over the pictures; a contrast that is the same everywhere tells none apart.
+        separation: Ratio of `spread` to that of pairs of invented words. About 1 is chance; more is strength, which
             need not be the right meaning.
-        pull: norm of the contrast's gradient in the pixels over that of the plain score's: what training feels.
-        auc: how often a picture of `images` has the larger contrast than one of `against`; 0.5 is chance. The one
-            measure of meaning.
+        pull: Norm of the contrast's gradient in the pixels over that of the plain score's: what training feels.
+        auc: Probability that a picture of `images` has a larger contrast than one of `against`; 0.5 is chance. It is
+            the one measure of meaning.
     """
 
     words: str
@@ -65,63 +78,55 @@ def control_words(
     batch_size: PositiveInt = 8,
     device: str = "auto",
     output: str | None = None,
+    max_picture_megapixels: PositiveInt = LIMITS.megapixels,
+    max_picture_megabytes: PositiveInt = LIMITS.megabytes,
 ) -> None:
     """Measure, on given pictures, how strongly a reward model separates pairs of control words.
 
     Args:
-        reward: the reward model, for instance `HPSv2` with `--reward.pretrained`.
-        images: a folder of pictures.
-        prompts: what they are of: a prompt file whose lines follow the pictures' names in order, or a .jsonl with keys
-            `file` and `prompt`, as the samples and predictions of a run have it.
-        words: pairs such as `[Real/Painting, Detailed/Flat]`; None: all pairs of the reward's own word lists.
-        against: a folder of pictures that the negative words should fit better than the positive ones.
-        against_prompts: what those are of; None: `prompts`.
-        template: how a word meets a prompt.
-        batch_size: pictures scored at once.
-        device: where; auto takes a GPU if there is one.
-        output: a .json file for the table.
+        reward: Reward model, for instance `HPSv2` with `--reward.pretrained`.
+        images: Folder of pictures.
+        prompts: Prompt file whose lines follow the names of the pictures in order. A .jsonl may hold the keys `file`
+            and `prompt` instead, as the samples and predictions of a run do.
+        words: Pairs such as `[Real/Painting, Detailed/Flat]`; null takes all pairs of the reward's own word lists.
+        against: Folder of pictures that the negative words should fit better than the positive ones.
+        against_prompts: Prompt file of the pictures of `against`; null takes `prompts`.
+        template: Text that joins a word and a prompt.
+        batch_size: Number of pictures scored at once.
+        device: Device that scores: auto, cuda or cpu; auto takes a GPU if there is one.
+        output: File in JSON for the table; null writes none.
+        max_picture_megapixels: Megapixels of the largest picture that is decoded; larger ones are refused before.
+        max_picture_megabytes: Megabytes of the largest picture file that is read; larger ones are refused before.
 
     Raises:
         ValueError: naming the cure, if pictures, prompts or words are missing or do not fit together.
     """
-    pairs = _pairs(reward, words)
-    kinds = [read_pictures(images, prompts)]
+    pairs, chosen = _pairs(reward, words), chosen_device(device)
+    check_template(template, "word", "prompt")
+    if output and Path(output).expanduser().is_dir():
+        raise ValueError(f"output is {output}, a folder: name a .json file")
+    limits = Limits(max_picture_megapixels, max_picture_megabytes, group="")
+    kinds = [read_pictures(images, prompts, limits)]
     if against is not None:
-        kinds.append(read_pictures(against, against_prompts or prompts))
+        kinds.append(read_pictures(against, against_prompts or prompts, limits))
     reward.check_contrast()
     reward.load()
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     reward.requires_grad_(False).to(chosen)
 
     invented = [(one, other) for one, other in product(INVENTED, INVENTED) if one < other]
     measured = [_measure(reward, kind, [*pairs, *invented], template, batch_size, chosen) for kind in kinds]
-    contrasts = torch.cat([kind.contrasts for kind in measured])
-    pulls = torch.cat([kind.pulls for kind in measured]).mean(0)
-    scores = torch.cat([kind.scores for kind in measured])
-    spreads = contrasts.std(0)
-    floor = spreads[len(pairs) :].square().mean().sqrt().clamp(min=torch.finfo(spreads.dtype).tiny)
-    table = [
-        Pair(
-            f"{positive}/{negative}",
-            float(contrasts[:, i].mean()),
-            float(spreads[i]),
-            float(spreads[i] / floor),
-            float(pulls[i]),
-            _auc(measured[0].contrasts[:, i], measured[1].contrasts[:, i]) if against else None,
-        )
-        for i, (positive, negative) in enumerate(pairs)
-    ]
+    table = _table(pairs, measured)
     table.sort(key=lambda pair: pair.separation if pair.auc is None else pair.auc, reverse=True)
-    _report(table, scores, output)
+    _report(table, torch.cat([kind.scores for kind in measured]), output)
 
 
 class Measured(NamedTuple):
     """N pictures under P pairs of words.
 
     Args:
-        scores: [N] of the bare prompts.
-        contrasts: [N, P].
-        pulls: [N, P].
+        scores: Scores [N] of the bare prompts.
+        contrasts: Contrasts [N, P] of each picture and pair.
+        pulls: Pulls [N, P] of each picture and pair.
     """
 
     scores: Float[Tensor, " N"]
@@ -129,8 +134,12 @@ class Measured(NamedTuple):
     pulls: Float[Tensor, "N P"]
 
 
-def read_pictures(folder: str, prompts: str) -> list[Picture]:
-    """The pictures of a folder, in the order of their names, with their prompts."""
+def read_pictures(folder: str, prompts: str, limits: Limits = LIMITS) -> list[Picture]:
+    """The pictures of a folder, in the order of their names, with their prompts.
+
+    Raises:
+        ValueError: naming the cure, if there are fewer than two, one cannot be shown, or prompts do not fit.
+    """
     files = Path(folder).expanduser().glob("*")
     paths = sorted(path for path in files if path.suffix.lower() in PICTURES and not is_hidden(path.name))
     if len(paths) < 2:
@@ -140,14 +149,15 @@ def read_pictures(folder: str, prompts: str) -> list[Picture]:
         missing = [str(path) for path in paths if path.resolve() not in by_file]
         if missing:
             raise ValueError(f"{prompts} names no prompt for {missing[0]} and {len(missing) - 1} other pictures")
-        return [Picture(path, by_file[path.resolve()]) for path in paths]
+        return [Picture(path, by_file[path.resolve()], size_as_seen(str(path), limits), limits) for path in paths]
     texts = read_prompts(prompts).prompts
     if len(texts) != len(paths):
         raise ValueError(
             f"{prompts} holds {len(texts)} prompts and {folder} {len(paths)} pictures: give one prompt for each "
             "picture in the order of their names, or a .jsonl with keys `file` and `prompt`"
         )
-    return [Picture(path, text) for path, text in zip(paths, texts, strict=True)]
+    pairs = zip(paths, texts, strict=True)
+    return [Picture(path, text, size_as_seen(str(path), limits), limits) for path, text in pairs]
 
 
 def _by_file(prompts: Path) -> dict[Path, str] | None:
@@ -157,6 +167,10 @@ def _by_file(prompts: Path) -> dict[Path, str] | None:
     records = [record for record in records if record != {"prompt": ""}]  # empty lines
     if not all({"file", "prompt"} <= record.keys() for record in records):
         return None
+    for record in records:
+        for key in ("file", "prompt"):
+            if not isinstance(record[key], str):
+                raise ValueError(f"{prompts}: {key} is {record[key]!r:.80}, expected a text")
     return {(prompts.parent / record["file"]).resolve(): record["prompt"] for record in records}
 
 
@@ -166,11 +180,32 @@ def _pairs(reward: Reward, words: Sequence[str] | None) -> list[tuple[str, str]]
         if not pairs:
             raise ValueError(f"{type(reward).__name__} brings no word lists: name pairs, --words '[Real/Painting]'")
         return pairs
+    if not words:
+        raise ValueError("--words is []: name pairs, '[Real/Painting]', or leave it away for the reward's own")
     split = [tuple(part.strip() for part in pair.split("/")) for pair in words]
     for pair, parts in zip(words, split, strict=True):
         if len(parts) != 2 or not all(parts):
             raise ValueError(f"--words has {pair!r}: write a positive and a negative word as positive/negative")
     return [(positive, negative) for positive, negative in split]
+
+
+def _table(pairs: list[tuple[str, str]], measured: list[Measured]) -> list[Pair]:
+    """A line of each pair, from pictures under them and under the pairs of invented words that follow."""
+    contrasts = torch.cat([kind.contrasts for kind in measured])
+    pulls = torch.cat([kind.pulls for kind in measured]).mean(0)
+    spreads = contrasts.std(0)
+    floor = spreads[len(pairs) :].square().mean().sqrt().clamp(min=torch.finfo(spreads.dtype).tiny)
+    return [
+        Pair(
+            f"{positive}/{negative}",
+            float(contrasts[:, i].mean()),
+            float(spreads[i]),
+            float(spreads[i] / floor),
+            float(pulls[i]),
+            _auc(measured[0].contrasts[:, i], measured[1].contrasts[:, i]) if len(measured) > 1 else None,
+        )
+        for i, (positive, negative) in enumerate(pairs)
+    ]
 
 
 def _measure(
@@ -208,15 +243,12 @@ def _with_gradient(
 
 def _batches(pictures: Sequence[Picture], batch_size: int) -> Iterator[tuple[Tensor, list[str]]]:
     """Pictures of one size together, [B, 3, H, W] in [0, 1]."""
-
-    def size(picture: Picture) -> Size:
-        return size_as_seen(str(picture.path))
-
+    size = attrgetter("size")
     for _, group in groupby(sorted(pictures, key=size), key=size):
         alike = list(group)
         for start in range(0, len(alike), batch_size):
             batch = alike[start : start + batch_size]
-            images = [np.array(as_seen(str(picture.path))) for picture in batch]
+            images = [np.array(as_seen(str(picture.path), picture.limits)) for picture in batch]
             yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, [picture.prompt for picture in batch]
 
 
@@ -245,4 +277,5 @@ def _report(table: Sequence[Pair], scores: Float[Tensor, " N"], output: str | No
             "std": float(scores.std()),
             "pairs": [pair._asdict() for pair in table],
         }
-        Path(output).write_text(strict_json(record, 2), encoding="utf-8")
+        with complete_or_absent(Path(output).expanduser()) as partial:
+            partial.write_text(strict_json(record, 2), encoding="utf-8")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from srpo_lightning.checkpoints import complete_or_absent_folder
-from srpo_lightning.pretrained import unreadable_is_refused
+from srpo_lightning.files.checkpoints import complete_or_absent_folder
+from srpo_lightning.files.pretrained import unreadable_is_refused
 from srpo_lightning.rewards import HPSv2
 from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD
 
@@ -15,9 +15,9 @@ def convert(source: str, output: str, processor: str = "laion/CLIP-ViT-H-14-laio
     """Write the published HPSv2 or HPSv2.1 weights as a transformers CLIPModel folder.
 
     Args:
-        source: HPS_v2.1_compressed.pt or HPS_v2_compressed.pt.
-        output: the folder to write; give it to `HPSv2` as `pretrained`.
-        processor: a folder or hub id with CLIP's tokenizer; the `tokenizer` folder of FLUX.1-dev has it too.
+        source: File HPS_v2.1_compressed.pt or HPS_v2_compressed.pt.
+        output: Folder to write, for `HPSv2` to take as `pretrained`.
+        processor: Folder or hub id with CLIP's tokenizer; the `tokenizer` folder of FLUX.1-dev has it too.
 
     Raises:
         ValueError: if the source is another file, or the output exists.

@@ -1,29 +1,32 @@
-"""What the module asks of an objective, and the one trick that all reward-gradient objectives share."""
+"""What the module asks of an objective, and what objectives share: a form of the reward, and its gradient."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
-from srpo_lightning.fingerprint import Recorded
+from srpo_lightning.files.fingerprint import Recorded
+from srpo_lightning.objectives.reward_forms import Plain, RewardForm
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
 
 
 class Rollout(NamedTuple):
-    """Clean latents and the noise they grew from, both [B, ...].
+    """Clean latents and the noise that they grew from.
 
     Args:
-        x0: where the rollout ended: clean latents, unless the objective stops before.
-        noise: where it began.
-        trajectory: [n + 1, B, ...], every state in between, where the objective keeps them.
-        log_probs: [n, B], of each step given the state before, where steps are random.
-        turn: u and U: this is training step u, from 0, of U on the same rollout (model.updates_per_rollout).
+        x0: Latents [B, ...] where the rollout ended: clean ones, unless the objective stops before.
+        noise: Latents [B, ...] where the rollout began.
+        trajectory: States [n + 1, B, ...] from noise to x0, where the objective keeps them.
+        log_probs: Log-probabilities [n, B] of the steps, each given the state before, where steps are random.
+        turn: Numbers (u, U): this is training step u, from 0, of U on the same rollout (model.updates_per_rollout).
     """
 
     x0: Tensor
@@ -68,25 +71,58 @@ class Objective(Recorded, ABC):
         """What the objective rewards in finished images, under `reward` or under a judge that was never trained on."""
 
 
-def refuse_pictures(objective: Objective) -> NoReturn:
-    """Say that an objective learns from the policy's own trajectories alone.
+@dataclass(kw_only=True)
+class FormObjective(Objective):
+    """An objective that asks its reward in one of several forms, and its policy under guidance.
 
-    Raises:
-        ValueError: always.
+    Args:
+        form: Form of the reward: what it is asked about a picture; null asks for the plain reward.
+        guidance: Distilled guidance of the trained steps, and of the rollout unless that has its own.
+        shift: Timestep shift of the noise levels; null takes the one of the model's scheduler.
+        shared_noise: Whether all samples of an optimizer step, on every rank, start from the same noise.
+        reward_batch_size: Number of images that are decoded and scored at once; null takes all of them.
     """
-    raise ValueError(
-        f"{type(objective).__name__} learns from the policy's own trajectories, and data.offline_ratio gives real "
-        "pictures in their place: leave it and data.images out, or train with SRPO or DirectAlign"
-    )
+
+    # No default form stands here: jsonargparse would hand its template on to any other form that takes one.
+    form: RewardForm = field(default=None, kw_only=False)  # type: ignore[assignment]  # until __post_init__
+    guidance: NonNegativeFloat = 3.5
+    shift: PositiveFloat | None = None
+    shared_noise: bool = False
+    reward_batch_size: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work; subclasses add theirs."""
+        self.form = self.form or Plain()
+
+    def rewards(
+        self,
+        policy: Policy,
+        reward: Reward,
+        latents: Tensor,
+        conditions: Conditions,
+        draws: Draws,
+        weight: Float[Tensor, " B"] | None = None,
+        signs: Sequence[int] | None = None,
+    ) -> Float[Tensor, " B"]:
+        """What the form rewards in the pictures that `latents` decode to; arguments as in RewardForm."""
+        return self.form(reward, policy.decode(latents, conditions.size), conditions, draws, weight, signs)
+
+    def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """What the form rewards."""
+        return self.form.score(reward, images, prompts)
+
+    def check_reward(self, reward: Reward) -> None:
+        """Refuse a reward that the form cannot use."""
+        self.form.check(reward)
 
 
-class Pull(NamedTuple):
+class Feedback(NamedTuple):
     """What the reward says of recovered latents, without any graph.
 
     Args:
-        rewards: [B].
-        loss: their mean loss, a scalar.
-        gradient: d loss / d x0_hat, [B, ...].
+        rewards: Rewards [B] of the pictures that the latents decode to.
+        loss: Mean of the rewards' losses, a scalar.
+        gradient: Gradient [B, ...] of that mean in the latents.
     """
 
     rewards: Tensor
@@ -99,35 +135,35 @@ def reward_gradient(
     reward_of: Callable[[Tensor, slice], Tensor],
     loss_of: Callable[[Tensor], Tensor],
     micro_batch_size: int | None = None,
-) -> Pull:
+) -> Feedback:
     """The reward of recovered latents and the gradient of its mean loss there, through decoder and reward only.
 
-    Their graph is built, used and freed micro-batch by micro-batch, and never lives at the same time as the policy's.
+    Their graph is built, used and freed micro-batch by micro-batch. It never lives at the same time as the policy's.
 
     Args:
-        x0_hat: [B, ...]; its own graph is left alone.
-        reward_of: the rewards [b] of the latents x0_hat[rows], called with (x0_hat[rows], rows).
-        loss_of: rewards to losses, element by element.
-        micro_batch_size: samples decoded and scored at once; None: all of them.
+        x0_hat: Latents [B, ...]; their own graph is left alone.
+        reward_of: Function of (x0_hat[rows], rows) that gives the rewards [b] of these latents.
+        loss_of: Function from rewards to losses, element by element.
+        micro_batch_size: Number of samples decoded and scored at once; None takes all of them.
     """
     size = micro_batch_size or len(x0_hat)
-    parts = []
+    scored = []
     for start in range(0, len(x0_hat), size):
         rows = slice(start, start + size)
         leaf = x0_hat[rows].detach().requires_grad_()
         rewards = reward_of(leaf, rows)
         losses = loss_of(rewards)
         (gradient,) = torch.autograd.grad(losses.sum() / len(x0_hat), leaf)
-        parts.append((rewards.detach(), losses.detach(), gradient))
-    rewards, losses, gradient = map(torch.cat, zip(*parts, strict=True))
-    return Pull(rewards, losses.mean(), gradient)
+        scored.append((rewards.detach(), losses.detach(), gradient))
+    rewards, losses, gradient = map(torch.cat, zip(*scored, strict=True))
+    return Feedback(rewards, losses.mean(), gradient)
 
 
-def surrogate(pull: Pull, x0_hat: Tensor) -> Tensor:
-    """A scalar with the value of the loss whose backward sends `pull.gradient` into `x0_hat`.
+def surrogate(feedback: Feedback, x0_hat: Tensor) -> Tensor:
+    """A scalar with the value of the loss whose backward sends `feedback.gradient` into `x0_hat`.
 
-    The chain rule, cut in two. A reward that is not finite poisons the gradient, so that the check of the gradient norm
-    sees it on every rank.
+    This is the chain rule, cut in two. A reward that is not finite poisons the gradient, so that the check of the
+    gradient norm sees it on every rank.
     """
-    carrier = (x0_hat * torch.where(pull.rewards.isfinite().all(), pull.gradient, torch.nan)).sum()
-    return pull.loss + carrier - carrier.detach()
+    carrier = (x0_hat * torch.where(feedback.rewards.isfinite().all(), feedback.gradient, torch.nan)).sum()
+    return feedback.loss + carrier - carrier.detach()

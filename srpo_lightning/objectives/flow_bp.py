@@ -1,12 +1,16 @@
 """FlowBP: back-propagation through a few velocities of a cached rollout (arXiv 2606.11075).
 
-In all three forms the reward sees the rollout's real end point, straight through, and the gradient reaches it through
-`x0_hat`, a sum of a few re-computed velocities; they differ in the sum. The steps drawn are the same for all
-samples and ranks.
+In all three forms the reward sees the rollout's real end point, straight through. The gradient reaches it through
+`x0_hat`, a sum of a few velocities that are computed again. The forms differ in the sum: `x0_hat = noise + sum_i
+(sigma_{i+1} - sigma_i) v_i` in Sparse and Bridge, `x + sum_i w_i v_i` with quadrature weights w over each leap in
+Lagrange. The steps drawn are the same for all samples and ranks.
 
 Source of forms and defaults: the authors' repository, github.com/RuoyuWang-2077/FlowBP, as of July 2026: its trainers
-and its configurations for FLUX.1. There guidance is 4 and the margin .55 as well.
+and its configurations for FLUX.1. There guidance is 4 and the margin .55, for HPSv2.1, as well.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,155 +20,102 @@ from torch import Tensor
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
-from srpo_lightning.objectives.leap_align import nearness
-from srpo_lightning.objectives.reward_forms import RewardForm
-from srpo_lightning.objectives.trajectory import TrajectoryObjective, scale_gradient, with_value
+from srpo_lightning.objectives.leap_align import LeapAlign, trajectory_similarity
+from srpo_lightning.objectives.trajectory import RewardGradientObjective, scale_gradient, straight_through
 from srpo_lightning.policies.base import Policy
 
 
-class FlowBPSparse(TrajectoryObjective):
-    """FlowBP-Sparse: `x0_hat = noise + sum_i (sigma_next - sigma) v_i`, of which K velocities carry gradient.
+@dataclass(kw_only=True)
+class FlowBPSparse(RewardGradientObjective):
+    """FlowBP-Sparse: `x0_hat = noise + sum_i (sigma_{i+1} - sigma_i) v_i`, of which K velocities carry gradient.
 
-    Inputs are the cached states; steps that are not trained are the cached ones.
+    Inputs are the cached states; velocities that are not trained are the cached ones.
 
     Args:
-        form: what is asked of the reward; None: the plain reward.
-        num_steps: Euler steps of the whole trajectory.
-        num_trained_steps: K, the velocities that carry gradient.
-        late_bias: step i is drawn in proportion to (i + 1) to this power.
-        gradient_rescale: how far trained velocities stand in for the others: at 1 their gradient is multiplied by the
-            length of the whole trajectory over that of the trained steps, at 0 not at all.
-        guidance: distilled guidance, of the rollout and of the trained steps alike.
-        shift: of the noise levels; None takes the one of the model's scheduler.
-        margin: the hinge `relu(margin - r)`; 0.55 is the authors' for HPSv2.1; None: the loss is `-r`.
-        shared_noise: all samples of a step, on every rank, have the same noise.
-        reward_batch_size: images decoded and scored at once; None: the whole batch.
+        num_trained_steps: Number K of velocities that carry gradient; FlowBP-Bridge trains 2 or more.
+        late_bias: Exponent of the preference for late steps: step i is drawn in proportion to (i + 1) to this power.
+        gradient_rescale: Degree, from 0, to which trained velocities stand in for the others. At 0 their gradient is
+            left alone. At 1 it is multiplied by the length of the whole trajectory over that of the trained steps.
 
     Raises:
         ValueError: if there are fewer steps than are to be trained.
     """
 
-    least_trained_steps = 1
+    min_trained_steps: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        form: RewardForm | None = None,
-        num_steps: PositiveInt = 25,
-        num_trained_steps: PositiveInt = 3,
-        late_bias: NonNegativeFloat = 2.0,
-        gradient_rescale: NonNegativeFloat = 1.0,
-        guidance: NonNegativeFloat = 3.5,
-        shift: PositiveFloat | None = None,
-        margin: float | None = None,
-        shared_noise: bool = False,
-        reward_batch_size: PositiveInt | None = None,
-    ) -> None:
-        super().__init__(form, num_steps, guidance, shift, margin, shared_noise, reward_batch_size)
-        if not self.least_trained_steps <= num_trained_steps <= num_steps:
+    num_trained_steps: PositiveInt = 3
+    late_bias: NonNegativeFloat = 2.0
+    gradient_rescale: NonNegativeFloat = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse steps that are not there."""
+        super().__post_init__()
+        if not self.min_trained_steps <= self.num_trained_steps <= self.num_steps:
             raise ValueError(
-                f"num_trained_steps is {num_trained_steps}: {type(self).__name__} trains {self.least_trained_steps} or "
-                f"more, and at most all {num_steps} (num_steps)"
+                f"num_trained_steps is {self.num_trained_steps}: {type(self).__name__} trains {self.min_trained_steps} "
+                f"or more, and at most all {self.num_steps} (num_steps)"
             )
-        self.num_trained_steps = num_trained_steps
-        self.late_bias = late_bias
-        self.gradient_rescale = gradient_rescale
 
-    def end(self, policy: Policy, conditions: Conditions, trajectory: Tensor, sigmas: Tensor, draws: Draws) -> Tensor:
+    def x0_hat(
+        self, policy: Policy, conditions: Conditions, trajectory: Tensor, sigmas: Tensor, draws: Draws
+    ) -> Tensor:
         """The rollout's end, with the gradient of the sum."""
-        steps = self.late_steps(draws, "support", 0, self.num_steps, self.num_trained_steps)
+        steps = self.draw_steps(draws, "support", 0, self.num_steps, self.num_trained_steps)
         velocities = self.velocities(policy, conditions, trajectory, sigmas, steps)
-        factor = self.rescaling(sigmas, steps)
-        return _euler(trajectory[-1], trajectory, sigmas, velocities, factor)
+        return _euler_sum(trajectory[-1], trajectory, sigmas, velocities, self.gain(sigmas, steps))
 
-    def late_steps(self, draws: Draws, purpose: str, start: int, stop: int, count: int) -> list[int]:
+    def draw_steps(self, draws: Draws, purpose: str, start: int, stop: int, count: int) -> list[int]:
         """`count` different steps of start..stop - 1, in order; later ones, counted from `start`, are likelier."""
         if not count:
             return []
         weights = [(i + 1) ** self.late_bias for i in range(stop - start)]
         return [start + i for i in draws.subset(purpose, weights, count)]
 
-    def rescaling(self, sigmas: Tensor, steps: list[int]) -> float:
+    def gain(self, sigmas: Tensor, steps: list[int]) -> float:
         """What the gradient of each trained velocity is multiplied by."""
-        return _rescaling(sigmas[:, 0].diff(), steps, self.gradient_rescale)
+        return rescaling(sigmas[:, 0].diff(), steps, self.gradient_rescale)
 
 
+@dataclass(kw_only=True)
 class FlowBPBridge(FlowBPSparse):
     """FlowBP-Bridge: the Euler sum, in which step j reads a state that carries gradient from trained steps before it.
 
     Step j is the later one of two that are drawn evenly, and always trained. The other K - 1 are divided in proportion
-    to the steps before and after it, at least one before.
+    to the steps before and after it, at least one before. Within either part late steps are preferred.
 
     Args:
-        form: what is asked of the reward; None: the plain reward.
-        num_steps: Euler steps of the whole trajectory.
-        num_trained_steps: K, the velocities that carry gradient, 2 or more.
-        late_bias: step i of the part before j, and of that behind, is drawn in proportion to (i + 1) to this power.
-        gradient_rescale: how far trained velocities stand in for the others: at 1 their gradient is multiplied by the
-            length of the whole trajectory over that of the trained steps, at 0 not at all.
-        input_gradient: alpha, the share of the gradient that passes through the input of step j.
-        guidance: distilled guidance, of the rollout and of the trained steps alike.
-        shift: of the noise levels; None takes the one of the model's scheduler.
-        margin: the hinge `relu(margin - r)`; 0.55 is the authors' for HPSv2.1; None: the loss is `-r`.
-        shared_noise: all samples of a step, on every rank, have the same noise.
-        reward_batch_size: images decoded and scored at once; None: the whole batch.
-
-    Raises:
-        ValueError: if there are fewer steps than are to be trained.
+        input_gradient: Share alpha of the gradient that passes through the input of step j.
     """
 
-    least_trained_steps = 2
+    min_trained_steps: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        form: RewardForm | None = None,
-        num_steps: PositiveInt = 25,
-        num_trained_steps: PositiveInt = 5,
-        late_bias: NonNegativeFloat = 2.0,
-        gradient_rescale: NonNegativeFloat = 1.0,
-        input_gradient: ClosedUnitInterval = 0.1,
-        guidance: NonNegativeFloat = 3.5,
-        shift: PositiveFloat | None = None,
-        margin: float | None = None,
-        shared_noise: bool = False,
-        reward_batch_size: PositiveInt | None = None,
-    ) -> None:
-        super().__init__(
-            form,
-            num_steps,
-            num_trained_steps,
-            late_bias,
-            gradient_rescale,
-            guidance,
-            shift,
-            margin,
-            shared_noise,
-            reward_batch_size,
-        )
-        self.input_gradient = input_gradient
+    num_trained_steps: PositiveInt = 5
+    input_gradient: ClosedUnitInterval = 0.1
 
     def split(self, draws: Draws) -> tuple[list[int], int, list[int]]:
-        """The trained steps before j, j, and those behind it."""
+        """The trained steps before j, j, and those after it."""
         _, j = draws.subset("anchors", [1.0] * self.num_steps, 2)
-        behind = self.num_steps - j
         share = round(self.num_trained_steps * j / self.num_steps)
-        num_before = min(max(share, 1, self.num_trained_steps - behind), j, self.num_trained_steps - 1)
-        before = self.late_steps(draws, "before", 0, j, num_before)
-        after = self.late_steps(draws, "after", j + 1, self.num_steps, self.num_trained_steps - num_before - 1)
+        num_before = min(max(share, 1, self.num_trained_steps - (self.num_steps - j)), j, self.num_trained_steps - 1)
+        before = self.draw_steps(draws, "before", 0, j, num_before)
+        after = self.draw_steps(draws, "after", j + 1, self.num_steps, self.num_trained_steps - num_before - 1)
         return before, j, after
 
-    def end(self, policy: Policy, conditions: Conditions, trajectory: Tensor, sigmas: Tensor, draws: Draws) -> Tensor:
+    def x0_hat(
+        self, policy: Policy, conditions: Conditions, trajectory: Tensor, sigmas: Tensor, draws: Draws
+    ) -> Tensor:
         """`x_j` from the trained steps before j, straight through; step j reads it alpha-mixed."""
         before, j, after = self.split(draws)
-        factor = self.rescaling(sigmas, [*before, j, *after])
-        cached = [*before, *after]
-        velocities = self.velocities(policy, conditions, trajectory, sigmas, cached)
-        x_j = _euler(trajectory[j], trajectory, sigmas, {i: velocities[i] for i in before}, factor)
-        at_j = self.velocity(policy, scale_gradient(x_j, self.input_gradient), sigmas[j], conditions)
-        rest = {j: at_j, **{i: velocities[i] for i in after}}
-        return _euler(with_value(x_j, trajectory[-1]), trajectory, sigmas, rest, factor)
+        gain = self.gain(sigmas, [*before, j, *after])
+        velocities = self.velocities(policy, conditions, trajectory, sigmas, [*before, *after])
+        x_j = _euler_sum(trajectory[j], trajectory, sigmas, {i: velocities[i] for i in before}, gain)
+        v_j = self.velocity(policy, scale_gradient(x_j, self.input_gradient), sigmas[j], conditions)
+        from_j = {j: v_j, **{i: velocities[i] for i in after}}
+        return _euler_sum(straight_through(x_j, trajectory[-1]), trajectory, sigmas, from_j, gain)
 
 
-class FlowBPLagrange(TrajectoryObjective):
+@dataclass(kw_only=True)
+class FlowBPLagrange(LeapAlign):
     """FlowBP-Lagrange: two leaps, each the integral of a polynomial through velocities between its ends.
 
     The first leap goes from step k to step j, the second from j to the picture. Their supports are evenly spaced steps
@@ -172,62 +123,39 @@ class FlowBPLagrange(TrajectoryObjective):
     sample whose leaps miss them by more weighs less, as in LeapAlign.
 
     Args:
-        form: what is asked of the reward; None: the plain reward.
-        num_steps: Euler steps of the whole trajectory, 3 or more.
-        num_supports: the velocities that each leap's polynomial goes through.
-        num_trained_supports: how many of each leap's supports, from its start, carry gradient.
-        support_gradient: the share of the gradient of trained supports other than the leap's start.
-        gradient_rescale: how far trained supports stand in for the others: at 1 their gradient is multiplied by the sum
-            of all absolute weights of the leap over that of the trained ones, at 0 not at all.
-        input_gradient: alpha, the share of the gradient that passes through the second leap's input.
-        min_distance: tau, below which a leap's distance from its state is taken for it.
-        concentration: of the Dirichlet distribution of the steps behind j, between k and j, and before k.
-        guidance: distilled guidance, of the rollout and of the trained steps alike.
-        shift: of the noise levels; None takes the one of the model's scheduler.
-        margin: the hinge `relu(margin - r)`; 0.55 is the authors' for HPSv2.1; None: the loss is `-r`.
-        shared_noise: all samples of a step, on every rank, have the same noise.
-        reward_batch_size: images decoded and scored at once; None: the whole batch.
+        num_supports: Number of velocities that each leap's polynomial goes through.
+        num_trained_supports: Number of each leap's supports, from its start, that carry gradient.
+        support_gradient: Share of the gradient that trained supports other than the leap's start keep.
+        gradient_rescale: Degree, from 0, to which trained supports stand in for the others. At 0 their gradient is left
+            alone. At 1 it is multiplied by the sum of the leap's absolute weights over that of the trained ones.
+        concentration: Parameters of the Dirichlet distribution of the steps after j, between k and j, and before k.
 
     Raises:
         ValueError: if there are fewer than three steps, or fewer supports than are to be trained.
     """
 
-    def __init__(
-        self,
-        form: RewardForm | None = None,
-        num_steps: PositiveInt = 25,
-        num_supports: PositiveInt = 3,
-        num_trained_supports: PositiveInt = 2,
-        support_gradient: ClosedUnitInterval = 0.25,
-        gradient_rescale: NonNegativeFloat = 0.5,
-        input_gradient: ClosedUnitInterval = 0.1,
-        min_distance: PositiveFloat = 0.2,
-        concentration: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (2.5, 6.0, 2.0),
-        guidance: NonNegativeFloat = 3.5,
-        shift: PositiveFloat | None = None,
-        margin: float | None = None,
-        shared_noise: bool = False,
-        reward_batch_size: PositiveInt | None = None,
-    ) -> None:
-        super().__init__(form, num_steps, guidance, shift, margin, shared_noise, reward_batch_size)
-        if num_steps < 3:
-            raise ValueError(f"num_steps is {num_steps}: two leaps and a part before them need 3 steps or more")
-        if num_trained_supports > num_supports:
+    input_gradient: ClosedUnitInterval = 0.1
+    min_distance: PositiveFloat = 0.2
+    num_supports: PositiveInt = 3
+    num_trained_supports: PositiveInt = 2
+    support_gradient: ClosedUnitInterval = 0.25
+    gradient_rescale: NonNegativeFloat = 0.5
+    concentration: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (2.5, 6.0, 2.0)
+
+    def __post_init__(self) -> None:
+        """Refuse steps and supports that are not there."""
+        super().__post_init__()
+        if self.num_steps < 3:
+            raise ValueError(f"num_steps is {self.num_steps}: two leaps and a part before them need 3 steps or more")
+        if self.num_trained_supports > self.num_supports:
             raise ValueError(
-                f"num_trained_supports is {num_trained_supports}, of num_supports {num_supports}: train fewer"
+                f"num_trained_supports is {self.num_trained_supports}, of num_supports {self.num_supports}: train fewer"
             )
-        self.num_supports = num_supports
-        self.num_trained_supports = num_trained_supports
-        self.support_gradient = support_gradient
-        self.gradient_rescale = gradient_rescale
-        self.input_gradient = input_gradient
-        self.min_distance = min_distance
-        self.concentration = concentration
 
     def anchors(self, draws: Draws) -> tuple[int, int]:
-        """Steps k < j, where the leaps start."""
-        behind, between, _ = _parts(draws.shares("anchors", self.concentration), self.num_steps)
-        j = self.num_steps - 1 - behind
+        """Steps k < j that the two leaps start from; the same for all samples and ranks."""
+        after, between, _ = _rounded(draws.shares("anchors", self.concentration), self.num_steps)
+        j = self.num_steps - 1 - after
         return j - between, j
 
     def supports(self, start: int, stop: int) -> list[int]:
@@ -235,18 +163,20 @@ class FlowBPLagrange(TrajectoryObjective):
         count = min(self.num_supports, stop - start)
         return [start + i for i in torch.linspace(0, stop - start - 1, count).round().int().tolist()]
 
-    def end(self, policy: Policy, conditions: Conditions, trajectory: Tensor, sigmas: Tensor, draws: Draws) -> Tensor:
+    def x0_hat(
+        self, policy: Policy, conditions: Conditions, trajectory: Tensor, sigmas: Tensor, draws: Draws
+    ) -> Tensor:
         """`x_k -> x_j -> x_0`, straight through the rollout's own states; the second leap reads x_j alpha-mixed."""
         k, j = self.anchors(draws)
         to_j, to_0 = self.supports(k, j), self.supports(j, self.num_steps)
-        cached = [*to_j[: self.num_trained_supports], *to_0[1 : self.num_trained_supports]]
-        velocities = self.velocities(policy, conditions, trajectory, sigmas, cached)
+        trained = [*to_j[: self.num_trained_supports], *to_0[1 : self.num_trained_supports]]
+        velocities = self.velocities(policy, conditions, trajectory, sigmas, trained)
         leap_j = self.leap(trajectory[k], velocities, trajectory, sigmas, to_j, j)
-        x_j = with_value(leap_j, trajectory[j])
+        x_j = straight_through(leap_j, trajectory[j])
         velocities[j] = self.velocity(policy, scale_gradient(x_j, self.input_gradient), sigmas[j], conditions)
         leap_0 = self.leap(x_j, velocities, trajectory, sigmas, to_0, self.num_steps)
-        near = nearness([(leap_j, trajectory[j]), (leap_0, trajectory[-1])], self.min_distance)
-        return scale_gradient(with_value(leap_0, trajectory[-1]), near)
+        weight = trajectory_similarity([(leap_j, trajectory[j]), (leap_0, trajectory[-1])], self.min_distance)
+        return scale_gradient(straight_through(leap_0, trajectory[-1]), weight)
 
     def leap(
         self,
@@ -260,11 +190,10 @@ class FlowBPLagrange(TrajectoryObjective):
         """From `x` at the first support to step `target`; velocities that are not trained are those of the rollout."""
         start = supports[0]
         weights = quadrature_weights(sigmas[supports, 0], sigmas[start, 0], sigmas[target, 0])
-        places = [n for n, i in enumerate(supports) if i in trained]
-        factor = _rescaling(weights, places, self.gradient_rescale)
+        gain = rescaling(weights, [n for n, i in enumerate(supports) if i in trained], self.gradient_rescale)
         for weight, i in zip(weights, supports, strict=True):
             if i in trained:
-                velocity = scale_gradient(trained[i], factor if i == start else factor * self.support_gradient)
+                velocity = scale_gradient(trained[i], gain if i == start else gain * self.support_gradient)
             else:
                 velocity = (trajectory[i + 1] - trajectory[i]) / (sigmas[i + 1, 0] - sigmas[i, 0])
             x = x + weight * velocity
@@ -284,23 +213,23 @@ def quadrature_weights(nodes: Float[Tensor, " K"], start: Tensor, end: Tensor) -
     return (weights * half).to(nodes)
 
 
-def _euler(x: Tensor, trajectory: Tensor, sigmas: Tensor, velocities: dict[int, Tensor], factor: float) -> Tensor:
-    """A state of the cached trajectory, with `factor` times the gradient of the Euler steps that were taken again."""
+def rescaling(weights: Float[Tensor, " K"], trained: list[int], degree: float) -> float:
+    """`1 + degree (sum |w| / sum_trained |w| - 1)`, by which trained terms of a sum stand in for all of them."""
+    return 1 + degree * (float(weights.abs().sum() / weights[trained].abs().sum()) - 1)
+
+
+def _euler_sum(x: Tensor, trajectory: Tensor, sigmas: Tensor, velocities: dict[int, Tensor], gain: float) -> Tensor:
+    """A state of the cached trajectory, with `gain` times the gradient of the Euler steps that were taken again."""
     for i, velocity in velocities.items():
-        again = flow.step(trajectory[i], scale_gradient(velocity, factor), sigmas[i], sigmas[i + 1])
-        x = with_value(x + again, x)
+        step = flow.step(trajectory[i], scale_gradient(velocity, gain), sigmas[i], sigmas[i + 1])
+        x = straight_through(x + step, x)
     return x
 
 
-def _rescaling(weights: Tensor, trained: list[int], rescale: float) -> float:
-    whole, part = weights.abs().sum(), weights[trained].abs().sum()
-    return 1 + rescale * (float(whole / part) - 1)
-
-
-def _parts(shares: list[float], count: int) -> list[int]:
-    """`count` steps in as many parts as there are shares, rounded, none of them empty."""
-    parts = [round(share * count) for share in shares]
-    parts[shares.index(max(shares))] += count - sum(parts)
-    parts = [max(part, 1) for part in parts]
-    parts[parts.index(max(parts))] += count - sum(parts)
-    return parts
+def _rounded(shares: list[float], count: int) -> list[int]:
+    """`count` divided by shares into whole numbers, none of them zero."""
+    counts = [round(share * count) for share in shares]
+    counts[shares.index(max(shares))] += count - sum(counts)
+    counts = [max(number, 1) for number in counts]
+    counts[counts.index(max(counts))] += count - sum(counts)
+    return counts

@@ -1,7 +1,12 @@
-"""GRPO for flow models: DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv 2505.05470)."""
+"""GRPO for flow models: DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv 2505.05470).
+
+The loss of a step is `-min(rho A, clip(rho, 1 - c, 1 + c) A) + beta KL`. A is the advantage of the sample in its group,
+`A = (r - mean) / std`. rho is the step's probability under the policy over its probability when it was drawn.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -13,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
-from srpo_lightning.objectives.base import Objective, Outcome, Rollout, refuse_pictures
-from srpo_lightning.objectives.reward_forms import Plain, RewardForm
+from srpo_lightning.objectives.base import Outcome, Rollout
+from srpo_lightning.objectives.trajectory import TrajectoryObjective
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.rewards.base import Reward
 
 Level: TypeAlias = tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]
-"""Of a step: the noise level that it starts from, the one that it ends at, and its diffusion."""
+"""The noise level that a step starts from, the one that it ends at, and its diffusion."""
 
 
 class Diffusion(ABC):
@@ -30,108 +35,90 @@ class Diffusion(ABC):
         """The diffusion of the step from each level (flow.random_step); `sigmas` is the whole schedule, from 1 to 0."""
 
 
+@dataclass
 class DanceDiffusion(Diffusion):
-    """DanceGRPO's: the same at every level.
+    """DanceGRPO's diffusion: the same at every level.
 
     Args:
-        eta: the diffusion.
+        eta: Diffusion of every step.
     """
 
-    def __init__(self, eta: PositiveFloat = 0.3) -> None:
-        self.eta = eta
+    eta: PositiveFloat = 0.3
 
     def __call__(self, sigmas: Float[Tensor, "N B"]) -> Float[Tensor, "N B"]:
-        """`eta`."""
+        """`g = eta`."""
         return torch.full_like(sigmas, self.eta)
 
 
+@dataclass
 class FlowDiffusion(Diffusion):
-    """Flow-GRPO's: `a sqrt(sigma / (1 - sigma))`, with the second level in the denominator of the first.
+    """Flow-GRPO's diffusion: `a sqrt(sigma / (1 - sigma))`, with the second level in the denominator of the first.
 
     Args:
-        a: the factor.
+        a: Factor of the diffusion.
     """
 
-    def __init__(self, a: PositiveFloat = 0.9) -> None:
-        self.a = a
+    a: PositiveFloat = 0.9
 
     def __call__(self, sigmas: Float[Tensor, "N B"]) -> Float[Tensor, "N B"]:
-        """Largest near pure noise."""
+        """`g = a sqrt(sigma / (1 - sigma))`, largest near pure noise."""
         below_one = torch.cat([sigmas[1:2], sigmas[1:]])
         return self.a * (sigmas / (1 - below_one)).sqrt()
 
 
-class GRPO(Objective):
+@dataclass(kw_only=True)
+class GRPO(TrajectoryObjective):
     """Random rollouts in groups of one prompt; steps of those that beat their group are made more likely.
 
     No gradient of the reward is needed. With one update per rollout the log-probabilities are those of the weights that
-    drew the steps: every ratio is 1, clipping is idle, and the gradient is the policy gradient. With more
+    drew the steps. Every ratio is 1, clipping is idle, and the gradient is the policy gradient. With more
     (model.updates_per_rollout; DanceGRPO: 3), each on its own share of every group, later ones are clipped.
     Accumulating gradients (trainer.accumulate_grad_batches) takes several prompts into one update. Every sample trains
     steps of its own. The last step, into the picture, is not random and not trained.
 
     Args:
-        form: what is asked of the reward; None: the plain reward.
-        diffusion: how random the steps are; None: DanceGRPO's.
-        num_steps: steps of the rollout.
-        group_size: G, the samples of each prompt; the policy sees G times data.batch_size at once.
-        timestep_fraction: the share of the random steps that is trained, drawn for each sample, anew for each update.
-        clip_range: the ratio is clipped to 1 -+ this.
-        max_advantage: advantages are clipped to -+ this.
-        kl_weight: beta, of the KL divergence of each trained step from that of the base; above 0 it needs a policy that
-            keeps its base, as an adapter does, and another forward pass per step. The beta of Flow-GRPO's code is of
-            another quantity, this divergence times the length of the step: its values do not carry over.
-        split_groups: each of several updates per rollout takes its own share of every group, as in DanceGRPO; false:
-            all samples, each time on steps of their own.
-        guidance: distilled guidance, of the rollout and of the trained steps alike.
-        shift: of the noise levels; None takes the one of the model's scheduler.
-        shared_noise: the samples of a group start from the same noise.
-        reward_batch_size: images decoded and scored at once; None: all.
+        diffusion: Randomness of the steps; null takes DanceGRPO's.
+        group_size: Number G of samples of each prompt; the policy sees G times data.batch_size at once.
+        timestep_fraction: Share of the random steps that is trained, drawn for each sample, anew for each update.
+        clip_range: Distance from 1 at which the ratio is clipped.
+        max_advantage: Largest advantage, up or down; others are clipped to it.
+        kl_weight: Weight beta of the KL divergence of each trained step from that of the base. Above 0 it needs a
+            policy that keeps its base, as an adapter does, and another forward pass per step. Values of Flow-GRPO's
+            code do not carry over: its divergence is this one times the length of the step.
+        split_groups: Whether each of several updates per rollout takes its own share of every group, as in DanceGRPO.
+            Otherwise each takes all samples, on steps of their own.
+        shared_noise: Whether the samples of a group start from the same noise.
 
     Raises:
         ValueError: if a group has one sample, or no step would be trained.
     """
 
-    def __init__(
-        self,
-        form: RewardForm | None = None,
-        diffusion: Diffusion | None = None,
-        num_steps: PositiveInt = 16,
-        group_size: PositiveInt = 12,
-        timestep_fraction: ClosedUnitInterval = 0.6,
-        clip_range: PositiveFloat = 1e-4,
-        max_advantage: PositiveFloat = 5.0,
-        kl_weight: NonNegativeFloat = 0.0,
-        split_groups: bool = True,
-        guidance: NonNegativeFloat = 3.5,
-        shift: PositiveFloat | None = 3.0,
-        shared_noise: bool = True,
-        reward_batch_size: PositiveInt | None = None,
-    ) -> None:
-        if group_size < 2:
-            raise ValueError(f"group_size is {group_size}: samples are compared with each other, set 2 or more")
-        self.num_trained_steps = int(timestep_fraction * (num_steps - 1))
+    num_steps: PositiveInt = 16
+    shift: PositiveFloat | None = 3.0
+    shared_noise: bool = True
+    diffusion: Diffusion | None = None
+    group_size: PositiveInt = 12
+    timestep_fraction: ClosedUnitInterval = 0.6
+    clip_range: PositiveFloat = 1e-4
+    max_advantage: PositiveFloat = 5.0
+    kl_weight: NonNegativeFloat = 0.0
+    split_groups: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse groups without comparison, and a fraction of no step."""
+        super().__post_init__()
+        if self.group_size < 2:
+            raise ValueError(f"group_size is {self.group_size}: samples are compared with each other, set 2 or more")
         if self.num_trained_steps < 1:
             raise ValueError(
-                f"timestep_fraction {timestep_fraction} of {num_steps - 1} random steps is none (num_steps is "
-                f"{num_steps}, the last is not random): raise either"
+                f"timestep_fraction {self.timestep_fraction} of {self.num_steps - 1} random steps is none (num_steps "
+                f"is {self.num_steps}, the last is not random): raise either"
             )
-        self.form = form or Plain()
-        self.diffusion = diffusion or DanceDiffusion()
-        self.num_steps = num_steps
-        self.group_size = group_size
-        self.clip_range = clip_range
-        self.max_advantage = max_advantage
-        self.kl_weight = kl_weight
-        self.split_groups = split_groups
-        self.guidance = guidance
-        self.shift = shift
-        self.shared_noise = shared_noise
-        self.reward_batch_size = reward_batch_size
 
-    def check_pictures(self) -> None:
-        """They have no trajectory."""
-        refuse_pictures(self)
+    @property
+    def num_trained_steps(self) -> int:
+        """How many of its random steps each sample trains."""
+        return int(self.timestep_fraction * (self.num_steps - 1))
 
     @torch.no_grad()
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
@@ -141,29 +128,30 @@ class GRPO(Objective):
         groups = conditions.repeat(self.group_size)
         shape = (conditions.batch_size, *policy.latent_shape(conditions.size))
         noise = self._noise("start", shape, draws, groups, same=self.shared_noise)
-        sigmas = self.sigmas(policy, conditions, noise)
-        diffusion = self.diffusion(sigmas)
+        sigmas, diffusion = self.levels(policy, conditions, noise)
         states, log_probs = [noise], []
         for i in range(self.num_steps - 1):
             mean, std = self.random_step(policy, states[-1], (sigmas[i], sigmas[i + 1], diffusion[i]), groups)
             states.append(mean + std * self._noise(f"step {i}", shape, draws, groups))
             log_probs.append(flow.log_prob(states[-1], mean, std))
-        velocity = policy(states[-1], sigmas[-2], groups, self.guidance)
+        velocity = self.velocity(policy, states[-1], sigmas[-2], groups)
         states.append(flow.step(states[-1], velocity, sigmas[-2], sigmas[-1]))
         return Rollout(states[-1], noise, torch.stack(states), torch.stack(log_probs))
 
     def loss(self, policy: Policy, reward: Reward, conditions: Conditions, rollout: Rollout, draws: Draws) -> Outcome:
-        """The clipped policy gradient of the trained steps; each is checkpointed, so that one graph lives at a time."""
+        """The mean of `-min(rho A, clip(rho) A) + beta KL` over trained steps and samples.
+
+        Each step is checkpointed, so that one graph lives at a time.
+        """
         assert rollout.trajectory is not None
         assert rollout.log_probs is not None
         states = rollout.trajectory
         groups = conditions.repeat(self.group_size)
-        rewards = self._rewards(policy, reward, groups, rollout.x0, draws)
+        rewards = self._all_rewards(policy, reward, groups, rollout.x0, draws)
         advantage = advantages(rewards.view(self.group_size, -1), self.max_advantage).flatten()
-        levels = self.sigmas(policy, conditions, rollout.noise)
-        diffusion = self.diffusion(levels)
+        sigmas, diffusion = self.levels(policy, conditions, rollout.noise)
 
-        rows = self.samples(rollout.turn, conditions.batch_size)
+        rows = self.rows_of(rollout.turn, conditions.batch_size)
         groups, advantage, column = groups.take(rows), advantage[rows], torch.arange(len(rewards))[rows]
 
         def step(x: Tensor, x_next: Tensor, level: Level, reference: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -172,16 +160,16 @@ class GRPO(Objective):
             return flow.log_prob(x_next, mean, std), kl
 
         losses, ratios, divergences = [], [], []
-        for steps in self.trained(draws, conditions.batch_size)[:, rows]:
-            here, after = (steps, column), (steps + 1, column)
-            x, level, reference = states[here], (levels[here], levels[after], diffusion[here]), None
+        for steps in self.trained_steps(draws, conditions.batch_size)[:, rows]:
+            start, end = (steps, column), (steps + 1, column)
+            x, level, reference = states[start], (sigmas[start], sigmas[end], diffusion[start]), None
             if self.kl_weight:
                 with torch.no_grad(), policy.as_reference():
                     reference, _ = self.random_step(policy, x, level, groups)
-            log_prob, kl = checkpoint(step, x, states[after], level, reference, use_reentrant=False)
-            ratio = (log_prob - rollout.log_probs[here]).exp()
-            clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-            losses.append(-torch.minimum(ratio * advantage, clipped * advantage).mean() + self.kl_weight * kl.mean())
+            log_prob, kl = checkpoint(step, x, states[end], level, reference, use_reentrant=False)
+            ratio = (log_prob - rollout.log_probs[start]).exp()
+            gain = clipped_gain(ratio, advantage, self.clip_range)
+            losses.append(-gain.mean() + self.kl_weight * kl.mean())
             ratios.append((ratio.detach() - 1).abs().max())
             divergences.append(kl.detach().mean())
         scalars = {"reward": rewards.mean(), "ratio_error": torch.stack(ratios).max()}
@@ -189,35 +177,28 @@ class GRPO(Objective):
             scalars["kl"] = torch.stack(divergences).mean()
         return Outcome(torch.stack(losses).mean(), scalars)
 
-    def samples(self, turn: tuple[int, int], num_prompts: int) -> slice:
+    def rows_of(self, turn: tuple[int, int], num_prompts: int) -> slice:
         """The rows of the G B samples that this one of several updates trains."""
         share = self.group_size // turn[1] if self.split_groups else self.group_size
         first = turn[0] * share if self.split_groups else 0
         return slice(first * num_prompts, (first + share) * num_prompts)
 
-    def trained(self, draws: Draws, num_prompts: int) -> Tensor:
+    def trained_steps(self, draws: Draws, num_prompts: int) -> Tensor:
         """The random steps that each sample trains, one after the other; int64 [n, G B]."""
         orders = [draws.order(f"steps of {g}", self.num_steps - 1, num_prompts) for g in range(self.group_size)]
         return torch.cat(orders)[:, : self.num_trained_steps].T
 
-    def sigmas(self, policy: Policy, conditions: Conditions, like: Tensor) -> Float[Tensor, "N B"]:
-        """The schedule's levels, one for each sample, in the dtype and on the device of `like`."""
-        sigmas = policy.sigmas(self.num_steps, self.shift, conditions.size).to(like, non_blocking=True)
-        return sigmas.unsqueeze(1).expand(-1, len(like))
+    def levels(
+        self, policy: Policy, conditions: Conditions, like: Tensor
+    ) -> tuple[Float[Tensor, "N B"], Float[Tensor, "N B"]]:
+        """The schedule's noise levels, and the diffusion of the step from each."""
+        sigmas = self.sigmas(policy, conditions, like)
+        return sigmas, (self.diffusion or DanceDiffusion())(sigmas)
 
     def random_step(self, policy: Policy, x: Tensor, level: Level, conditions: Conditions) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the step of each sample."""
         sigma, sigma_next, diffusion = level
-        velocity = policy(x, sigma, conditions, self.guidance)
-        return flow.random_step(x, velocity, sigma, sigma_next, diffusion)
-
-    def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        """What the form rewards."""
-        return self.form.score(reward, images, prompts)
-
-    def check_reward(self, reward: Reward) -> None:
-        """Refuse a reward that the form cannot use."""
-        self.form.check(reward)
+        return flow.random_step(x, self.velocity(policy, x, sigma, conditions), sigma, sigma_next, diffusion)
 
     def check_updates(self, updates_per_rollout: int) -> None:
         """Refuse updates that groups cannot be divided over."""
@@ -236,12 +217,10 @@ class GRPO(Objective):
             )
 
     @torch.no_grad()
-    def _rewards(self, policy: Policy, reward: Reward, groups: Conditions, x0: Tensor, draws: Draws) -> Tensor:
+    def _all_rewards(self, policy: Policy, reward: Reward, groups: Conditions, x0: Tensor, draws: Draws) -> Tensor:
         size = self.reward_batch_size or len(x0)
         parts = [slice(start, start + size) for start in range(0, len(x0), size)]
-        images = (policy.decode(x0[rows], groups.size) for rows in parts)
-        scored = zip(parts, images, strict=True)
-        return torch.cat([self.form(reward, pictures, groups.take(rows), draws) for rows, pictures in scored])
+        return torch.cat([self.rewards(policy, reward, x0[rows], groups.take(rows), draws) for rows in parts])
 
     def _noise(
         self, purpose: str, shape: Sequence[int], draws: Draws, groups: Conditions, *, same: bool = False
@@ -249,7 +228,13 @@ class GRPO(Objective):
         # Drawn per prompt and member, so that it does not depend on how prompts are divided over ranks.
         members = [0] * self.group_size if same else range(self.group_size)
         noise = [draws.noise(shape, shared=False, purpose=f"{purpose} of {g}") for g in members]
-        return torch.cat(noise).to(groups.prompt_embeds.device, non_blocking=True)
+        return torch.cat(noise).to(groups.device, non_blocking=True)
+
+
+def clipped_gain(ratio: Float[Tensor, " B"], advantage: Float[Tensor, " B"], clip_range: float) -> Float[Tensor, " B"]:
+    """PPO's `min(rho A, clip(rho, 1 - c, 1 + c) A)` (arXiv 1707.06347)."""
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.minimum(ratio * advantage, clipped * advantage)
 
 
 def advantages(rewards: Float[Tensor, "G B"], largest: float) -> Float[Tensor, "G B"]:

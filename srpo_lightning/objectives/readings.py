@@ -1,4 +1,4 @@
-"""Whether a reward reads the texts that it is asked about to their end, and tells those apart that are contrasted."""
+"""Whether a reward reads texts to their end, and tells apart those that the relative reward contrasts."""
 
 from collections.abc import Sequence
 from heapq import nlargest
@@ -7,32 +7,35 @@ from itertools import product
 from srpo_lightning.objectives.reward_forms import RewardForm
 from srpo_lightning.rewards.base import Reward
 
-SAMPLED = 1000  # prompts whose lengths are looked at, evenly over the set
-LONGEST = 64  # of which every pair of words is compared: what is cut before its word is long
+SAMPLED = 1000
+"""Number of prompts whose lengths are looked at, evenly over the set."""
+
+LONGEST = 64
+"""Number of longest prompts under which every pair of words is compared: a prompt that hides its word is long."""
 
 
 def check_readings(form: RewardForm, reward: Reward, prompts: Sequence[str]) -> list[str]:
-    """What of the texts a reward cuts off, in words.
+    """What of the texts a reward cuts off: a line for each reward that cuts.
 
     Args:
-        form: makes texts of prompts.
-        reward: loaded.
-        prompts: to train on.
+        form: Form of the reward, which makes texts of prompts.
+        reward: Reward with its weights loaded.
+        prompts: Prompts to train on.
 
     Raises:
         ValueError: with a prompt and the cure, if positive and negative words are read alike under it.
     """
     lines = []
-    for own, is_steered in reward.readers():
+    for reader, is_steered in reward.readers():
         if is_steered:
             for prompt in nlargest(LONGEST, prompts, key=len):
-                _refuse_alike(form, own, prompt)
+                _refuse_alike(form, reader, prompt)
         looked_at = prompts[:: -(-len(prompts) // SAMPLED) or 1]
-        cut = [prompt for prompt in looked_at if own.reading(form.texts_of(prompt)[0][0]).is_cut]
+        cut = [prompt for prompt in looked_at if reader.reading(form.texts_of(prompt)[0][0]).is_cut]
         if cut:
             lines.append(
-                f"prompts: {len(cut)} of {len(looked_at)} looked at are cut to the {own.max_tokens} tokens that "
-                f"{type(own).__name__} reads, first: {cut[0][:80]!r}"
+                f"prompts: {len(cut)} of {len(looked_at)} looked at are cut to the {reader.max_tokens} tokens that "
+                f"{type(reader).__name__} reads, first: {cut[0][:80]!r}"
             )
     return lines
 

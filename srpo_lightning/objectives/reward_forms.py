@@ -1,8 +1,12 @@
-"""What is asked of the reward model about pictures: independent of how the gradient then reaches the policy."""
+"""What is asked of the reward model about pictures: independent of how the gradient then reaches the policy.
+
+`Plain` is `R(image, prompt)`; `Relative` is SRPO's `(1 + lambda) R(image, positive) - R(image, negative)` (arXiv
+2509.06942).
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
-from srpo_lightning.fingerprint import Recorded
+from srpo_lightning.files.fingerprint import Recorded
 from srpo_lightning.rewards.base import Reward
 
 
@@ -31,36 +35,39 @@ class RewardForm(Recorded, ABC):
         """What a training step rewards.
 
         Args:
-            reward: the model.
-            images: [B, 3, H, W] in [0, 1], differentiable.
-            conditions: of these pictures.
-            draws: of the step.
-            weight: lambda of each picture, where the estimator has its own; read by relative forms only.
-            signs: 1 for a picture to reward, -1 for one to penalise; None rewards all.
+            reward: Reward model.
+            images: Pictures [B, 3, H, W] in [0, 1], differentiable.
+            conditions: Conditions that these pictures were drawn under.
+            draws: Random numbers of the step.
+            weight: Lambda of each picture, where the estimator has its own; only relative forms read it.
+            signs: Number 1 for each picture to reward, -1 for each to penalise; None rewards all.
         """
 
     @abstractmethod
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        """What it rewards in finished pictures, without chance."""
+        """What the form rewards in finished pictures, without chance."""
 
     def texts_of(self, prompt: str) -> tuple[list[str], list[str]]:
-        """All that the reward may read of a prompt: towards which, and away from which it is to move."""
+        """All texts that the reward may read of a prompt: those to move towards, and those to move away from."""
         return [prompt], []
 
     def check(self, reward: Reward) -> None:  # most forms take any
         """Refuse a reward that the form cannot use."""
 
 
+@dataclass
 class Plain(RewardForm):
     """The reward of a picture under its own prompt.
 
     Args:
-        template: what the reward reads; "3d. {prompt}" asks for a word without contrasting it with any.
+        template: Text that the reward reads; "3d. {prompt}" asks for a word without contrasting it with any.
     """
 
-    def __init__(self, template: str = "{prompt}") -> None:
-        check_template(template, "prompt")
-        self.template = template
+    template: str = "{prompt}"
+
+    def __post_init__(self) -> None:
+        """Refuse a template without the prompt."""
+        check_template(self.template, "prompt")
 
     def __call__(
         self,
@@ -71,7 +78,7 @@ class Plain(RewardForm):
         weight: Float[Tensor, " B"] | None = None,
         signs: Sequence[int] | None = None,
     ) -> Float[Tensor, " B"]:
-        """The score under the prompt, negated where the picture is penalised."""
+        """The score under the prompt; its sign is turned where the picture is penalised."""
         return _signs(signs, images) * self.score(reward, images, conditions.prompts)
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
@@ -104,46 +111,55 @@ class ControlWords:
     """The words that steer: put before a prompt, they say what to move towards and what away from.
 
     Args:
-        positive: towards these, for instance Natural-lighting, Detail, Detailed, Real.
-        negative: away from these, for instance Concept art, Painting, Anime, Flat, Oil.
+        positive: Words to move towards, for instance Natural-lighting, Detail, Detailed, Real.
+        negative: Words to move away from, for instance Concept art, Painting, Anime, Flat, Oil.
     """
 
     positive: list[str]
     negative: list[str]
 
 
-class Relative(RewardForm):
+@dataclass(kw_only=True)
+class Wording:
+    """Control words, and how they meet prompts.
+
+    Args:
+        control_words: Words that steer, the positive and the negative ones.
+        word_choice: Order of the words: one after the other, step by step, or drawn at random.
+        template: Text of a prompt under a word.
+    """
+
+    control_words: ControlWords = field(kw_only=False)
+    word_choice: Literal["cycle", "random"] = "cycle"
+    template: str = "{word}. {prompt}"
+
+
+@dataclass(kw_only=True)
+class Relative(Wording, RewardForm):
     """SRPO's semantic relative reward, `(1 + lambda) R(image, positive) - R(image, negative)` (arXiv 2509.06942).
 
     Args:
-        control_words: the positive and the negative words.
-        word_choice: go through the words step by step, or draw them at random.
-        template: how a word meets a prompt.
-        extra_weight: lambda, where the estimator brings none of its own.
+        extra_weight: Weight lambda of the positive text, where the estimator brings none of its own.
+
+    Raises:
+        ValueError: if a side has no words, a word is on both, or the template lacks word or prompt.
     """
 
-    def __init__(
-        self,
-        control_words: ControlWords,
-        word_choice: Literal["cycle", "random"] = "cycle",
-        template: str = "{word}. {prompt}",
-        extra_weight: float = 0.1,
-    ) -> None:
-        for side, words in vars(control_words).items():
+    extra_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse words that cannot steer."""
+        for side, words in vars(self.control_words).items():
             if not words or not all(word.strip() for word in words):
                 raise ValueError(f"control_words.{side} is {words}: give at least one word, none of them empty")
-        negative = {word.strip().casefold() for word in control_words.negative}
-        both = [word for word in control_words.positive if word.strip().casefold() in negative]
+        negative = {word.strip().casefold() for word in self.control_words.negative}
+        both = [word for word in self.control_words.positive if word.strip().casefold() in negative]
         if both:
             raise ValueError(
                 f"control_words has {', '.join(both)} as positive and as negative: with itself a word has no contrast "
                 "and nothing to train towards; leave it out on one side"
             )
-        check_template(template, "word", "prompt")
-        self.control_words = control_words
-        self.word_choice = word_choice
-        self.template = template
-        self.extra_weight = extra_weight
+        check_template(self.template, "word", "prompt")
 
     def __call__(
         self,
@@ -154,7 +170,7 @@ class Relative(RewardForm):
         weight: Float[Tensor, " B"] | None = None,
         signs: Sequence[int] | None = None,
     ) -> Float[Tensor, " B"]:
-        """Of the step's words; they swap where the picture is penalised."""
+        """The relative reward under the step's words; they swap where the picture is penalised."""
         pairs = list(zip(*self.texts(conditions, draws), signs or [1] * len(images), strict=True))
         towards = [positive if sign > 0 else negative for positive, negative, sign in pairs]
         away = [negative if sign > 0 else positive for positive, negative, sign in pairs]
@@ -168,9 +184,9 @@ class Relative(RewardForm):
         """The prompts under the step's positive word and under its negative word, or their own negative prompts."""
         positive = self._word(self.control_words.positive, "positive", draws)
         negative = self._word(self.control_words.negative, "negative", draws)
-        away, own = self._under(negative, conditions.prompts), conditions.negative_prompts
-        if own is not None:
-            away = [text if mine is None else mine for text, mine in zip(away, own, strict=True)]
+        away, negative_prompts = self._under(negative, conditions.prompts), conditions.negative_prompts
+        if negative_prompts is not None:
+            away = [text if own is None else own for text, own in zip(away, negative_prompts, strict=True)]
         return self._under(positive, conditions.prompts), away
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
@@ -183,10 +199,8 @@ class Relative(RewardForm):
 
     def texts_of(self, prompt: str) -> tuple[list[str], list[str]]:
         """The prompt under each word."""
-        words = self.control_words
-        towards, away = (
-            [text for word in own for text in self._under(word, [prompt])] for own in (words.positive, words.negative)
-        )
+        positive, negative = self.control_words.positive, self.control_words.negative
+        towards, away = ([self._under(word, [prompt])[0] for word in words] for words in (positive, negative))
         return towards, away
 
     def check(self, reward: Reward) -> None:

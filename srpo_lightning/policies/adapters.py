@@ -2,26 +2,25 @@
 
 import importlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from srpo_lightning.draws import keyed_generator
+from srpo_lightning.files.pretrained import own_part, stream_into
 from srpo_lightning.policies.lora_file import PREFIX, LoraFile
-from srpo_lightning.pretrained import own_part, stream_into
 
 NAME = "default"  # of the adapter, in peft
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-MLP = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
-"""Of double blocks, then of single blocks, whose proj_out is attention's output too."""
+LEFT_ALONE = ("norm", "adaLN_modulation", "img_mod", "txt_mod", "modulation")
+"""Beginnings of the parts of a path in a block that no adapter goes to: they scale and shift activations."""
 
 
 @dataclass
@@ -31,17 +30,17 @@ class Lora:
     FLUX.1's default layers have 4.09 million adapter weights per rank: 131 million, 0.52 GB, at rank 32.
 
     Args:
-        rank: columns of B and rows of A.
-        alpha: the scale is alpha / rank, with rslora alpha / sqrt(rank). Null is the rank: a scale of 1 without rslora.
-            Exported files have the scale in B, for programs that ignore alpha.
+        rank: number of columns of B and rows of A.
+        alpha: numerator of the scale, alpha / rank, or alpha / sqrt(rank) with rslora. Null is the rank: a scale of 1
+            without rslora. Exported files have the scale in B, for programs that ignore alpha.
         target_modules: ends of the names of the blocks' linear layers that get an adapter, such as to_q or
             transformer_blocks.3.ff.net.2; null is every projection of attention and MLP.
-        dropout: of the adapters' inputs, in the trained step only. Drawn from torch's global generator: with it a
-            resumed run is not the unbroken one bit for bit.
-        dora: train the length of each row of the weights apart from its direction; slower.
-        rslora: see alpha.
-        seed: of A.
-        pretrained: a LoRA to start from, of this kind and these layers: a folder or hub id with
+        dropout: share of the adapters' inputs that is zero in the trained step. It is drawn from torch's global
+            generator: with it a resumed run is not the unbroken one bit for bit.
+        dora: whether the length of each row of the weights is trained apart from its direction; slower.
+        rslora: whether the scale is alpha / sqrt(rank), which keeps large ranks learning.
+        seed: seed of A's random start.
+        pretrained: LoRA to start from, of this kind and these layers: a folder or hub id with
             pytorch_lora_weights.safetensors, such as `export --format lora` wrote. Null starts from no change.
     """
 
@@ -66,13 +65,16 @@ class Lora:
         """Of B A."""
         return float(self.alpha or self.rank) / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    @property
-    def architecture(self) -> dict[str, Any]:
-        """What the trained weights mean anything with."""
+    def architecture(self, layers: Sequence[str]) -> dict[str, Any]:
+        """What the trained weights mean anything with.
+
+        Args:
+            layers: ends of the names of the layers that get an adapter where `target_modules` names none.
+        """
         return {
             "rank": self.rank,
             "alpha": float(self.alpha or self.rank),
-            "target_modules": sorted(self.target_modules or [*ATTENTION, *MLP]),
+            "target_modules": sorted(self.target_modules or layers),
             "dora": self.dora,
             "rslora": self.rslora,
         }
@@ -119,10 +121,12 @@ class Lora:
             for name, layer in block.named_modules()
             if isinstance(layer, nn.Linear)
         ]
+        if self.target_modules is None:
+            return [full for full, name in linear if not any(p.startswith(LEFT_ALONE) for p in name.split("."))]
         found: dict[str, None] = {}
-        for end in self.target_modules or [*ATTENTION, *MLP]:
+        for end in self.target_modules:
             own = [full for full, _ in linear if f".{full}".endswith(f".{end}")]
-            if self.target_modules and not own:
+            if not own:
                 raise ValueError(
                     f"target_modules has {end!r}, with which the name of no linear layer in the model's blocks ends: "
                     f"choose from {', '.join(sorted({name for _, name in linear}))}, or put the block before it, as in "
@@ -132,12 +136,20 @@ class Lora:
         return list(found)
 
 
-def add(transformer: FluxTransformer2DModel, lora: Lora, blocks: Iterable[tuple[str, nn.Module]]) -> None:
+def ends(blocks: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """The layers of `Lora.targets` by default, as short as names go: to_q for each attn.to_q of a block."""
+    blocks = list(blocks)
+    inner = {name.removeprefix(f"{prefix}.") for name in Lora().targets(blocks) for prefix, _ in blocks
+             if name.startswith(f"{prefix}.")}  # fmt: skip
+    return sorted({name.partition(".")[2] or name for name in inner})
+
+
+def add(transformer: Any, lora: Lora, blocks: Iterable[tuple[str, nn.Module]]) -> None:
     """Give a transformer adapters in float32, on the meta device where it is there, and freeze the rest."""
     peft: Any = importlib.import_module("peft")
     config = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.architecture["alpha"],
+        lora_alpha=float(lora.alpha or lora.rank),
         target_modules=lora.targets(blocks),
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
@@ -154,7 +166,7 @@ def add(transformer: FluxTransformer2DModel, lora: Lora, blocks: Iterable[tuple[
 
 
 @torch.no_grad()
-def start(transformer: FluxTransformer2DModel, lora: Lora) -> None:
+def start(transformer: Any, lora: Lora) -> None:
     """Let the adapters be those of `lora.pretrained`, or change nothing yet.
 
     Then A is a function of the seed and the layer's name, on any number of ranks.
@@ -226,14 +238,17 @@ def scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
 
 
 def save_lora(
-    transformer: FluxTransformer2DModel,
+    pipeline_class: str,
+    transformer: Any,
     weights: Mapping[str, Tensor],
     folder: Path,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write `pytorch_lora_weights.safetensors` for `FluxPipeline.load_lora_weights`; the scale is in B.
+    """Write `pytorch_lora_weights.safetensors` for the pipeline's `load_lora_weights`; the scale is in B.
 
     Args:
+        pipeline_class: the pipeline's class in diffusers.
+        transformer: a transformer with adapters, on the meta device where it is there.
         weights: the adapters', whole, by their names in `transformer`, whose adapters' own values play no part.
         folder: made if need be.
         dtype: of the file.
@@ -242,7 +257,7 @@ def save_lora(
     config = transformer.peft_config[NAME]
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     own = {name: scaled(name, tensor, scale).to(dtype) for name, tensor in weights.items()}
-    FluxPipeline.save_lora_weights(
+    getattr(diffusers, pipeline_class).save_lora_weights(
         folder,
         transformer_lora_layers=peft.get_peft_model_state_dict(transformer, own, adapter_name=NAME),
         transformer_lora_adapter_metadata={**config.to_dict(), "lora_alpha": config.r, "use_rslora": False},

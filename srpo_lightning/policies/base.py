@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from srpo_lightning.batch import Conditions, Size
-from srpo_lightning.fingerprint import Recorded
+from srpo_lightning.encoding import Encoder, Encoding
+from srpo_lightning.files.fingerprint import Recorded
 
 Shard: TypeAlias = Callable[[nn.Module, Iterable[nn.Module]], None]
 """Divides a model on the meta device over the ranks, block by block, and gives it memory, not yet filled."""
@@ -24,7 +25,22 @@ class Policy(Recorded, nn.Module, ABC):
     """
 
     dtype: torch.dtype = torch.float32
-    """Of the weights."""
+    """The numbers that the weights are kept in."""
+
+    def encoder(self, wanted: Encoding) -> Encoder:
+        """Turns prompts and pictures into what `forward` reads; data calls it before any weights are read.
+
+        Args:
+            wanted: how, as data's settings say.
+        """
+        raise ValueError(f"{type(self).__name__} has no method `encoder`, by which data encodes prompts: give it one")
+
+    def text_shapes(self, wanted: Encoding) -> dict[str, tuple[int, ...]]:
+        """The largest shape of one prompt's features by name, without a tokenizer if possible."""
+        return self.encoder(wanted).text.shapes
+
+    has_negative: bool = False
+    """Whether guidance takes a second pass, of the text that it moves away from."""
 
     @abstractmethod
     def load(self, shard: Shard | None = None) -> None:
@@ -42,14 +58,21 @@ class Policy(Recorded, nn.Module, ABC):
     def forward(
         self, x: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float
     ) -> Float[Tensor, "B *rest"]:
-        """The velocity at latents `x` of noise level `sigma` (flow.py's convention), for the pictures' own size."""
+        """The velocity at latents `x` of noise level `sigma` (flow.py's convention), for the pictures' own size.
+
+        Args:
+            x: latents.
+            sigma: noise level of each sample, from 1 (noise) to 0.
+            conditions: prompts and what the policy reads of them.
+            guidance: strength g of guidance: distilled into the model, or u + g (c - u) over a pass without the prompt.
+        """
 
     @abstractmethod
     def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
         """The shape of one sample's latents.
 
         Args:
-            size: of the picture, here and below; None is the policy's own.
+            size: pixels of the picture, here and below; None is the policy's own.
         """
 
     @abstractmethod

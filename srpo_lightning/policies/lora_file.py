@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from safetensors import safe_open
 
-from srpo_lightning.pretrained import unreadable_is_refused, weights_file
+from srpo_lightning.files.pretrained import unreadable_is_refused, weights_file
 
 FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # of the names in it
@@ -46,7 +46,7 @@ class LoraFile(NamedTuple):
         patterns = [key for key in ("rank_pattern", "alpha_pattern") if metadata.get(f"{PREFIX}{key}")]
         if foreign or patterns or not shapes:
             raise ValueError(
-                f"{path} is no LoRA of one rank and scale by diffusers' names for FLUX "
+                f"{path} is no LoRA of one rank and scale by diffusers' names "
                 f"({foreign or ', '.join(patterns) or 'it is empty'}): give a {FILE} that `export --format lora` wrote"
             )
         scales = {}

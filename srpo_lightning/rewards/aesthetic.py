@@ -1,4 +1,7 @@
-"""Aesthetic predictors: how much people like a picture, whatever it shows. None of them reads the text."""
+"""Aesthetic predictors: how much people like a picture, whatever it shows. None of them reads the text.
+
+The score is `head(f / |f|)`, f the features of an image encoder. No paper; each class names its repository.
+"""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from srpo_lightning.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
+from srpo_lightning.files.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
 from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
 
@@ -26,9 +29,9 @@ class Head(nn.Module):
     """Linear layers in a row; the published ones have dropout between them, for training, and no activation.
 
     Args:
-        widths: of the features, of what each layer but the last gives, and 1.
-        places: each layer's number in the published file, which counts dropout too.
-        name: of the layers in the published file.
+        widths: Widths of the features, of what each layer but the last gives, and 1.
+        places: Number of each layer in the published file, which counts dropout too.
+        name: Name of the layers in the published file.
     """
 
     def __init__(self, widths: Sequence[int], places: Sequence[int], name: str = "layers") -> None:
@@ -37,7 +40,7 @@ class Head(nn.Module):
         self.add_module(name, nn.ModuleDict({str(place): nn.Linear(*shape) for place, shape in layers}))
 
     def forward(self, features: Float[Tensor, "B E"]) -> Scores:
-        """Computed in the features' dtype, whatever the weights' and autocast's."""
+        """Scores, computed in the features' dtype, whatever the weights' and autocast's."""
         with torch.autocast(features.device.type, enabled=False):
             for layer in self.modules():
                 if isinstance(layer, nn.Linear):
@@ -87,9 +90,9 @@ class AestheticReward(Reward):
     """A published head on the unit feature vector of a published image encoder.
 
     Args:
-        head: the head's file, or a folder or hub id that holds it.
-        pretrained: folder or hub id of the image encoder or of the whole model, whose text encoder is not read.
-        dtype: of the encoder's weights; the head computes in float32 either way.
+        head: File of the head, or a folder or hub id that holds it.
+        pretrained: Folder or hub id of the image encoder or of the whole model, whose text encoder is not read.
+        dtype: Precision of the encoder's weights; the head computes in float32 either way.
     """
 
     reads_text = False
@@ -153,24 +156,18 @@ class LaionAesthetic(AestheticReward):
     Source: LAION-AI/aesthetic-predictor; christophschuhmann/improved-aesthetic-predictor:simple_inference.py.
 
     Args:
-        head: either file, or a folder or hub id with the improved one.
-        pretrained: OpenAI's CLIP ViT-L/14, which both heads are for.
-        dtype: of CLIP's weights; the head computes in float32 either way.
+        head: File of either head, or a folder or hub id with the improved one.
+        pretrained: Folder or hub id of OpenAI's CLIP ViT-L/14, which both heads are for.
     """
 
     head_file = "sac+logos+ava1-l14-linearMSE.pth"
     encoder_class = ClipVision
 
-    def __init__(
-        self,
-        head: str,
-        pretrained: str = "openai/clip-vit-large-patch14",
-        dtype: Literal["float32", "bfloat16"] = "float32",
-    ) -> None:
-        super().__init__(head, pretrained, dtype)
+    def __init__(self, head: str, pretrained: str = "openai/clip-vit-large-patch14", **kwargs: Any) -> None:
+        super().__init__(head, pretrained, **kwargs)
 
     def read_head(self, num_features: int) -> Head:
-        """One layer where the names have no number."""
+        """The head of one layer where the names have no number, the improved one otherwise."""
         state = read_weights(self.head_path)
         if "weight" in state:
             head, state = Head((num_features, 1), (0,)), {f"layers.0.{name}": value for name, value in state.items()}
@@ -180,7 +177,7 @@ class LaionAesthetic(AestheticReward):
         return head
 
     def preprocessing(self, image_size: int) -> Preprocessing:
-        """OpenAI CLIP's own, which is torchvision's."""
+        """OpenAI CLIP's preprocessing, which is torchvision's."""
         return Preprocessing((image_size, image_size), half_even=True)
 
 
@@ -193,30 +190,23 @@ class AestheticV25(AestheticReward):
     Source: discus0434/aesthetic-predictor-v2-5.
 
     Args:
-        head: the file, or a folder or hub id that holds it.
-        pretrained: SigLIP so400m, patch 14, 384 x 384 pixels, which the head is for.
-        dtype: of SigLIP's weights; the head computes in float32 either way.
+        pretrained: Folder or hub id of SigLIP so400m, patch 14, 384 x 384 pixels, which the head is for.
     """
 
     head_file = "aesthetic_predictor_v2_5.pth"
     encoder_class = SiglipVision
 
-    def __init__(
-        self,
-        head: str,
-        pretrained: str = "google/siglip-so400m-patch14-384",
-        dtype: Literal["float32", "bfloat16"] = "float32",
-    ) -> None:
-        super().__init__(head, pretrained, dtype)
+    def __init__(self, head: str, pretrained: str = "google/siglip-so400m-patch14-384", **kwargs: Any) -> None:
+        super().__init__(head, pretrained, **kwargs)
 
     def read_head(self, num_features: int) -> Head:
-        """Dropout stands between all layers."""
+        """The head; dropout stands between all of its layers."""
         head = Head((num_features, *HIDDEN, 1), (0, 2, 4, 6, 8), "scoring_head")
         load_exactly(head, read_weights(self.head_path), self.head_path)
         return head
 
     def preprocessing(self, image_size: int) -> Preprocessing:
-        """SigLIP's: squashed, [-1, 1]."""
+        """SigLIP's preprocessing: squashed to a square, in [-1, 1]."""
         return Preprocessing((image_size, image_size), "squash", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from srpo_lightning.fingerprint import Recorded
+from srpo_lightning.files.fingerprint import Recorded
 from srpo_lightning.rewards.words import WordList
 
 Images: TypeAlias = Float[Tensor, "B 3 H W"]
@@ -20,8 +20,8 @@ class Reading(NamedTuple):
     """What a reward reads of a text.
 
     Args:
-        tokens: where they are equal, so is the score.
-        is_cut: whether they are not all of the text.
+        tokens: Tokens that were read; where they are equal, so is the score.
+        is_cut: Whether the text has more tokens than were read.
     """
 
     tokens: Hashable
@@ -42,7 +42,7 @@ class Reward(Recorded, nn.Module, ABC):
     """The most tokens of a text that are read, once the weights are; None: all of them."""
 
     word_lists: ClassVar[Mapping[str, WordList]] = MappingProxyType({})
-    """Control words to start from, by what they steer towards."""
+    """Control words that steer this reward, to start from, by what they steer towards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,16 +56,16 @@ class Reward(Recorded, nn.Module, ABC):
         """The score of each image under its own text.
 
         Args:
-            images: [B, 3, H, W] in [0, 1].
-            texts: B of them.
+            images: Pictures [B, 3, H, W] in [0, 1].
+            texts: Texts, one for each picture.
         """
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
         """The score of each image under T texts of its own.
 
         Args:
-            images: [B, 3, H, W] in [0, 1].
-            texts: T times B of them.
+            images: Pictures [B, 3, H, W] in [0, 1].
+            texts: T columns of texts, each with one for each picture.
         """
         return torch.stack([self(images, column) for column in texts], dim=1)
 
@@ -73,9 +73,9 @@ class Reward(Recorded, nn.Module, ABC):
         """The weighted sum of each image's scores under T texts: what only the difference of texts can raise.
 
         Args:
-            images: [B, 3, H, W] in [0, 1].
-            texts: T times B of them.
-            coefficients: of the scores.
+            images: Pictures [B, 3, H, W] in [0, 1].
+            texts: T columns of texts, each with one for each picture.
+            coefficients: Coefficients [B, T] of the scores.
 
         Raises:
             ValueError: if the reward reads no text.
@@ -113,7 +113,7 @@ class Reward(Recorded, nn.Module, ABC):
 
 
 def check_lengths(images: Tensor, texts: Sequence[str]) -> None:
-    """Refuse what broadcasting would let pass.
+    """Refuse images and texts whose numbers differ, which broadcasting would let pass.
 
     Raises:
         ValueError: if there is not one text for each image, or the images are no batch of RGB images.
@@ -126,6 +126,6 @@ def check_lengths(images: Tensor, texts: Sequence[str]) -> None:
 
 
 def check_columns(images: Tensor, columns: Sequence[Sequence[str]]) -> None:
-    """The same for T times B texts."""
+    """Refuse columns of texts whose lengths are not the number of images."""
     for texts in columns:
         check_lengths(images, texts)

@@ -1,8 +1,11 @@
-"""Cosine similarity of image and text under a CLIP model: CLIP score, PickScore and their kin."""
+"""Cosine similarity of image and text under a CLIP model: CLIP score (arXiv 2104.08718), PickScore (arXiv 2305.01569).
+
+The score is `cos(f(image), g(text))`, times `exp(logit scale) / divisor` where a divisor is given.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
-from srpo_lightning.pretrained import load_whole, read_json, unreadable_is_refused
+from srpo_lightning.files.pretrained import load_whole, read_json, unreadable_is_refused
 from srpo_lightning.rewards.base import Images, Reading, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED
@@ -20,15 +23,16 @@ from srpo_lightning.rewards.words import PUBLISHED
 class ClipReward(Reward):
     """Any transformers CLIPModel as a frozen reward; as it is, the CLIP score.
 
-    The score is the cosine of image and text, in [-1, 1], times the model's logit scale over `logit_scale_divisor`
-    where one is given. (CLIPScore, arXiv 2104.08718, is 2.5 max(cosine, 0) under ViT-B/32.)
+    The score is the cosine of image and text, in [-1, 1]. With a `logit_scale_divisor` it is multiplied by the model's
+    logit scale over that. CLIPScore, arXiv 2104.08718, is 2.5 max(cosine, 0) under ViT-B/32.
 
     Args:
-        pretrained: a CLIPModel folder, or a hub id.
-        processor: a folder or hub id with tokenizer and preprocessor_config.json; None: they are in `pretrained`.
-        logit_scale_divisor: None leaves the cosine as it is.
-        dtype: of the weights. Features are compared in float32 either way.
-        cache_size: how many texts' features are kept; at 1,024 numbers each the default takes 64 MiB.
+        pretrained: CLIPModel folder or hub id.
+        processor: Folder or hub id with tokenizer and preprocessor_config.json; null looks for them in `pretrained`.
+        logit_scale_divisor: Divisor of the logit scale that the cosine is multiplied by; null leaves the cosine as it
+            is.
+        dtype: Precision of the weights. Features are compared in float32 either way.
+        cache_size: Number of texts whose features are kept; at 1,024 numbers each the default takes 64 MiB.
     """
 
     word_lists = PUBLISHED
@@ -52,7 +56,7 @@ class ClipReward(Reward):
         self._text_features: OrderedDict[str, Tensor] = OrderedDict()
 
     def load(self) -> None:
-        """Read model and tokenizer, once."""
+        """Read the weights and the tokenizer, once."""
         if self.clip is not None:
             return
         with unreadable_is_refused(self.processor):
@@ -70,11 +74,11 @@ class ClipReward(Reward):
         return Preprocessing.from_config(self.preprocessor, image_size)
 
     def read_tokenizer(self) -> CLIPTokenizer:
-        """The tokenizer's files."""
+        """The tokenizer, from its files."""
         return CLIPTokenizer.from_pretrained(self.processor)
 
     def read_model(self) -> CLIPModel:
-        """The weights."""
+        """The model with its weights."""
         return load_whole(CLIPModel, self.pretrained, dtype=self.dtype)
 
     def clean(self, text: str) -> str:
@@ -99,7 +103,7 @@ class ClipReward(Reward):
         return Reading(tuple(self.tokenize(text) if is_cut else ids), is_cut)
 
     def forward(self, images: Images, texts: Sequence[str]) -> Scores:
-        """Cosine of each image with its text, scaled."""
+        """The scaled cosine of each image with its text."""
         return self.scores(images, [texts])[:, 0]
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
@@ -121,7 +125,7 @@ class ClipReward(Reward):
 
     @property
     def logit_scale(self) -> float:
-        """The model's own, about 100."""
+        """The model's own factor, about 100."""
         assert self.clip is not None, "load() comes first"
         return float(self.clip.logit_scale.exp())
 
@@ -132,14 +136,14 @@ class ClipReward(Reward):
         return int(self.clip.config.projection_dim)
 
     def image_features(self, images: Images) -> Float[Tensor, "B E"]:
-        """Unit vectors, float32 (or the images' float64)."""
+        """Unit vectors of the images, in float32 (or the images' float64)."""
         assert self.clip is not None, "load() comes first"
         pixels = self.preprocess(images)
         features: Tensor = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
         return functional.normalize(features.to(pixels.dtype), dim=-1)
 
     def text_features(self, texts: Sequence[str]) -> Float[Tensor, "B E"]:
-        """Unit vectors, each distinct text computed once and kept."""
+        """Unit vectors of the texts; each distinct one is computed once and kept."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._text_features]
         if missing:
             self._text_features.update((text, self._encode(text)) for text in missing)
@@ -178,13 +182,10 @@ class PickScore(ClipReward):
     Source: arXiv 2305.01569, model yuvalkirstain/PickScore_v1. SRPO trains with `logit_scale_divisor` 20.
 
     Args:
-        pretrained: the CLIPModel folder, or its hub id.
-        processor: tokenizer and preprocessor, which the model's page names and its folder lacks.
-        logit_scale_divisor: 1 is the published score.
-        dtype: of the weights.
-        cache_size: how many texts' features are kept.
-        clamp: cut bicubic overshoot off, as the published score does, which resizes 8-bit pictures; false leaves it, as
-            the research code of SRPO does, which resizes tensors.
+        processor: Folder or hub id with tokenizer and preprocessor, which the model's page names and its folder lacks.
+        logit_scale_divisor: Divisor of the logit scale; 1 is the published score, null leaves the cosine as it is.
+        clamp: Whether bicubic overshoot is cut off, as in the published score, which resizes 8-bit pictures. The
+            research code of SRPO, which resizes tensors, leaves it.
     """
 
     def __init__(
@@ -192,13 +193,13 @@ class PickScore(ClipReward):
         pretrained: str = "yuvalkirstain/PickScore_v1",
         processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         logit_scale_divisor: PositiveFloat | None = 1.0,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        cache_size: NonNegativeInt = 16384,
+        *,
         clamp: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(pretrained, processor, logit_scale_divisor, dtype, cache_size)
+        super().__init__(pretrained, processor, logit_scale_divisor, **kwargs)
         self.clamp = clamp
 
     def preprocessing(self, image_size: int) -> Preprocessing:
-        """As the processor says, with or without overshoot."""
+        """What the processor's configuration says, with or without overshoot."""
         return super().preprocessing(image_size)._replace(clamp=self.clamp)

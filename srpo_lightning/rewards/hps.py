@@ -1,25 +1,28 @@
-"""Human Preference Score v2 and v2.1, and the metric that the SRPO paper derives from it."""
+"""Human Preference Score v2 and v2.1 (arXiv 2306.09341), and the metric that the SRPO paper derives from it.
+
+The score is `cos(f(image), g(text))` under a fine-tuned CLIP ViT-H-14.
+"""
 
 import html
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import ftfy
 import torch
 from jaxtyping import Float
-from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from srpo_lightning.pretrained import read_json, read_weights, weights_file
+from srpo_lightning.files.pretrained import read_json, read_weights, weights_file
 from srpo_lightning.rewards.base import Images
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.rewards.open_clip import clip_model
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED, SEMANTIC_GUIDED
 
+FILENAME = "HPS_v2.1_compressed.pt"
 NUM_HEADS = 16  # of ViT-H-14, image and text tower
 
 
@@ -29,13 +32,12 @@ class HPSv2(ClipReward):
     Source: arXiv 2306.09341; tgxs002/HPSv2, `hpsv2/img_score.py`; `fit` crop is what SRPO trains with.
 
     Args:
-        pretrained: the published file, a folder that holds it or that `convert` wrote, or the hub id.
-        filename: of the published file in the folder or on the hub (HPS_v2_compressed.pt for v2).
-        processor: a folder or hub id with CLIP's tokenizer; None: the folder that `convert` wrote, or LAION's ViT-H-14.
-        fit: crop the centre, as SRPO trains; or pad with black, as HPSv2 evaluates. Equal for squares.
-        logit_scale_divisor: None leaves the cosine as it is, as published.
-        dtype: of the weights.
-        cache_size: how many texts' features are kept.
+        pretrained: Published file, a folder that holds it or that `convert` wrote, or the hub id.
+        filename: Name of the published file in the folder or on the hub, HPS_v2_compressed.pt for v2; refused where
+            `pretrained` is a file, or what `convert` wrote.
+        processor: Folder or hub id with CLIP's tokenizer; null takes the folder that `convert` wrote, or LAION's
+            ViT-H-14.
+        fit: Way to a square picture: crop the centre, as SRPO trains, or pad with black, as HPSv2 evaluates.
     """
 
     word_lists = MappingProxyType({**PUBLISHED, "realism (SGP-HPS)": SEMANTIC_GUIDED})
@@ -43,24 +45,33 @@ class HPSv2(ClipReward):
     def __init__(
         self,
         pretrained: str = "xswu/HPSv2",
-        filename: str = "HPS_v2.1_compressed.pt",
+        filename: str = FILENAME,
         processor: str | None = None,
         fit: Literal["crop", "pad"] = "crop",
-        logit_scale_divisor: PositiveFloat | None = None,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        cache_size: NonNegativeInt = 16384,
+        **kwargs: Any,
     ) -> None:
         self.is_converted = (Path(pretrained).expanduser() / "config.json").is_file()
         if processor is None:
             processor = pretrained if self.is_converted else "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-        super().__init__(pretrained, processor, logit_scale_divisor, dtype, cache_size)
+        super().__init__(pretrained, processor, **kwargs)
         self.filename = filename
         self.fit = fit
+        self._check_filename()
         if Path(pretrained).expanduser().exists() and not self.is_converted:
             weights_file(pretrained, filename)
 
+    def _check_filename(self) -> None:
+        file = Path(self.pretrained).expanduser()
+        is_other = self.filename not in (FILENAME, file.name)
+        if is_other and (self.is_converted or file.is_file()):
+            what = "a folder that `convert` wrote, with weights of its own" if self.is_converted else "a file itself"
+            raise ValueError(
+                f"filename is {self.filename}, but pretrained is {what} ({file}): leave filename away, or name the "
+                "folder that holds the published file"
+            )
+
     def read_preprocessor(self) -> dict[str, object]:
-        """Nothing but a check of the tokenizer's path: the pixels are the same for every HPSv2."""
+        """Check the tokenizer's path, no more: the pixels are the same for every HPSv2."""
         return read_json(self.processor, "", "tokenizer_config.json")
 
     def preprocessing(self, image_size: int) -> Preprocessing:
@@ -79,7 +90,7 @@ class HPSv2(ClipReward):
         return clip_model(read_weights(path), NUM_HEADS, path)
 
     def clean(self, text: str) -> str:
-        """As open_clip: mend broken unicode, resolve HTML entities, collapse white space, lower case."""
+        """Mend broken unicode, resolve HTML entities, collapse white space, lower the case, as open_clip does."""
         return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
@@ -89,31 +100,14 @@ class SGPHPS(HPSv2):
     A metric of the SRPO paper (arXiv 2509.06942, SGP-HPS; 0.41 to 0.51 there), because HPS itself hardly moves under
     SRPO. Its formula is not published: a softmax over the two scores, times the model's logit scale, is inferred from
     the published values. A Chinese rendering of the paper calls it the difference of the scores: take that with
-    `as_probability: false`.
+    `as_probability: false`. The probability does not depend on `logit_scale_divisor`, the difference does.
 
     Args:
-        pretrained: the published file, a folder that holds it or that `convert` wrote, or the hub id.
-        filename: of the published file in the folder or on the hub (HPS_v2_compressed.pt for v2).
-        processor: a folder or hub id with CLIP's tokenizer; None: the folder that `convert` wrote, or LAION's ViT-H-14.
-        fit: crop the centre, as SRPO trains; or pad with black, as HPSv2 evaluates. Equal for squares.
-        logit_scale_divisor: of the scores whose difference is taken; without effect on the probability.
-        dtype: of the weights.
-        cache_size: how many texts' features are kept.
-        as_probability: the softmax; false: the difference of the two scores.
+        as_probability: Whether the preference is the softmax's probability; false takes the difference of the scores.
     """
 
-    def __init__(
-        self,
-        pretrained: str = "xswu/HPSv2",
-        filename: str = "HPS_v2.1_compressed.pt",
-        processor: str | None = None,
-        fit: Literal["crop", "pad"] = "crop",
-        logit_scale_divisor: float | None = None,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        cache_size: int = 16384,
-        as_probability: bool = True,
-    ) -> None:
-        super().__init__(pretrained, filename, processor, fit, logit_scale_divisor, dtype, cache_size)
+    def __init__(self, *, as_probability: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.as_probability = as_probability
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:

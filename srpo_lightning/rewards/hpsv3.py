@@ -1,4 +1,7 @@
-"""HPSv3: a human preference score by a vision-language model."""
+"""HPSv3 (arXiv 2508.03789): a human preference score by a vision-language model.
+
+The score is mu of `(mu, log sigma) = MLP(h)`, h the hidden state of Qwen2-VL at the token `<|Reward|>`.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 
-from srpo_lightning.nf4 import check_bitsandbytes, keep_in_4_bits
-from srpo_lightning.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
+from srpo_lightning.files.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
 from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns, check_lengths
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED
+from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits
 
 FILENAME = "HPSv3.safetensors"
 NUM_PIXELS = 256 * 28 * 28  # about as many as an image is resized to
@@ -76,24 +79,24 @@ QUESTION = f"\nPlease provide the overall ratings of this image: {REWARD_TOKEN}\
 class HPSv3(Reward):
     """HPSv3: Qwen2-VL-7B, asked to rate an image under its prompt; FLUX.1-dev scores 10.4 in its own benchmark.
 
-    A head reads mean and standard deviation of the preference from the hidden state at the token `<|Reward|>`; the
+    A head reads mean and standard deviation of the preference from the hidden state at the token `<|Reward|>`. The
     score is the mean. Differences of scores count (Bradley-Terry): they have no bounds.
 
-    As in the published package: the size that images are resized to, the prompt and its tokens, one position for each
-    token of image or text (Qwen2-VL is given embeddings alone there, so that it cannot count rows and columns), and
-    rotary frequencies rounded to bfloat16. Not as there: resized images are not rounded to 8 bits; in bfloat16 the
-    vision tower's angles are rounded once less; and if a prompt holds `<|Reward|>` itself, the last one is read.
+    As in the published package: the size that images are resized to, the prompt and its tokens, and rotary frequencies
+    rounded to bfloat16. Each token of image or text has one position: Qwen2-VL is given embeddings alone there, so that
+    it cannot count rows and columns. Not as there: resized images are not rounded to 8 bits, and in bfloat16 the vision
+    tower's angles are rounded once less. If a prompt holds `<|Reward|>` itself, the last one is read.
 
     Source: arXiv 2508.03789; package hpsv3 1.0.0, `inference.py` and `model/qwen2vl_trainer.py`.
 
     Args:
-        pretrained: Qwen2-VL-7B-Instruct, folder or hub id, for configuration, tokenizer and chat template; its weights
-            are not read.
-        weights: the published file, a folder that holds it, or the hub id.
-        dtype: of the weights, 15.5 GB in bfloat16; the head's are float32 either way.
-        gradient_checkpointing: recompute each layer in the backward pass instead of storing what it computed.
-        quantize: nf4 rounds the language model's linear layers to 4 bits, on the CPU while loading: 6.1 GB in all, and
-            not quite the published scores. Needs the extra `quant`.
+        pretrained: Folder or hub id of Qwen2-VL-7B-Instruct, for configuration, tokenizer and chat template; its
+            weights are not read.
+        weights: Published file, a folder that holds it, or the hub id.
+        dtype: Precision of the weights, 15.5 GB in bfloat16; the head's are float32 either way.
+        gradient_checkpointing: Whether the backward pass computes each layer again, instead of storing it.
+        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits, on the CPU while
+            loading: 6.1 GB in all, and not quite the published scores. It needs the extra `quant`.
     """
 
     word_lists = PUBLISHED
@@ -232,8 +235,8 @@ class Network(nn.Module):
 def smart_resize(height: int, width: int, factor: int, num_pixels: int = NUM_PIXELS) -> tuple[int, int]:
     """The size that an image is resized to: multiples of `factor`, about `num_pixels` in all.
 
-    Rounded to the nearest multiples where these have `num_pixels`; else scaled to it, and rounded up if the image is
-    too small, down if it is too large.
+    Sides are rounded to the nearest multiples where these have `num_pixels`. Otherwise they are scaled to it, and
+    rounded up if the image is too small, down if it is too large.
 
     Raises:
         ValueError: if one side is more than 200 times the other.

@@ -1,4 +1,7 @@
-"""ImageReward: how well people find that an image shows its text, and how good it looks."""
+"""ImageReward (arXiv 2304.05977): how well people find that an image shows its text, and how good it looks.
+
+The score is `(MLP(h) - mean) / std`, h the text encoder's state of the first token, which attends to the image.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +21,14 @@ from transformers import (
     BlipVisionModel,
 )
 
-from srpo_lightning.pretrained import load_exactly, part, read_json, read_weights, unreadable_is_refused, weights_file
+from srpo_lightning.files.pretrained import (
+    load_exactly,
+    part,
+    read_json,
+    read_weights,
+    unreadable_is_refused,
+    weights_file,
+)
 from srpo_lightning.rewards.aesthetic import HIDDEN, Head
 from srpo_lightning.rewards.base import Images, Reading, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
@@ -89,9 +99,9 @@ class ImageReward(Reward):
     Source: arXiv 2304.05977; model THUDM/ImageReward; zai-org/ImageReward:ImageReward/ImageReward.py.
 
     Args:
-        pretrained: folder or hub id with ImageReward.pt and med_config.json, or the former's path beside the latter.
-        tokenizer: bert-base-uncased, as a folder or hub id.
-        dtype: of the weights but the head's, which computes in float32 either way.
+        pretrained: Folder or hub id with ImageReward.pt and med_config.json, or the former's path beside the latter.
+        tokenizer: Folder or hub id of bert-base-uncased.
+        dtype: Precision of all weights but the head's, which computes in float32 either way.
     """
 
     word_lists = PUBLISHED

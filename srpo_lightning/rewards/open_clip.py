@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from srpo_lightning.pretrained import load_exactly
+from srpo_lightning.files.pretrained import load_exactly
 
 TOWERS = {"visual.": "vision_model.", "": "text_model."}
 BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
@@ -35,9 +35,9 @@ def clip_model(state: Mapping[str, Tensor], num_heads: int, source: str | Path) 
     """The model that an open_clip state dict is of.
 
     Args:
-        state: tensors by open_clip's names.
-        num_heads: of both towers' attention, the one size that the weights do not show (16 for ViT-H-14).
-        source: named in errors.
+        state: Tensors by open_clip's names.
+        num_heads: Number of heads in both towers' attention, 16 for ViT-H-14; the weights do not show it.
+        source: Origin of the weights, named in errors.
 
     Raises:
         ValueError: listing the first differences, if these are not the weights of a CLIP vision transformer.

@@ -23,13 +23,14 @@ class Preprocessing(NamedTuple):
     """How a reward model wants its pixels.
 
     Args:
-        size: (height, width) in pixels that the model reads.
-        fit: resize the shorter side to fit and crop the centre, resize the longer side and pad with black, or squash.
-        mean: per channel.
-        std: per channel.
-        half_even: round half a pixel of the crop's corner to even, as torchvision's CenterCrop; otherwise down, as
-            transformers' image processors.
-        clamp: cut bicubic overshoot off, as resizing 8-bit pictures does; resizing tensors leaves it.
+        size: Height and width in pixels that the model reads.
+        fit: Way to that size: crop the centre of what fits by its shorter side, pad with black what fits by its longer
+            side, or squash.
+        mean: Mean of each channel, subtracted.
+        std: Standard deviation of each channel, divided by.
+        half_even: Whether half a pixel of the crop's corner is rounded to even, as torchvision's CenterCrop does.
+            Otherwise it is rounded down, as transformers' image processors do.
+        clamp: Whether bicubic overshoot is cut off, as resizing 8-bit pictures does; resizing tensors leaves it.
     """
 
     size: tuple[int, int]
@@ -84,9 +85,8 @@ def refuse_out_of_range(images: Images) -> None:
 def resize(images: Images, size: tuple[int, int], clamp: bool = True) -> Resized:
     """Bicubic with antialiasing: PIL's BICUBIC but for PIL's rounding to 8 bits.
 
-    One axis after the other, clamped to [0, 1] after each, as PIL does: the width first, unless the height alone
-    shrinks (Pillow 13; earlier ones always take the width first). No work and exactly the input where the size is right
-    already.
+    One axis after the other is resized, and clamped to [0, 1], as PIL does. The width is first, unless the height alone
+    shrinks; Pillow before 13 always takes the width first. Where the size is right already the input is returned.
     """
     height, width = images.shape[-2:]
     height_first = size[0] < height and size[1] > width

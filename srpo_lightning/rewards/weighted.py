@@ -18,12 +18,12 @@ class Term:
     """One reward of a sum; it counts as `weight * (score - mean) / std`.
 
     Args:
-        reward: any reward, also one that reads no text.
-        weight: how much it counts; a negative one is a penalty.
-        mean: of its scores, over pictures like those of the start (`control-words` prints it).
-        std: standard deviation of its scores, likewise.
-        plain: count its score of the prompt as it is, instead of the contrast that the control words make. A reward
-            that reads no text is always plain.
+        reward: Reward of the term, also one that reads no text.
+        weight: Factor by which the reward counts; a negative one makes it a penalty.
+        mean: Mean of the reward's scores over pictures like those of the start; `control-words` prints it.
+        std: Standard deviation of the reward's scores over the same pictures.
+        plain: Whether the score of the bare prompt counts, instead of the contrast that the control words make. A
+            reward that reads no text is always plain.
     """
 
     reward: Reward
@@ -36,11 +36,11 @@ class Term:
 class WeightedReward(Reward):
     """The weighted sum of normalised rewards.
 
-    With respect to images that require a gradient each term's graph is built, used and freed before the next one's: the
-    peak of memory is that of the largest reward, not of their sum.
+    Where images require a gradient, each term's graph is built, used and freed before the next one's. So the peak of
+    memory is that of the largest reward, not of their sum.
 
     Args:
-        terms: the rewards with weight and normalisation.
+        terms: Rewards, each with its weight and normalisation.
     """
 
     def __init__(self, terms: list[Term]) -> None:
@@ -50,7 +50,7 @@ class WeightedReward(Reward):
         self.terms = terms
         self.rewards = nn.ModuleList(term.reward for term in terms)
         self.steering = [term for term in terms if term.reward.reads_text and not term.plain]
-        self.other = [term for term in terms if not term.reward.reads_text or term.plain]
+        self.unsteered = [term for term in terms if not term.reward.reads_text or term.plain]
         self.reads_text = bool(self.steering)
 
     def load(self) -> None:
@@ -68,7 +68,7 @@ class WeightedReward(Reward):
         return torch.stack(totals).sum(0)
 
     def contrast(self, images: Images, texts: Sequence[Sequence[str]], coefficients: Float[Tensor, "B T"]) -> Scores:
-        """The terms that the words steer."""
+        """The contrast of the terms that the words steer."""
         self.check_contrast()
         offset = coefficients.sum(1)
         return self._sum(
@@ -86,13 +86,16 @@ class WeightedReward(Reward):
             )
 
     def readers(self) -> list[tuple[Reward, bool]]:
-        """Those of all terms."""
-        found = ((term in self.steering, reader) for term in self.terms for reader in term.reward.readers())
-        return [(reward, is_steered and own) for own, (reward, is_steered) in found]
+        """The readers of all terms."""
+        return [
+            (reward, is_steered and term in self.steering)
+            for term in self.terms
+            for reward, is_steered in term.reward.readers()
+        ]
 
     def plain(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """The other terms, under the bare prompts."""
-        return self._sum(images, self.other, lambda term, x: _normal(term, term.reward(x, prompts)))
+        """The terms that the words do not steer, under the bare prompts."""
+        return self._sum(images, self.unsteered, lambda term, x: _normal(term, term.reward(x, prompts)))
 
     def _sum(self, images: Images, terms: Sequence[Term], score: Callable[[Term, Images], Scores]) -> Scores:
         total = images.new_zeros(len(images), dtype=torch.promote_types(images.dtype, torch.float32))
@@ -106,7 +109,10 @@ def _normal(term: Term, scores: Tensor) -> Tensor:
 
 
 def eagerly(score: Callable[[Images], Scores], images: Images) -> Scores:
-    """`score(images)`, with its gradient taken at once and its graph freed; needs each score to be of its own image."""
+    """`score(images)`, with its gradient taken at once and its graph freed.
+
+    Each score must depend on its own image alone.
+    """
     if not (torch.is_grad_enabled() and images.requires_grad):
         return score(images)
     scores: Tensor = _Eager.apply(images, score)

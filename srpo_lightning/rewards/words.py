@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 
 class WordList(NamedTuple):
-    """Control words.
+    """Control words of one purpose.
 
     Args:
-        positive: towards these.
-        negative: away from these.
-        source: where they come from.
+        positive: Words to move towards.
+        negative: Words to move away from.
+        source: Origin of the words, and what is known of them.
     """
 
     positive: tuple[str, ...]

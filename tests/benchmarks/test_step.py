@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import step
-from srpo_lightning.jobs.estimate import POLICY, read_config
-from srpo_lightning.jobs.prediction import BACKWARD, DECODE, FORWARD, REWARD, ROLLOUT
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.jobs.estimate.job import POLICY
+from srpo_lightning.jobs.estimate.step import BACKWARD, DECODE, FORWARD, REWARD, ROLLOUT
 from tests import tiny
 
 
@@ -46,7 +47,7 @@ def test_full_geometry_is_built_at_random_where_its_files_are_not(path):
     weights = torch.cat([p.flatten() for p in module.parameters()])
     assert weights.isfinite().all()
     assert module.policy.transformer.x_embedder.weight.std() > 0
-    batch = step.fake_conditions(config, config.data.batch_size)
+    batch = step.fake_conditions(config, module.policy, config.data.batch_size)
     step.BareStep(module, config, batch, module.configure_optimizers())(step.Meter(lambda: 0.0, lambda a, b: b - a))
 
 

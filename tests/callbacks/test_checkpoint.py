@@ -9,9 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from srpo_lightning.callbacks import EMA, RunCheckpoint, stop_signals
-from srpo_lightning.callbacks.checkpoint import ranked
-from srpo_lightning.callbacks.tracking import append_record
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints, step_of
+from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 from tests.faults import History, Stop, Terminate
 
@@ -23,7 +21,7 @@ def fit(models, features, folder, *callbacks, ckpt_path=None, **settings) -> Non
 
 
 def steps(folder) -> list[int]:
-    return [int(path.stem.removeprefix("step-")) for path in checkpoints(folder)]
+    return [int(path.stem.removeprefix("step-")) for path in RunFolder(folder).checkpoints()]
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [5]), (2, [4, 5]), (9, [2, 4, 5])])
@@ -35,7 +33,7 @@ def test_every_nth_step_and_the_last_are_saved_and_the_newest_kept(models, featu
 def test_steps_are_optimizer_steps_when_gradients_accumulate(models, features, tmp_path):
     fit(models, features, tmp_path, RunCheckpoint(2, keep=9), max_steps=5, accumulate_grad_batches=3)
     assert steps(tmp_path) == [2, 4, 5]
-    saved = torch.load(checkpoint_path(tmp_path, 4), weights_only=True)
+    saved = torch.load(RunFolder(tmp_path).checkpoint(4), weights_only=True)
     assert saved["srpo"]["micro_step"] == 12
 
 
@@ -74,7 +72,7 @@ class Records(Callback):
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         record = {"step": trainer.global_step, "weights": "ema", "judge": next(self.values)}
-        append_record(trainer.default_root_dir, record)
+        RunFolder(trainer.default_root_dir).append_metrics(record)
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("max", [2, 3, 6]), ("min", [1, 4, 6])])
@@ -85,8 +83,9 @@ def test_the_best_and_the_newest_are_kept(models, features, tmp_path, mode, kept
     fit(models, features, tmp_path, saver, records, max_steps=6, val_check_interval=1, limit_val_batches=1)
     assert steps(tmp_path) == kept
     best = [2, 3, 6] if mode == "max" else [1, 4, 6]
-    assert [step_of(path) for path in ranked(tmp_path, "ema/judge", mode)] == best
-    assert ranked(tmp_path, "policy/judge", mode) == []
+    run = RunFolder(tmp_path)
+    assert run.ranked_checkpoints("ema/judge", mode) == [run.checkpoint(step) for step in best]
+    assert run.ranked_checkpoints("policy/judge", mode) == []
 
 
 class BetweenBatches(Stop):
@@ -111,8 +110,26 @@ def test_a_run_stopped_while_gradients_accumulate_goes_on_without_losing_any(mod
     assert step == (2 if isinstance(stop, Terminate) else 1)
     assert states(tmp_path / "b", step)["srpo"]["micro_step"] == 3 * step
     fit(models, features, tmp_path / "b", EMA(0.5), RunCheckpoint(9, keep=9), max_steps=4, **settings,
-        ckpt_path=checkpoint_path(tmp_path / "b", step))  # fmt: skip
+        ckpt_path=RunFolder(tmp_path / "b").checkpoint(step))  # fmt: skip
     assert_same_run(states(tmp_path / "a", 4), states(tmp_path / "b", 4))
+
+
+class OutOfTime(Stop):
+    """Does what trainer.max_time does."""
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.after -= 1
+        trainer.should_stop |= self.after == 0
+
+
+def test_a_run_whose_time_is_up_while_gradients_accumulate_goes_on_from_before_that_step(models, features, tmp_path):
+    settings = {"accumulate_grad_batches": 3, "max_steps": 3}
+    fit(models, features, tmp_path / "a", EMA(0.5), RunCheckpoint(9), **settings)
+    fit(models, features, tmp_path / "b", OutOfTime(5), EMA(0.5), RunCheckpoint(9), **settings)
+    assert steps(tmp_path / "b") == [1]
+    path = RunFolder(tmp_path / "b").checkpoint(1)
+    fit(models, features, tmp_path / "b", EMA(0.5), RunCheckpoint(9), **settings, ckpt_path=path)
+    assert_same_run(states(tmp_path / "a", 3), states(tmp_path / "b", 3))
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), (2, 4)])
@@ -126,7 +143,7 @@ def test_another_number_of_samples_per_step_is_said_when_a_run_is_resumed(
         trainer.fit(
             tiny.new_module(models),
             tiny.new_data(models, features, batch_size=batch_size),
-            ckpt_path=checkpoint_path(tmp_path, 1),
+            ckpt_path=RunFolder(tmp_path).checkpoint(1),
         )
 
 
@@ -142,7 +159,7 @@ class InStep(Stop):
 
 
 def states(folder, step: int) -> dict:
-    return torch.load(checkpoint_path(folder, step), weights_only=True)
+    return torch.load(RunFolder(folder).checkpoint(step), weights_only=True)
 
 
 def assert_same_run(a: dict, b: dict) -> None:
@@ -169,7 +186,7 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(models, features, tmp
     fit(models, features, tmp_path / "a", EMA(0.5), RunCheckpoint(2, keep=9), max_steps=5, **settings)
     fit(models, features, tmp_path / "b", EMA(0.5), RunCheckpoint(2, keep=9), max_steps=2, **settings)
     fit(models, features, tmp_path / "b", EMA(0.5), RunCheckpoint(2, keep=9), max_steps=5, **settings,
-        ckpt_path=checkpoint_path(tmp_path / "b", 2))  # fmt: skip
+        ckpt_path=RunFolder(tmp_path / "b").checkpoint(2))  # fmt: skip
     assert steps(tmp_path / "b") == [2, 4, 5]
     for step in (2, 4, 5):
         assert_same_run(states(tmp_path / "a", step), states(tmp_path / "b", step))
@@ -179,7 +196,7 @@ def test_the_checkpoint_that_a_run_resumed_from_is_not_written_again_in_the_midd
     models, features, tmp_path
 ):
     fit(models, features, tmp_path, RunCheckpoint(2), max_steps=2, accumulate_grad_batches=3)
-    path = checkpoint_path(tmp_path, 2)
+    path = RunFolder(tmp_path).checkpoint(2)
     before = path.read_bytes()
     with pytest.raises(RuntimeError, match="stopped by the test"):
         fit(models, features, tmp_path, Stop(2), RunCheckpoint(2), ckpt_path=path, accumulate_grad_batches=3,
@@ -205,7 +222,7 @@ def test_a_second_ctrl_c_leaves_at_once(models, features, tmp_path):
     done = processes.start(["fit", "--config", str(tmp_path / "config.json")])
     assert done.returncode == -signal.SIGINT, done.output
     assert "Ctrl-C: the step is finished and saved first; again: leave at once" in done.output
-    assert not checkpoints(tmp_path / "run")
+    assert not RunFolder(tmp_path / "run").checkpoints()
     again = processes.start(["fit", "--config", str(tmp_path / "config.json"), "--trainer.callbacks", "[]"])
     assert again.returncode == 0, again.output  # the lock that was left is taken over
 

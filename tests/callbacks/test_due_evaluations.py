@@ -8,9 +8,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from srpo_lightning.callbacks import OverOptimizationGuard, RunCheckpoint, records
+from srpo_lightning.callbacks import OverOptimizationGuard, RunCheckpoint
 from srpo_lightning.callbacks.records import Recorder
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.files import records
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.callbacks.test_checkpoint import assert_same_run, states, steps
 
@@ -18,7 +19,9 @@ from tests.callbacks.test_checkpoint import assert_same_run, states, steps
 class Evaluations(Recorder):
     """A line for each evaluation, and how many there were, as state; optionally an end in the middle of one."""
 
-    file = "evaluations.jsonl"
+    @staticmethod
+    def file(run: RunFolder) -> Path:
+        return run.path / "evaluations.jsonl"
 
     def __init__(self, ends_at: int = -1, number: int | None = None) -> None:
         self.ends_at, self.number = ends_at, number
@@ -33,7 +36,7 @@ class Evaluations(Recorder):
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         self.count += 1
-        records.append(Path(trainer.default_root_dir) / self.file, {"step": trainer.global_step})
+        records.append(self.file(RunFolder.of(trainer)), {"step": trainer.global_step})
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
         self.at_saving[trainer.global_step] = recorded(trainer.default_root_dir)
@@ -46,7 +49,7 @@ class Evaluations(Recorder):
 
 
 def recorded(run) -> list[int]:
-    return [record["step"] for record in records.read(Path(run) / Evaluations.file)]
+    return [record["step"] for record in records.read(Evaluations.file(RunFolder(run)))]
 
 
 def fit(models, features, run, evaluations, *, saver=None, ckpt_path=None, **settings) -> None:
@@ -70,8 +73,15 @@ def test_a_run_that_ends_within_an_evaluation_begins_with_it_when_it_is_resumed(
             fit(models, features, run, evaluations, saver=saver)
         except (RuntimeError, SystemExit):
             assert steps(run) == [3, 4]
-            records.append(run / Evaluations.file, {"step": 4})  # of a part of it
-            fit(models, features, run, Evaluations(), saver=RunCheckpoint(3, keep=9), ckpt_path=checkpoints(run)[-1])
+            records.append(Evaluations.file(RunFolder(run)), {"step": 4})  # of a part of it
+            fit(
+                models,
+                features,
+                run,
+                Evaluations(),
+                saver=RunCheckpoint(3, keep=9),
+                ckpt_path=RunFolder(run).checkpoints()[-1],
+            )
     assert recorded(tmp_path / "b") == recorded(tmp_path / "a") == [2, 4]
     a, b = (states(tmp_path / run, 5) for run in "ab")
     assert a["callbacks"]["Evaluations"] == b["callbacks"]["Evaluations"] == {"count": 2}
@@ -80,7 +90,7 @@ def test_a_run_that_ends_within_an_evaluation_begins_with_it_when_it_is_resumed(
 
 def test_a_run_that_goes_on_from_an_evaluated_step_does_not_evaluate_it_again(models, features, tmp_path):
     fit(models, features, tmp_path, Evaluations(), max_steps=4)
-    fit(models, features, tmp_path, Evaluations(), ckpt_path=checkpoint_path(tmp_path, 2))
+    fit(models, features, tmp_path, Evaluations(), ckpt_path=RunFolder(tmp_path).checkpoint(2))
     assert recorded(tmp_path) == [2, 4]
 
 
@@ -111,6 +121,6 @@ def test_a_run_that_the_guard_has_stopped_stays_so_until_it_is_asked_otherwise(
         return steps(tmp_path)
 
     assert run(OverOptimizationGuard(), Rising()) == [2]
-    assert run(OverOptimizationGuard(action=action), ckpt_path=checkpoint_path(tmp_path, 2)) == [last]
-    saved = torch.load(checkpoints(tmp_path)[-1], weights_only=True)["callbacks"]
+    assert run(OverOptimizationGuard(action=action), ckpt_path=RunFolder(tmp_path).checkpoint(2)) == [last]
+    saved = torch.load(RunFolder(tmp_path).checkpoints()[-1], weights_only=True)["callbacks"]
     assert saved["OverOptimizationGuard"]["has_stopped"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import EMA, RunCheckpoint
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.faults import History
 
@@ -27,7 +27,7 @@ def test_the_average_equals_a_loop_over_the_optimizer_steps(models, features, tm
     assert history.steps == [(micro + 1) // accumulate for micro in range(5 * accumulate)]
     expected = by_hand(start, history.weights[accumulate - 1 :: accumulate], 0.5, warmup)
     assert ema.num_updates == 5
-    for name, average in ema.average.items():
+    for name, average in ema.weights.items():
         torch.testing.assert_close(average.double(), expected[name], rtol=0, atol=1e-6)
         assert not average.requires_grad
 
@@ -39,7 +39,7 @@ def test_an_average_every_third_step_uses_the_third_power_of_the_decay(models, f
     tiny.new_trainer(tmp_path, [ema, history], max_steps=7).fit(module, tiny.new_data(models, features))
     expected = by_hand(start, history.weights[2::3], 0.5**3, warmup=False)
     assert ema.num_updates == 6
-    for name, average in ema.average.items():
+    for name, average in ema.weights.items():
         torch.testing.assert_close(average.double(), expected[name], rtol=0, atol=1e-6)
 
 
@@ -52,13 +52,13 @@ def test_a_rounded_average_leaves_the_weights_bit_for_bit_as_they_were(models, f
         module, tiny.new_data(models, features)
     )
     before = snapshot(module)
-    with module.weight_variants["ema"]():
+    with module.evaluated_weights()["ema"]():
         inside = snapshot(module)
-    assert all(torch.equal(inside[name], ema.average[name].to(inside[name])) for name in before)
+    assert all(torch.equal(inside[name], ema.weights[name].to(inside[name])) for name in before)
     assert any(not torch.equal(inside[name], before[name]) for name in before)
     assert all(torch.equal(p, before[name]) for name, p in module.trainable_parameters())
     dtype = torch.bfloat16 if "dtype" in settings else torch.float32
-    assert {average.dtype for average in ema.average.values()} == {dtype}
+    assert {average.dtype for average in ema.weights.values()} == {dtype}
 
 
 @pytest.mark.parametrize(("evaluate", "shown"), [("both", ["policy", "ema"]), ("ema", ["ema"]), ("policy", ["policy"])])
@@ -68,7 +68,7 @@ def test_evaluation_shows_the_weights_that_were_asked_for(models, features, tmp_
         tmp_path, [EMA(evaluate=evaluate)], max_steps=1, limit_val_batches=1, val_check_interval=1
     )
     trainer.fit(module, tiny.new_data(models, features))
-    assert list(module.weight_variants) == shown
+    assert list(module.evaluated_weights()) == shown
 
 
 def fitted(models, features, folder, **settings):
@@ -87,15 +87,15 @@ def snapshot(module) -> dict:
 def test_the_average_stands_in_for_the_weights_and_leaves_them_as_they_were(models, features, tmp_path):
     """Bit for bit, also where sampling raises."""
     module, ema = fitted(models, features, tmp_path)
-    before, average = snapshot(module), {name: t.clone() for name, t in ema.average.items()}
-    with module.weight_variants["ema"]():
+    before, average = snapshot(module), {name: t.clone() for name, t in ema.weights.items()}
+    with module.evaluated_weights()["ema"]():
         inside = snapshot(module)
-    with pytest.raises(RuntimeError, match="sampling"), module.weight_variants["ema"]():
+    with pytest.raises(RuntimeError, match="sampling"), module.evaluated_weights()["ema"]():
         raise RuntimeError("sampling")
     assert all(torch.equal(inside[name], average[name]) for name in before)
     assert any(not torch.equal(before[name], average[name]) for name in before)
     assert all(torch.equal(p, before[name]) for name, p in module.trainable_parameters())
-    assert all(torch.equal(ema.average[name], average[name]) for name in before)
+    assert all(torch.equal(ema.weights[name], average[name]) for name in before)
 
 
 def test_validation_draws_pictures_by_both_weights_in_the_same_noise(models, features, tmp_path):
@@ -104,7 +104,7 @@ def test_validation_draws_pictures_by_both_weights_in_the_same_noise(models, fea
     images = module.validation_step(batch, 0)
     assert images.keys() == {"policy", "ema"}
     assert torch.equal(images["policy"], module.sample(batch))
-    with module.weight_variants["ema"]():
+    with module.evaluated_weights()["ema"]():
         assert torch.equal(images["ema"], module.sample(batch))
     assert not torch.equal(images["policy"], images["ema"])
 
@@ -113,11 +113,11 @@ def test_the_average_travels_with_the_checkpoint_into_a_bare_evaluation(models, 
     _, ema = fitted(models, features, tmp_path)
     module, loaded = tiny.new_module(models), EMA(decay=0.5)
     tiny.new_trainer(tmp_path, [loaded], limit_val_batches=1).validate(
-        module, tiny.new_data(models, features), ckpt_path=checkpoint_path(tmp_path, 2), verbose=False
+        module, tiny.new_data(models, features), ckpt_path=RunFolder(tmp_path).checkpoint(2), verbose=False
     )
-    assert "ema" in module.weight_variants
+    assert "ema" in module.evaluated_weights()
     assert loaded.num_updates == 2
-    assert all(torch.equal(loaded.average[name], t) for name, t in ema.average.items())
+    assert all(torch.equal(loaded.weights[name], t) for name, t in ema.weights.items())
 
 
 def test_without_a_checkpoint_evaluation_knows_no_average(models, features, tmp_path):
@@ -125,4 +125,4 @@ def test_without_a_checkpoint_evaluation_knows_no_average(models, features, tmp_
     tiny.new_trainer(tmp_path, [EMA()], limit_val_batches=1).validate(
         module, tiny.new_data(models, features), verbose=False
     )
-    assert module.weight_variants.keys() == {"policy"}
+    assert module.evaluated_weights().keys() == {"policy"}

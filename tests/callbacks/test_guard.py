@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import OverOptimizationGuard
-from srpo_lightning.callbacks.comparison import BASE, HELD_OUT
-from srpo_lightning.metrics import Evaluation, Table
+from srpo_lightning.evaluation.comparison import BASE, HELD_OUT
+from srpo_lightning.evaluation.exchange import Evaluation, Evaluations
+from srpo_lightning.evaluation.metrics import Table
 
 NOISE = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -28,7 +29,7 @@ class Run:
         self.trainer = SimpleNamespace(should_stop=False, optimizers=[self.optimizer], lr_scheduler_configs=[])
 
     def evaluate(self, step: int, found: Evaluation) -> bool:
-        self.guard.watch(self.trainer, {"policy": found, BASE: evaluation(0.0, 0.0)}, step)
+        self.guard.watch(self.trainer, Evaluations(step, {"policy": found, BASE: evaluation(0.0, 0.0)}))
         return self.trainer.should_stop
 
 

@@ -6,14 +6,16 @@ import socket
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from srpo_lightning.callbacks import RunCheckpoint
-from srpo_lightning.callbacks.pictures import read_record
 from srpo_lightning.callbacks.predictions import Predictions, together
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.evaluation.pictures import read_record
 from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
-from tests.test_owners import ended
+from tests.files.test_owners import ended
 
 
 @pytest.fixture
@@ -65,8 +67,10 @@ def test_predictions_that_are_there_are_not_drawn_again(models, features, tmp_pa
 
 def test_the_metadata_has_a_line_for_every_picture_whatever_was_in_it(models, features, tmp_path):
     folder = tmp_path / "predictions"
-    folder.mkdir()
+    (foreign := folder / "step-00000001" / "policy" / "00000.png").parent.mkdir(parents=True)
     (folder / "metadata.jsonl").write_text('{"index": 0, "file": "no')
+    (info := PngInfo()).add_itxt("srpo", "[1]")
+    Image.new("RGB", (4, 4)).save(foreign, pnginfo=info)
     predict(models, features, tmp_path)
     once = (folder / "metadata.jsonl").read_text()
     records = [json.loads(line) for line in once.splitlines()]
@@ -158,7 +162,7 @@ def test_another_checkpoint_of_the_same_step_is_another_picture(models, features
         module = tiny.new_module(models, optimizer=lambda params, lr=learning_rate: torch.optim.AdamW(params, lr=lr))
         trainer = tiny.new_trainer(tmp_path / run, [RunCheckpoint()], max_steps=1)
         trainer.fit(module, tiny.new_data(models, features))
-    first, second = (checkpoint_path(tmp_path / run, 1) for run in "ab")
+    first, second = (RunFolder(tmp_path / run).checkpoint(1) for run in "ab")
     assert predict(models, features, tmp_path / "a", first) == [0, 1, 2]
     assert predict(models, features, tmp_path / "a", first) == []
     assert predict(models, features, tmp_path / "a", second) == [0, 1, 2]

@@ -6,12 +6,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from srpo_lightning.callbacks import RewardTracking, RunCheckpoint, SampleLogger, records
-from srpo_lightning.callbacks.comparison import read_table
-from srpo_lightning.callbacks.samples import METADATA, SAMPLES
-from srpo_lightning.callbacks.tracking import FILE
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.callbacks import RewardTracking, RunCheckpoint, SampleLogger
+from srpo_lightning.files import records
 from srpo_lightning.rewards import ClipReward
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.faults import Stop
 
@@ -32,16 +30,16 @@ def fit(models, features, run, *faults, **settings) -> None:
 
 def recorded(run) -> list[list]:
     """The steps of both files, of the policy's weights."""
-    both = (records.read(run / file) for file in (FILE, f"{SAMPLES}/{METADATA}"))
+    both = (records.read(path) for path in (RunFolder(run).metrics, RunFolder(run).samples.metadata))
     return [[r["step"] for r in own if r["weights"] == "policy"] for own in both]
 
 
 def test_a_resumed_run_goes_on_from_the_records_up_to_its_checkpoint(models, features, tmp_path):
     """Killed after the evaluation of step 3, of which there is no checkpoint."""
     fit(models, features, tmp_path, max_steps=3)
-    checkpoint_path(tmp_path, 3).unlink()
+    RunFolder(tmp_path).checkpoint(3).unlink()
     assert recorded(tmp_path) == [[0, 1, 2, 3]] * 2
-    fit(models, features, tmp_path, ckpt_path=checkpoint_path(tmp_path, 2))
+    fit(models, features, tmp_path, ckpt_path=RunFolder(tmp_path).checkpoint(2))
     assert recorded(tmp_path) == [[0, 1, 2, 3, 4]] * 2
 
 
@@ -52,7 +50,7 @@ def test_a_run_that_begins_leaves_out_what_one_without_a_checkpoint_has_written(
     with pytest.raises(RuntimeError, match="stopped by the test"):
         fit(models, features, tmp_path, Stop(2))
     assert recorded(tmp_path) == [[0, 1]] * 2
-    checkpoint_path(tmp_path, 1).unlink(missing_ok=True)
+    RunFolder(tmp_path).checkpoint(1).unlink(missing_ok=True)
     fit(models, features, tmp_path, max_steps=1, num_sanity_val_steps=num_sanity_val_steps)
     assert recorded(tmp_path) == [steps] * 2
 
@@ -112,16 +110,15 @@ def test_a_resumed_run_mends_what_is_torn_measures_the_base_again_and_ends_like_
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     for run, max_steps in ((whole, 4), (torn, 2)):
         fit(models, features, run, max_steps=max_steps)
-    base, chance = torn / "tables" / "base.safetensors", random.Random(0)
-    before, *others = (base, torn / FILE, torn / SAMPLES / METADATA, torn / SAMPLES / "step-00000000/policy/00000.png")
-    measured = read_table(before).columns
-    for path in (before, *others):
+    own, chance = RunFolder(torn), random.Random(0)
+    base, measured = own.base_table, own.read_base().columns
+    for path in (base, own.metrics, own.samples.metadata, own.samples.picture(0, "policy", 0)):
         if path.suffix == ".jsonl":
             records.append(path, {"step": 3, "of": "a run that was killed"})
         path.write_bytes(path.read_bytes()[: -chance.randint(1, 20)])
     again = pytest.warns(UserWarning, match=f"table {base} is damaged, .*: it is measured again")
     with again, pytest.warns(UserWarning, match="00000.png is damaged: its place stays empty"):
-        fit(models, features, torn, ckpt_path=checkpoint_path(torn, 2), logger=TensorBoardLogger(torn))
+        fit(models, features, torn, ckpt_path=RunFolder(torn).checkpoint(2), logger=TensorBoardLogger(torn))
     assert recorded(torn) == recorded(whole) == [[0, 1, 2, 3, 4]] * 2
-    for name, column in read_table(base).columns.items():
+    for name, column in own.read_base().columns.items():
         torch.testing.assert_close(column, measured[name], rtol=0, atol=1e-6)

@@ -4,9 +4,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from srpo_lightning.callbacks import EMA, RewardTracking, SampleLogger
-from srpo_lightning.callbacks.pictures import LABEL_PX, as_picture, read_record
-from srpo_lightning.callbacks.tracking import read_table, table_path
+from srpo_lightning.evaluation.comparison import read_table
+from srpo_lightning.evaluation.pictures import LABEL_PX, as_picture, read_record
 from srpo_lightning.rewards import ClipReward
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 
 
@@ -31,7 +32,7 @@ def test_a_picture_says_what_it_is_of_and_how_it_was_scored(models, features, tm
     tmp_path = tmp_path / "validation"
     record = read_record(tmp_path / "samples" / "step-00000000" / "policy" / "00002.png")
     (line,) = (json.loads(line) for line in (tmp_path / "samples" / "metadata.jsonl").read_text().splitlines()[2:])
-    table = read_table(table_path(tmp_path, 0, "policy"))
+    table = read_table(RunFolder(tmp_path).table(0, "policy"))
     assert record["software"].startswith("srpo_lightning ")
     assert {k: v for k, v in record.items() if k != "software"} == line
     assert (record["prompt"], record["seed"], record["num_steps"]) == ("c2", 3, 2)

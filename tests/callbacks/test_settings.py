@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from srpo_lightning.callbacks import OverOptimizationGuard, RunCheckpoint
 from srpo_lightning.callbacks.settings import RunSettings, differences, settings_of
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.callbacks.test_checkpoint import assert_same_run, states
 
@@ -30,7 +30,7 @@ def fit(models, features, folder, max_steps, settings, lr=1e-3, scheduler=None, 
     trainer = tiny.new_trainer(
         folder, [RunCheckpoint(1, keep=9), RunSettings(settings), *callbacks], max_steps=max_steps
     )
-    path = checkpoint_path(folder, resume) if resume else None
+    path = RunFolder(folder).checkpoint(resume) if resume else None
     trainer.fit(module, tiny.new_data(models, features), ckpt_path=path)
     return rates
 
@@ -62,6 +62,14 @@ def test_after_a_resume_the_learning_rate_is_that_of_an_unbroken_run_under_the_n
         rates = fit(models, features, tmp_path / "run", 4, {name: "new"}, *now, resume=2)
     expected = fit(models, features, tmp_path / "whole", 4, {name: "new"}, *now)
     assert rates == pytest.approx(expected[2:], rel=1e-12)
+
+
+def test_how_the_optimizer_is_stepped_is_no_setting_of_its_own(models, features, tmp_path):
+    """Its name begins like theirs."""
+    name = "model.optimizer_in_backward"
+    fit(models, features, tmp_path, 1, {name: "old"}, scheduler=cosine(9))
+    with pytest.warns(UserWarning, match=f"{name} was 'old' .*: steps and records before and after do not compare"):
+        fit(models, features, tmp_path, 2, {name: "new"}, scheduler=cosine(9), resume=1)
 
 
 def test_what_a_guard_has_lowered_stays_lowered_by_its_factor(models, features, tmp_path):
@@ -97,7 +105,7 @@ def test_an_optimizer_of_another_class_is_refused(models, features, tmp_path):
     module = tiny.new_module(models, optimizer=lambda params: torch.optim.SGD(params, lr=1e-3))
     with pytest.raises(ValueError, match=r"SGD, which cannot go on from the states of torch.optim.adamw.AdamW"):
         tiny.new_trainer(tmp_path, max_steps=2).fit(
-            module, tiny.new_data(models, features), ckpt_path=checkpoint_path(tmp_path, 1)
+            module, tiny.new_data(models, features), ckpt_path=RunFolder(tmp_path).checkpoint(1)
         )
 
 

@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import RewardTracking, RunCheckpoint
-from srpo_lightning.callbacks.records import VALIDATION
-from srpo_lightning.callbacks.tracking import append_record, read_records
-from srpo_lightning.checkpoints import checkpoint_path
-from srpo_lightning.metrics import saturation
+from srpo_lightning.evaluation.metrics import saturation
 from srpo_lightning.objectives import Plain
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.rewards import ClipReward, Reward, Term, WeightedReward
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 
 
@@ -29,7 +27,7 @@ def validate(models, features, run, judge, **settings) -> dict:
     trainer = tiny.new_trainer(run, [tracking], limit_val_batches=9)
     module = tiny.new_module(models)
     trainer.validate(module, tiny.new_data(models, features), verbose=False)
-    (record,) = read_records(run / VALIDATION)
+    (record,) = RunFolder(run).validation.read_metrics()
     del record["key"]
     return record, module
 
@@ -73,9 +71,9 @@ def test_a_judge_without_image_features_is_tracked_without_diversity(models, fea
 
 
 def test_records_are_appended_and_read_back_in_order(tmp_path):
-    append_record(tmp_path / "new", {"step": 0})
-    append_record(tmp_path / "new", {"step": 2, "weights": "ema"})
-    assert read_records(tmp_path / "new") == [{"step": 0}, {"step": 2, "weights": "ema"}]
+    RunFolder(tmp_path / "new").append_metrics({"step": 0})
+    RunFolder(tmp_path / "new").append_metrics({"step": 2, "weights": "ema"})
+    assert RunFolder(tmp_path / "new").read_metrics() == [{"step": 0}, {"step": 2, "weights": "ema"}]
 
 
 def test_further_metrics_are_logged_by_their_names(models, features, tmp_path):
@@ -135,24 +133,27 @@ def test_the_base_is_measured_where_nobody_has_measured_it_and_then_kept(models,
         trainer.validate(module, tiny.new_data(models, features), verbose=False, ckpt_path=checkpoint)
         return module, tracking
 
-    before, _ = evaluate(tmp_path / "before")
+    _, of_base = evaluate(tmp_path / "before")
     module = tiny.new_module(models)
     module.policy = FluxPolicy(str(models.pipeline), 32, 32, adapter=adapter)
     tiny.new_trainer(tmp_path / "run", [RunCheckpoint()]).fit(module, tiny.new_data(models, features))
-    path = checkpoint_path(tmp_path / "run", 4)
+    path = RunFolder(tmp_path / "run").checkpoint(4)
 
     after, tracking = evaluate(tmp_path / "after", path)
-    own, base = before.evaluations["policy"].table, after.evaluations["base"].table
+    own, base = (
+        tracked.evaluations.by_weights[name].table for tracked, name in ((of_base, "policy"), (tracking, "base"))
+    )
     for name, column in own.columns.items():
         torch.testing.assert_close(base.columns[name], column, rtol=0, atol=1e-6)
     assert set(tracking.tables) == {"policy", "base"}
-    assert not torch.equal(after.evaluations["policy"].table.columns["reward"], base.columns["reward"])
+    trained = tracking.evaluations.by_weights["policy"].table
+    assert not torch.equal(trained.columns["reward"], base.columns["reward"])
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert all(torch.equal(p, saved[name]) for name, p in after.trainable_parameters())
 
-    again, tracking = evaluate(tmp_path / "after", path)
+    _, tracking = evaluate(tmp_path / "after", path)
     assert set(tracking.tables) == {"policy"}
-    assert torch.equal(again.evaluations["base"].table.columns["reward"], base.columns["reward"])
+    assert torch.equal(tracking.evaluations.by_weights["base"].table.columns["reward"], base.columns["reward"])
 
 
 @pytest.fixture(scope="module")

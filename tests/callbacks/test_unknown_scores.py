@@ -7,14 +7,13 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from srpo_lightning.callbacks import RewardTracking, SampleLogger, records
-from srpo_lightning.callbacks.checkpoint import ranked
-from srpo_lightning.callbacks.pictures import read_record
+from srpo_lightning.callbacks import RewardTracking, SampleLogger
 from srpo_lightning.callbacks.report import Report
-from srpo_lightning.callbacks.tracking import append_record, read_records
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.evaluation.pictures import read_record
+from srpo_lightning.files import records
+from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.rewards import ClipReward
-from srpo_lightning.strict_json import strict_json
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 
 
@@ -40,7 +39,7 @@ def test_pictures_that_are_not_numbers_have_no_scores_in_any_file_and_are_told_o
     with pytest.warns(UserWarning, match="3 of 3 samples of policy have scores that are not numbers, sample 0 the fi"):
         trainer.validate(module, tiny.new_data(models, features), verbose=False)
     folder = tmp_path / "validation"
-    (record,) = read_records(folder)
+    (record,) = RunFolder(folder).read_metrics()
     assert {name for name, value in record.items() if value == value} == {
         "step",
         "weights",
@@ -63,7 +62,7 @@ def test_one_evaluation_prompt_is_enough(models, features, tmp_path):
     trainer = tiny.new_trainer(tmp_path, callbacks(models), **settings)
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
     trainer.validate(tiny.new_module(models), tiny.new_data(models, features), verbose=False)
-    before, after = read_records(tmp_path)
+    before, after = RunFolder(tmp_path).read_metrics()
     assert (before["step"], after["step"]) == (0, 1)
     assert "diversity" not in after
     assert all(value == value for value in after.values())
@@ -74,10 +73,10 @@ def test_numbers_that_are_none_are_null_in_json_and_nan_when_read(tmp_path):
     assert (
         strict_json({"a": [math.inf, 1.5, (math.nan,)], "b": "\u00e9"}) == '{"a": [null, 1.5, [null]], "b": "\u00e9"}'
     )
-    append_record(tmp_path, {"step": 1, "weights": "ema", "judge": math.nan})
+    RunFolder(tmp_path).append_metrics({"step": 1, "weights": "ema", "judge": math.nan})
     assert strictly((tmp_path / "metrics.jsonl").read_text())["judge"] is None
-    assert math.isnan(read_records(tmp_path)[0]["judge"])
+    assert math.isnan(RunFolder(tmp_path).read_metrics()[0]["judge"])
     assert records.read(tmp_path / "nothing.jsonl") == []
-    checkpoint_path(tmp_path, 1).parent.mkdir()
-    checkpoint_path(tmp_path, 1).touch()
-    assert ranked(tmp_path, "ema/judge", "max") == []
+    RunFolder(tmp_path).checkpoint(1).parent.mkdir()
+    RunFolder(tmp_path).checkpoint(1).touch()
+    assert RunFolder(tmp_path).ranked_checkpoints("ema/judge", "max") == []

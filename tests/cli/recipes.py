@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from srpo_lightning.callbacks.tracking import read_records
+from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,5 +36,9 @@ def run_recipe(name: str, models: tiny.Models, folder: Path, changes: dict[str, 
     arguments = ["fit", "--config", str(config), "--data.cache_dir", str(folder / "features")]
     done = processes.start([*arguments, "--trainer.accelerator", "cpu"], num_ranks)
     assert done.returncode == 0, done.output
-    assert [(r["step"], r["weights"]) for r in read_records(run)] == [(0, "policy"), (2, "policy"), (2, "ema")]
+    assert [(r["step"], r["weights"]) for r in RunFolder(run).read_metrics()] == [
+        (0, "policy"),
+        (2, "policy"),
+        (2, "ema"),
+    ]
     return run

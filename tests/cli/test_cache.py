@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from srpo_lightning.cli import main
+from srpo_lightning.data.manifest import MANIFEST
 from srpo_lightning.jobs.cache import read_data
 from tests import tiny
 from tests.processes import LIMIT_S
@@ -22,23 +23,23 @@ PROGRAM = """
 import os, signal, sys
 from srpo_lightning.cli import main
 from srpo_lightning.data import features, store
-features.per_chunk = lambda item_bytes: 2
-write, count = store.write_chunk, 0
+features.per_file = lambda item_bytes: 2
+write, count = store.write_file, 0
 def then_die(folder, items):
     global count
     count += 1
     if count == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(folder, items)
-store.write_chunk = then_die
+store.write_file = then_die
 main(["cache", "--config", sys.argv[1]])
 """
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """Ten prompts in five chunks."""
-    monkeypatch.setattr("srpo_lightning.data.features.per_chunk", lambda item_bytes: 2)
+def small_files(monkeypatch):
+    """Ten prompts in five files."""
+    monkeypatch.setattr("srpo_lightning.data.features.per_file", lambda item_bytes: 2)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def config(models, tmp_path) -> str:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*.bin")}
+    return {path.name: path.read_bytes() for path in folder.rglob("*.parquet")}
 
 
 def change(config: str, **settings) -> None:
@@ -59,23 +60,23 @@ def change(config: str, **settings) -> None:
 def features(config: str) -> dict[str, torch.Tensor]:
     data = read_data(config)
     data.cache.open()
-    return {text: data.cache[text].prompt_embeds for text in data.selection.texts}
+    return {text: data.cache[text]["prompt_embeds"] for text in data.selection.texts}
 
 
-def test_every_prompt_is_encoded_once_and_fit_finds_it(config, tmp_path, small_chunks, capsys, monkeypatch):
+def test_every_prompt_is_encoded_once_and_fit_finds_it(config, tmp_path, small_files, capsys, monkeypatch):
     main(["cache", "--config", config])
     out = capsys.readouterr().out
-    assert "prompts: 0 of 10 are there; 10 to encode in 5 chunks on 1 x cpu, at most 0.0 MB of" in out
+    assert "prompts: 0 of 10 are there; 10 to encode in 5 files on 1 x cpu, at most 0.0 MB of" in out
     assert "per second and" in out
-    assert "10 prompts in 5 chunks, 0.0 MB, " in out
+    assert "10 prompts in 5 files, 0.0 MB, " in out
     assert "bytes each (832 before compression)" in out
     before = files(tmp_path)
     data = read_data(config)
     expected = data.cache.encoder.encode(data.selection.texts)
     assert all(
-        torch.equal(found, own.prompt_embeds) for found, own in zip(features(config).values(), expected, strict=True)
+        torch.equal(found, own["prompt_embeds"]) for found, own in zip(features(config).values(), expected, strict=True)
     )
-    monkeypatch.setattr("srpo_lightning.policies.text.FluxTextEncoder._load", lambda self: pytest.fail("encoded again"))
+    monkeypatch.setattr("srpo_lightning.policies.flux.FluxTextEncoder._load", lambda self: pytest.fail("encoded again"))
     main(["cache", "--config", config])
     assert "10 of 10 are there; 0 to encode" in capsys.readouterr().out
     change(config, max_prompts_to_encode=0)
@@ -83,20 +84,20 @@ def test_every_prompt_is_encoded_once_and_fit_finds_it(config, tmp_path, small_c
     assert files(tmp_path) == before
 
 
-def test_more_prompts_add_chunks_and_pruning_takes_what_none_asks_for(config, tmp_path, small_chunks, capsys):
+def test_more_prompts_add_files_and_pruning_takes_what_none_asks_for(config, tmp_path, small_files, capsys):
     main(["cache", "--config", config])
     before = files(tmp_path)
     (tmp_path / "more.txt").write_text("a0 b\nnew\n")
     change(config, train=str(tmp_path / "more.txt"))
     main(["cache", "--config", config])
-    assert "4 of 5 are there; 1 to encode in 1 chunks" in capsys.readouterr().out
+    assert "4 of 5 are there; 1 to encode in 1 files" in capsys.readouterr().out
     assert before.items() < files(tmp_path).items()
     main(["cache", "--config", config, "--prune", "true"])
     assert len(files(tmp_path)) == 4  # of a0 a1, a6 c0, c1 c2, and new
     assert features(config).keys() == {"a0 b", "new", "c0", "c1", "c2"}
 
 
-def test_several_processes_share_the_chunks(config, tmp_path):
+def test_several_processes_share_the_files(config, tmp_path):
     (tmp_path / "many.txt").write_text("".join(f"x{i}\n" for i in range(1200)))
     change(config, train=str(tmp_path / "many.txt"))
     main(["cache", "--config", config, "--num_processes", "2"])
@@ -104,10 +105,12 @@ def test_several_processes_share_the_chunks(config, tmp_path):
     assert data.cache.open().num_items == 1203
     assert len(files(tmp_path)) == 2
     text = data.selection.texts[1100]
-    assert torch.allclose(data.cache[text].prompt_embeds, data.cache.encoder.encode([text])[0].prompt_embeds, atol=1e-6)
+    assert torch.allclose(
+        data.cache[text]["prompt_embeds"], data.cache.encoder.encode([text])[0]["prompt_embeds"], atol=1e-6
+    )
 
 
-def test_a_killed_job_goes_on_behind_its_finished_chunks(config, tmp_path, small_chunks, capsys):
+def test_a_killed_job_goes_on_behind_its_finished_files(config, tmp_path, small_files, capsys):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), config, "3"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -115,14 +118,13 @@ def test_a_killed_job_goes_on_behind_its_finished_chunks(config, tmp_path, small
     assert done.returncode == -signal.SIGKILL, done.stderr
     finished = files(tmp_path)
     assert len(finished) == 2
-    assert not list(tmp_path.rglob("manifest.json"))
+    assert not list(tmp_path.rglob(MANIFEST))
     change(config, max_prompts_to_encode=9)
-    with pytest.raises(SystemExit, match=r"half-written: 2 chunks are finished and will be kept"):
+    with pytest.raises(SystemExit, match=r"half-written: 2 files are finished and will be kept"):
         main(["fit", "--config", config])
     main(["cache", "--config", config])
-    assert "4 of 10 are there; 6 to encode in 3 chunks" in capsys.readouterr().out
+    assert "4 of 10 are there; 6 to encode in 3 files" in capsys.readouterr().out
     assert finished.items() < files(tmp_path).items()
-    assert not list(tmp_path.rglob("chunk-*.json"))
 
 
 def test_pictures_are_encoded_beside_their_captions(config, models, tmp_path, capsys):
@@ -135,7 +137,7 @@ def test_pictures_are_encoded_beside_their_captions(config, models, tmp_path, ca
     main(["cache", "--config", config])
     out = capsys.readouterr().out
     assert "prompts: 0 of 13 are there" in out
-    assert "pictures: 0 of 3 are there; 3 to encode in 1 chunks" in out
+    assert "pictures: 0 of 3 are there; 3 to encode in 1 files" in out
     main(["cache", "--config", config])
     assert "pictures: 3 of 3 are there" in capsys.readouterr().out
 
@@ -152,10 +154,10 @@ def test_sources_in_a_configuration_are_paths_or_arguments_or_lists_of_both(conf
         assert data.sizes == [(16, 32)]
 
 
-def test_a_missing_chunk_is_made_again(config, tmp_path, small_chunks, capsys, caplog):
+def test_a_missing_file_is_made_again(config, tmp_path, small_files, capsys, caplog):
     main(["cache", "--config", config])
     before = files(tmp_path)
-    gone = next(tmp_path.rglob("*.bin"))
+    gone = next(tmp_path.rglob("*.parquet"))
     gone.unlink()
     with caplog.at_level("INFO"):
         main(["cache", "--config", config])

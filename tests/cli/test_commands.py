@@ -10,8 +10,8 @@ import torch
 import yaml
 from PIL import Image
 
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 from srpo_lightning.cli import main
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 
 
@@ -47,14 +47,14 @@ def picture(path: Path) -> np.ndarray:
 
 def test_fit_leaves_checkpoints_configuration_samples_metrics_and_report(finished):
     _, run = finished
-    assert [path.name for path in checkpoints(run)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["step-00000002.ckpt", "step-00000004.ckpt"]
     assert {path.name for path in run.iterdir()} == {
         "checkpoints", "config.yaml", "samples", "tables", "logs", "metrics.jsonl", "report.md", "before_after.png",
     }  # fmt: skip
 
 
 def test_every_sample_has_its_line_of_metadata(finished):
-    """Three prompts, before training and after steps 2 and 4; the average from its first step on."""
+    """Three prompts, before training and after steps 2 and 4; the ema from its first step on."""
     _, run = finished
     records = lines(run / "samples" / "metadata.jsonl")
     kinds = [(0, "policy"), (2, "ema"), (2, "policy"), (4, "ema"), (4, "policy")]
@@ -82,7 +82,7 @@ def test_every_validation_has_its_record_of_metrics(finished):
 def test_the_report_compares_the_first_validation_with_the_last(finished):
     _, run = finished
     table = (run / "report.md").read_text()
-    assert "| before (step 0) | after (step 4) | after, ema (step 4) |" in table
+    assert "| base (step 0) | policy (step 4) | ema (step 4) |" in table
     first, last = lines(run / "metrics.jsonl")[0], lines(run / "metrics.jsonl")[-2]
     assert f"| judge | {first['judge']:.3f} | {last['judge']:.3f} |" in table
 
@@ -91,14 +91,14 @@ def test_the_written_configuration_starts_the_same_run_again(finished, tmp_path)
     """config.yaml alone, in another folder: the same weights, bit for bit."""
     _, run = finished
     main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path / "again")])
-    a, b = (torch.load(checkpoint_path(f, 4), weights_only=True)["state_dict"] for f in (run, tmp_path / "again"))
+    a, b = (torch.load(RunFolder(f).checkpoint(4), weights_only=True)["state_dict"] for f in (run, tmp_path / "again"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_resumed_run_goes_on_and_writes_its_own_configuration(config, run):
     main(["fit", "--config", config, "--trainer.max_steps", "2"])
     main(["fit", "--config", config, "--ckpt_path", "last"])
-    assert [path.name for path in checkpoints(run)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["step-00000002.ckpt", "step-00000004.ckpt"]
     first, resumed = (yaml.safe_load((run / name).read_text()) for name in ("config.yaml", "config-step-00000002.yaml"))
     assert first["ckpt_path"] is None
     assert (first["trainer"]["max_steps"], resumed["trainer"]["max_steps"]) == (2, 4)
@@ -107,7 +107,7 @@ def test_a_resumed_run_goes_on_and_writes_its_own_configuration(config, run):
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_evaluating_a_checkpoint_finds_the_metrics_that_training_found(finished, tmp_path, command):
     config, run = finished
-    main([command, "--config", config, "--ckpt_path", str(checkpoint_path(run, 4)),
+    main([command, "--config", config, "--ckpt_path", str(RunFolder(run).checkpoint(4)),
           "--trainer.default_root_dir", str(tmp_path / "eval")])  # fmt: skip
     records = lines(tmp_path / "eval" / "validation" / "metrics.jsonl")
     assert len({record.pop("key") for record in records}) == 1
@@ -139,7 +139,7 @@ def test_validate_with_other_prompts_leaves_the_run_and_its_best_checkpoint_as_t
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
     before = content()
-    flags = ["--trainer.default_root_dir", str(folder), "--ckpt_path", str(checkpoint_path(folder, 2))]
+    flags = ["--trainer.default_root_dir", str(folder), "--ckpt_path", str(RunFolder(folder).checkpoint(2))]
     for own in (["--data.evaluation", str(prompts)], []):
         main(["validate", "--config", finished[0], *flags, *own])
         assert content() == before
@@ -152,7 +152,7 @@ def test_validate_with_other_prompts_leaves_the_run_and_its_best_checkpoint_as_t
 
 def test_predict_writes_a_picture_of_every_prompt_by_both_weights(finished, tmp_path):
     config, run = finished
-    main(["predict", "--config", config, "--ckpt_path", str(checkpoint_path(run, 4)),
+    main(["predict", "--config", config, "--ckpt_path", str(RunFolder(run).checkpoint(4)),
           "--trainer.default_root_dir", str(tmp_path / "eval")])  # fmt: skip
     pictures = sorted(path.relative_to(tmp_path / "eval").as_posix() for path in tmp_path.rglob("*.png"))
     assert pictures == [f"predictions/step-00000004/{w}/0000{i}.png" for w in ("ema", "policy") for i in range(3)]
@@ -180,7 +180,7 @@ def test_the_default_optimizer_is_the_papers_and_is_written_down(models, feature
     path = tmp_path / "config.json"
     path.write_text(json.dumps(settings))
     main(["fit", "--config", str(path)])
-    saved = torch.load(checkpoint_path(run, 1), weights_only=True)["optimizer_states"][0]["param_groups"][0]
+    saved = torch.load(RunFolder(run).checkpoint(1), weights_only=True)["optimizer_states"][0]["param_groups"][0]
     expected = {"lr": 5e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
     assert {name: tuple(v) if isinstance(v := saved[name], list) else v for name in expected} == expected
     main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path / "again")])
@@ -189,7 +189,7 @@ def test_the_default_optimizer_is_the_papers_and_is_written_down(models, feature
 def test_another_optimizer_replaces_the_default_with_all_its_settings(config, run):
     main(["fit", "--config", config, "--trainer.max_steps", "1", "--model.optimizer", "torch.optim.SGD",
           "--model.optimizer.init_args.lr", "0.1"])  # fmt: skip
-    saved = torch.load(checkpoint_path(run, 1), weights_only=True)["optimizer_states"][0]["param_groups"][0]
+    saved = torch.load(RunFolder(run).checkpoint(1), weights_only=True)["optimizer_states"][0]["param_groups"][0]
     assert (saved["lr"], saved["momentum"]) == (0.1, 0)
 
 
@@ -205,10 +205,9 @@ def test_a_progress_bar_of_ones_own_is_kept(config):
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-BENCHMARKS = [path for path in CONFIGS if path.stem.startswith("benchmark")]
 
 
-@pytest.mark.parametrize("file", [path for path in CONFIGS if path not in BENCHMARKS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_file_parses(file, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(SystemExit) as exit_status:
@@ -217,19 +216,3 @@ def test_every_configuration_file_parses(file, capsys, monkeypatch):
     parsed = yaml.safe_load(capsys.readouterr().out)
     assert parsed["model"]["policy"]["class_path"] == "srpo_lightning.policies.FluxPolicy"
     assert parsed["weights_only"] is True  # no code is read from a checkpoint
-
-
-@pytest.mark.parametrize("file", BENCHMARKS, ids=lambda path: path.stem)
-def test_every_benchmarks_rows_are_what_fit_would_take(file, capsys, monkeypatch, tmp_path):
-    """Each row's objective is made and its steps counted before anything is trained."""
-    monkeypatch.chdir(REPOSITORY)
-    plan = ["benchmark", "--config", str(file), "--folder", str(tmp_path), "--report_only", "true"]
-    with pytest.raises(SystemExit, match="to report on"):
-        main(plan)
-    settings = yaml.safe_load(file.read_text())
-    objective = next(iter(settings["rows"].values()))["objective"]
-    config = tmp_path / "fit.yaml"
-    config.write_text(yaml.safe_dump(settings["fit"] | {"model": settings["fit"]["model"] | {"objective": objective}}))
-    with pytest.raises(SystemExit) as exit_status:
-        main(["fit", "--config", str(config), "--print_config"])
-    assert exit_status.value.code == 0

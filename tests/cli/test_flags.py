@@ -2,11 +2,13 @@
 
 import inspect
 
+from jsonargparse import ArgumentParser
+
 from srpo_lightning.callbacks import EMA, OverOptimizationGuard, Report, RewardTracking, RunCheckpoint, SampleLogger
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.data import PromptData
 from srpo_lightning.data.prompts import Source
-from srpo_lightning.jobs.export import export
+from srpo_lightning.jobs.export.job import export
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import (
     GRPO,
@@ -27,6 +29,7 @@ from srpo_lightning.objectives import (
 )
 from srpo_lightning.policies import FluxPolicy, Lora
 from srpo_lightning.rewards import (
+    SGPHPS,
     AestheticV25,
     ClipReward,
     HPSv2,
@@ -37,47 +40,47 @@ from srpo_lightning.rewards import (
     Term,
     WeightedReward,
 )
-from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
+from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
-TRAJECTORY = "guidance shift margin shared_noise reward_batch_size"
+COMMON = "guidance shift shared_noise reward_batch_size"
+GRADIENT = f"form {COMMON} num_steps margin"
 FLAGS = {
     SRPOModule: "policy reward objective optimizer lr_scheduler num_sample_steps sample_guidance seed "
     "max_skipped_steps optimizer_in_backward clip_norm_per_parameter updates_per_rollout",
-    PromptData: "train pretrained evaluation validation_fraction images offline_ratio picture_latents batch_size "
+    PromptData: "train encoder evaluation validation_fraction images offline_ratio picture_latents batch_size "
     "repeats eval_batch_size "
-    "num_eval_prompts eval_samples_per_prompt sizes height width cache_dir mirror_dir "
+    "num_eval_prompts eval_samples_per_prompt sizes cache_dir mirror_dir mirror_gigabytes "
     "max_picture_megapixels max_picture_megabytes max_prompts_to_encode "
     "max_sequence_length text_dtype text_quantize text_batch_size text_device shuffle_window num_workers seed",
     Source: "path weight prompt image seed negative_prompt tags width height split",
     RunCheckpoint: "every_n_steps keep monitor mode keep_best every_n_minutes",
-    SRPO: "control_words word_choice template num_rollout_steps rollout_guidance guidance shift num_schedule_steps "
-    "window grid_size ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
-    "reward_batch_size",
+    SRPO: f"control_words {COMMON} num_rollout_steps rollout_guidance num_schedule_steps window grid_size "
+    "ground_truth_ratio edge denoise_lambda inversion_lambda margin position_per_sample word_choice template",
     ControlWords: "positive negative",
     Plain: "template",
     Relative: "control_words word_choice template extra_weight",
-    DirectAlign: "form inversion num_rollout_steps rollout_guidance guidance shift num_schedule_steps window grid_size "
-    "ground_truth_ratio edge denoise_lambda inversion_lambda margin shared_noise position_per_sample "
-    "reward_batch_size",
-    ReFL: f"form num_steps late_steps {TRAJECTORY}",
-    DRaFT: f"form num_steps num_trained_steps num_variants {TRAJECTORY} step_checkpointing",
-    DRTune: f"form num_steps num_trained_steps early_stop {TRAJECTORY}",
-    LeapAlign: f"form num_steps input_gradient min_distance {TRAJECTORY}",
-    FlowBPSparse: f"form num_steps num_trained_steps late_bias gradient_rescale {TRAJECTORY}",
-    FlowBPBridge: f"form num_steps num_trained_steps late_bias gradient_rescale input_gradient {TRAJECTORY}",
-    FlowBPLagrange: "form num_steps num_supports num_trained_supports support_gradient gradient_rescale input_gradient "
-    f"min_distance concentration {TRAJECTORY}",
-    GRPO: "form diffusion num_steps group_size timestep_fraction clip_range max_advantage kl_weight split_groups "
-    "guidance shift shared_noise reward_batch_size",
+    DirectAlign: f"form {COMMON} inversion num_rollout_steps rollout_guidance num_schedule_steps window grid_size "
+    "ground_truth_ratio edge denoise_lambda inversion_lambda margin position_per_sample",
+    ReFL: f"{GRADIENT} late_steps",
+    DRaFT: f"{GRADIENT} num_trained_steps num_variants step_checkpointing",
+    DRTune: f"{GRADIENT} num_trained_steps early_stop",
+    LeapAlign: f"{GRADIENT} input_gradient min_distance",
+    FlowBPSparse: f"{GRADIENT} num_trained_steps late_bias gradient_rescale",
+    FlowBPBridge: f"{GRADIENT} num_trained_steps late_bias gradient_rescale input_gradient",
+    FlowBPLagrange: f"{GRADIENT} input_gradient min_distance num_supports num_trained_supports support_gradient "
+    "gradient_rescale concentration",
+    GRPO: f"form {COMMON} num_steps diffusion group_size timestep_fraction clip_range max_advantage kl_weight "
+    "split_groups",
     DanceDiffusion: "eta",
     FlowDiffusion: "a",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
     "resolution_shift quantize_timesteps exact_conditioning adapter quantize compile attention "
-    "rollout_cache transformer",
+    "rollout_cache transformer trained_guidance",
     Lora: "rank alpha target_modules dropout dora rslora seed pretrained",
     ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",
-    PickScore: "pretrained processor logit_scale_divisor dtype cache_size clamp",
+    PickScore: "pretrained processor logit_scale_divisor clamp dtype cache_size",
     HPSv2: "pretrained filename processor fit logit_scale_divisor dtype cache_size",
+    SGPHPS: "as_probability pretrained filename processor fit logit_scale_divisor dtype cache_size",
     ImageReward: "pretrained tokenizer dtype",
     LaionAesthetic: "head pretrained dtype",
     AestheticV25: "head pretrained dtype",
@@ -96,7 +99,14 @@ FLAGS = {
 }
 
 
+def flags(component) -> list[str]:
+    parser = ArgumentParser()
+    if inspect.isclass(component):
+        return parser.add_class_arguments(component, as_group=False, sub_configs=True)
+    return parser.add_function_arguments(component, sub_configs=True)
+
+
 def test_the_flags_are_the_ones_that_were_decided_on():
-    assert {cls: list(inspect.signature(cls).parameters) for cls in FLAGS} == {
-        cls: names.split() for cls, names in FLAGS.items()
+    assert {component: flags(component) for component in FLAGS} == {
+        component: names.split() for component, names in FLAGS.items()
     }

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from srpo_lightning.callbacks.lora import lora_path
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.run_folder import RunFolder
 from tests.cli.recipes import run_recipe
 
 
@@ -17,8 +16,8 @@ def test_the_configurations_of_adapters_train_to_their_files_on_models_in_the_sa
     pytest.importorskip(package)
     changes = {"accumulate_grad_batches": 2, "val_check_interval": 4, "every_n_steps": 2}
     run = run_recipe(name, models, tmp_path, changes)
-    saved = torch.load(checkpoint_path(run, 2), weights_only=True)
+    saved = torch.load(RunFolder(run).checkpoint(2), weights_only=True)
     assert saved["state_dict"]
     assert all(".lora_" in parameter for parameter in saved["state_dict"])
-    files = sorted(path.relative_to(lora_path(run, 2)) for path in lora_path(run, 2).rglob("*.*"))
+    files = sorted(path.relative_to(RunFolder(run).lora(2)) for path in RunFolder(run).lora(2).rglob("*.*"))
     assert [str(file) for file in files] == ["ema/pytorch_lora_weights.safetensors", "pytorch_lora_weights.safetensors"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from srpo_lightning.checkpoints import checkpoints
+from srpo_lightning.run_folder import RunFolder
 from tests.cli.recipes import run_recipe
 
 
@@ -13,4 +13,4 @@ def test_a_flux_configuration_trains_to_its_report_on_models_in_the_same_layout(
     if name == "flux_grpo":
         changes |= {"val_check_interval": 2, "num_nodes": 1, "replicate_size": 1}
     run = run_recipe(name, models, tmp_path, changes, num_ranks=2)
-    assert [path.name for path in checkpoints(run)] == ["step-00000002.ckpt"]
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["step-00000002.ckpt"]

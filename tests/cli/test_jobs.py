@@ -46,6 +46,13 @@ def run(arguments, tmp_path):
     return {pair["words"]: pair for pair in record["pairs"]}, record
 
 
+def test_the_tables_folder_is_made(pictures, tmp_path):
+    reds, _, prompts = pictures
+    arguments = ["--images", reds, "--prompts", prompts, "--words", "[red/blue]"]
+    main(["control-words", *REWARD, *arguments, "--output", str(tmp_path / "new" / "table.json")])
+    assert json.loads((tmp_path / "new" / "table.json").read_text())["num_pictures"] == 3
+
+
 def test_a_known_pair_is_told_from_an_unknown_one(pictures, tmp_path, capsys):
     reds, blues, prompts = pictures
     arguments = ["--images", reds, "--against", blues, "--prompts", prompts, "--words", "[red/blue, odd/strange]"]
@@ -89,11 +96,22 @@ def test_prompts_are_found_by_the_pictures_names(pictures, tmp_path):
         ({"--words": None}, r"Red brings no word lists: name pairs, --words '\[Real/Painting\]'"),
         ({"--images": "/nowhere"}, "/nowhere holds 0 pictures"),
         ({"--prompts": "short.txt"}, "holds 1 prompts and .* 3 pictures: give one prompt for each"),
+        ({"--prompts": "odd.jsonl"}, "odd.jsonl: file is 5, expected a text"),
+        ({"--words": "[]"}, r"--words is \[\]: name pairs"),
+        ({"--template": "{prompt}"}, r"template is '{prompt}': it must contain {word} and {prompt}"),
+        ({"--template": "{prompt} {wrd}"}, r"template is .*: in braces it may have {word} and {prompt} alone"),
+        ({"--output": "."}, "output is ., a folder: name a .json file"),
+        ({"--max_picture_megapixels": "1"}, r"02.png has 1200 x 1000 pixels, more than max_picture_megapixels \(1\)"),
+        ({"--max_picture_megabytes": "1"}, r"02.png has 4 MB, more than max_picture_megabytes \(1\): raise that"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(pictures, tmp_path, change, cure, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "odd.jsonl").write_text('{"file": 5, "prompt": "a"}')
+    monkeypatch.setattr(Red, "load", lambda _: pytest.fail("the reward was read"))
+    if any("max_picture" in option for option in change):
+        Image.new("RGB", (1200, 1000)).save(tmp_path / "reds" / "02.png", compress_level=0)
     options = {"--images": pictures[0], "--prompts": pictures[2], "--words": "[red/blue]"} | change
     with pytest.raises(SystemExit, match=cure):
         main(["control-words", *REWARD, *(part for o, v in options.items() if v for part in (o, v))])

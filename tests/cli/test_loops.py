@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
 from srpo_lightning.cli import main
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.refusals import refused
 
@@ -21,13 +21,13 @@ def config(models, features, tmp_path) -> str:
     [
         (["max_epochs=1"], "no epochs: set trainer.max_steps .*, or give epochs a length with trainer.limit_train_b"),
         (["num_sanity_val_steps=2"], "set it to -1 for all of it, or to 0 for none, and data.num_eval_prompts"),
-        (["limit_val_batches=1"], "leave it away .* set data.num_eval_prompts"),
-        (["limit_val_batches=0.5"], "leave it away .* set data.num_eval_prompts"),
+        (["limit_val_batches=1"], "leave it out .* set data.num_eval_prompts"),
+        (["limit_val_batches=0.5"], "leave it out .* set data.num_eval_prompts"),
         (["limit_train_batches=0.5"], "set trainer.max_steps, or a whole number of batches per epoch"),
         (["limit_train_batches=5", "accumulate_grad_batches=2"], "5, which .* 2, does not divide: .* set it to 6"),
         (["accumulate_grad_batches=3"], "2 micro-batches, which .* 3, does not divide: .* set it to 3"),
         (["overfit_batches=2"], "set data.train to a file with the few prompts"),
-        (["enable_checkpointing=false"], "leave it away, and set checkpoint.every_n_steps"),
+        (["enable_checkpointing=false"], "leave it out, and set checkpoint.every_n_steps"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -64,7 +64,7 @@ def test_epochs_that_a_limit_makes_go_through_the_prompts_as_one_run_does(models
         folder = tmp_path / f"resumed-{steps}"
         run(models, features, folder, limit, f"--trainer.max_steps={steps}")
         assert run(models, features, folder, limit, "--ckpt_path=last") == whole
-        a, b = (torch.load(checkpoint_path(f, 7), weights_only=True) for f in (tmp_path / "whole", folder))
+        a, b = (torch.load(RunFolder(f).checkpoint(7), weights_only=True) for f in (tmp_path / "whole", folder))
         assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
 
 
@@ -72,7 +72,7 @@ def test_a_run_to_try_a_configuration_leaves_nothing_that_is_in_the_way(config, 
     for _ in range(2):
         main(["fit", "--config", config, "--trainer.fast_dev_run=2"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["fast_dev_run"]
-    assert not checkpoints(tmp_path / "run" / "fast_dev_run")
+    assert not RunFolder(tmp_path / "run" / "fast_dev_run").checkpoints()
     main(["fit", "--config", config, "--trainer.max_steps=1"])
     main(["fit", "--config", config, "--trainer.fast_dev_run=1", "--ckpt_path=last"])
-    assert len(checkpoints(tmp_path / "run")) == 1
+    assert len(RunFolder(tmp_path / "run").checkpoints()) == 1

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_lightning.cli import SRPOCLI, main
+from srpo_lightning.cli import main
 from srpo_lightning.data import PromptData
+from srpo_lightning.trainer_cli import SRPOCLI
 from tests import tiny
 
 CASES = [
@@ -36,7 +37,7 @@ def files(models, tmp_path_factory) -> dict[str, str]:
     average, _, tracking, _ = settings["trainer"]["callbacks"]
     settings["trainer"]["callbacks"] = [average, tracking]  # the others take time and refuse nothing
     (config := folder / "config.yaml").write_text(json.dumps(settings))
-    own = {"empty.yaml": "", "broken.yaml": "a: [1", "text.yaml": "just text", "loop.yaml": "a: &a [*a]",
+    own = {"empty.yaml": "", "broken.yaml": "a: [1", "text.yaml": "just text", "loop.yaml": "data: {train: &a [*a]}",
            "code.yaml": 'a: !!python/object/apply:os.system ["true"]', "binary.yaml": None}  # fmt: skip
     for name, text in own.items():
         (folder / name).write_bytes(b"\xff\x00" if text is None else text.encode())

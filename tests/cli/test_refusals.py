@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.refusals import refused
 
@@ -30,7 +30,7 @@ POLICY, OBJECTIVE = "--model.policy.init_args", "--model.objective.init_args"
         (["--model.reward.init_args.pretrained", "/nowhere/clip"], "neither a folder here .* give the path"),
         (["--data.train", "/nowhere/prompts.txt"], "prompt file /nowhere/prompts.txt does not exist"),
         (["--data.batch_size", "0"], "batch_size"),
-        (["--data.pretrained", "/elsewhere"], "data.pretrained"),
+        (["--data.encoder", "elsewhere"], "data.encoder follows model.policy"),
         (["--model.sead", "1"], "sead"),
         (["--ckpt_path", "last"], "no checkpoint in .*Point --trainer.default_root_dir at the run to resume"),
         (["--ckpt_path", "/nowhere/x.ckpt"], "x.ckpt does not exist: `last` takes the newest"),
@@ -60,7 +60,7 @@ def test_a_damaged_model_is_refused_with_the_cure(models, features, tmp_path, ca
 
 def test_a_second_run_in_a_used_folder_is_refused(config, tmp_path, capsys):
     main(["fit", "--config", config, "--trainer.max_steps", "1"])
-    path = checkpoint_path(tmp_path / "run", 1)
+    path = RunFolder(tmp_path / "run").checkpoint(1)
     before = path.read_bytes()
     refused(["fit", "--config", config], "holds a run already: resume it with --ckpt_path last", capsys)
     assert path.read_bytes() == before
@@ -68,7 +68,7 @@ def test_a_second_run_in_a_used_folder_is_refused(config, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_a_checkpoint_that_is_cut_off_is_refused(config, tmp_path, capsys, command):
-    path = checkpoint_path(tmp_path / "run", 1)
+    path = RunFolder(tmp_path / "run").checkpoint(1)
     path.parent.mkdir(parents=True)
     torch.save({"x": torch.arange(1000)}, path)
     path.write_bytes(path.read_bytes()[:-5])
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_another_policy_is_refused(models, config, features, tmp
     main(["fit", "--config", config, "--trainer.max_steps", "1"])
     wide = models._replace(pipeline=tiny.write_pipeline(tmp_path / "wide", width=24))
     other = str(tiny.write_config(wide, tmp_path / "other", features))
-    path = str(checkpoint_path(tmp_path / "run", 1))
+    path = str(RunFolder(tmp_path / "run").checkpoint(1))
     refused([command, "--config", other, "--ckpt_path", path], "of another policy: set model.policy", capsys)
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from srpo_lightning.callbacks.tracking import read_records
 from srpo_lightning.cli import main
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 
 BRIGHTNESS = {"class_path": "tests.rewards.test_weighted.Brightness"}
@@ -28,7 +28,7 @@ def test_a_weighted_sum_and_further_metrics_train_from_a_configuration(config, t
     tracking = config["trainer"]["callbacks"][2]["init_args"]
     tracking["metrics"] = {"light": BRIGHTNESS}
     fit(config, tmp_path)
-    records = read_records(tmp_path / "run")
+    records = RunFolder(tmp_path / "run").read_metrics()
     assert [record["step"] for record in records] == [0, 2, 2]
     assert all(0 < record["light"] < 1 for record in records)
 

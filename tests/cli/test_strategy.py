@@ -7,16 +7,16 @@ import pytest
 import yaml
 from jsonargparse import Namespace
 
-from srpo_lightning.arguments import choose_strategy, read_config
-from srpo_lightning.cli import devices_here
-from srpo_lightning.jobs.prediction import is_sharded, num_devices
-from srpo_lightning.strategies import ReplicatedStrategy, ShardedStrategy
+from srpo_lightning.config.arguments import choose_strategy, read_config
+from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices
+from srpo_lightning.trainer_cli import devices_here
+from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 from tests import tiny
 from tests.ranks.test_sharded import config as config_of_ranks
 from tests.ranks.test_sharded import fit
 
 REPLICATED = Namespace(
-    class_path="srpo_lightning.strategies.ReplicatedStrategy", init_args=Namespace(timeout_minutes=10.0)
+    class_path="srpo_lightning.training.strategies.ReplicatedStrategy", init_args=Namespace(timeout_minutes=10.0)
 )
 
 
@@ -81,11 +81,25 @@ def test_devices_count_as_lightning_counts_them(config, monkeypatch, accelerator
     assert devices_here(config.trainer) == count
 
 
+@pytest.mark.parametrize(("num_cores", "most"), [(2, 8), (8, 8), (64, 64)])
+def test_a_cpu_has_no_more_ranks_than_cores_but_a_few_to_try_with(config, monkeypatch, num_cores, most):
+    """Each would be a process with models of its own; a launcher's are there already."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(num_cores)))
+    config.trainer.accelerator, config.trainer.devices = "cpu", most
+    assert devices_here(config.trainer) == most
+    config.trainer.devices = most + 1
+    refusal = f"^trainer.devices is {most + 1}: .* {num_cores} cores here; set it to 1, .* or to {most} at most$"
+    with pytest.raises(ValueError, match=refusal):
+        devices_here(config.trainer)
+    monkeypatch.setenv("WORLD_SIZE", str(most + 1))
+    assert devices_here(config.trainer) == most + 1
+
+
 def test_a_run_on_two_ranks_writes_down_what_was_chosen(models, features, tmp_path):
     path = config_of_ranks(models, features, tmp_path / "run", 2, strategy="auto", max_steps=1)
     fit(path)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["strategy"]
-    assert saved["class_path"] == "srpo_lightning.strategies.ShardedStrategy"
+    assert saved["class_path"] == "srpo_lightning.training.strategies.ShardedStrategy"
     assert (saved["init_args"]["shard_size"], saved["init_args"]["replicate_size"]) == (2, 1)
     assert (tmp_path / "run" / "checkpoints" / "step-00000001.ckpt").is_dir()
     assert json.loads(path.read_text())["trainer"]["strategy"] == "auto"

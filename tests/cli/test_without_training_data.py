@@ -58,7 +58,7 @@ def test_training_goes_on_with_what_it_was_trained_on_alone(run, tmp_path, capsy
 def test_where_a_part_of_the_training_prompts_is_evaluated_pictures_need_not_be_there(models, features, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "a{i}", "image": "gone.png"}}\n' for i in range(40)))
     data = PromptData(
-        str(tmp_path / "p.jsonl"), str(models.pipeline), validation_fraction=0.3, offline_ratio=1.0,
+        str(tmp_path / "p.jsonl"), tiny.encoder_of(models), validation_fraction=0.3, offline_ratio=1.0,
         cache_dir=str(features),
     )  # fmt: skip
     assert 0 < len(data.read(trains=False).evaluation) < 40

@@ -118,6 +118,17 @@ def test_a_sparse_member_is_refused_unread(tmp_path):
         read_prompts(str(tmp_path / "set.tar"))
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_name_or_note_of_gibibytes_is_refused_unread(tmp_path, kind):
+    """Half a kilobyte of archive, and a hole."""
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 1 << 40
+    (tmp_path / "set.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(tmp_path / "set.tar", 1 << 41)
+    with pytest.raises(ValueError, match=r"prompt file .*set.tar: .*a name or note of \d+ bytes, at most 1048576 are"):
+        read_prompts(str(tmp_path / "set.tar"))
+
+
 def test_behind_an_archive_little_is_looked_at(tmp_path):
     path = write_archive(tmp_path / "set.tar", SAMPLES)
     os.truncate(path, 1 << 40)

@@ -201,16 +201,26 @@ def test_a_picture_is_upright(tmp_path, kind, orientation):
     assert np.abs(shown.astype(int) - upright).mean() < 8
 
 
+def png(side: int, bits: int, kind: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    header = (b"IHDR", struct.pack(">IIBBBBB", side, side, bits, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(own)) + name + own + struct.pack(">I", zlib.crc32(name + own))
+        for name, own in (header, *chunks, (b"IEND", b""))
+    )
+
+
+@pytest.mark.parametrize(("kind", "bits", "size"), [(0, 1, 1), (0, 2, 1), (0, 4, 1), (2, 16, 6)])
+def test_a_transparent_colour_that_would_not_be_found_is_refused(tmp_path, kind, bits, size):
+    """Its number is that of the file's bits, where Pillow has pixels of 8 bits."""
+    transparent, pixel = (b"tRNS", b"\0\1" * max(1, size // 2)), (b"IDAT", zlib.compress(bytes(1 + size)))
+    (tmp_path / "a.png").write_bytes(png(1, bits, kind, transparent, pixel))
+    with pytest.raises(ValueError, match=rf"a.png has one colour that is transparent, in {bits} bits.*: save it with"):
+        as_seen(str(tmp_path / "a.png"))
+
+
 def bomb(side: int) -> bytes:
     """A grey PNG that says it has many pixels."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(own)) + name + own + struct.pack(">I", zlib.crc32(name + own)) for name, own in chunks
-    )
+    return png(side, 8, 0, (b"IDAT", zlib.compress(b"")))
 
 
 @pytest.mark.parametrize("where", ["file", "archive"])

@@ -10,7 +10,6 @@ from PIL import Image
 
 from srpo_lightning.data import PromptData
 from srpo_lightning.data.images import load_picture
-from srpo_lightning.policies.image import FluxImageEncoder
 from tests import tiny
 
 
@@ -36,13 +35,13 @@ def test_a_batch_holds_the_cached_features_of_its_prompts(data):
     (batch,) = steps(data, 1)
     assert batch.prompts == [data.train_prompts[i] for i in batch.indices]
     for row, prompt in enumerate(batch.prompts):
-        assert torch.equal(batch.prompt_embeds[row], data.cache[prompt].prompt_embeds)
-        assert torch.equal(batch.pooled_prompt_embeds[row], data.cache[prompt].pooled_prompt_embeds)
+        assert torch.equal(batch.text.tensors["prompt_embeds"][row], data.cache[prompt]["prompt_embeds"])
+        assert torch.equal(batch.text.tensors["pooled_prompt_embeds"][row], data.cache[prompt]["pooled_prompt_embeds"])
 
 
 def test_plain_prompts_have_nothing_but_features(data):
     (batch,) = steps(data, 1)
-    assert batch[4:] == (None,) * 5
+    assert batch[3:] == (None,) * 6
 
 
 def test_a_restored_data_module_goes_on_where_the_saved_one_stood(models, features, data):
@@ -88,7 +87,7 @@ def write(path, *rows: dict) -> str:
 
 def new_data(models, features, train, evaluation=None, **settings) -> PromptData:
     defaults = {"cache_dir": str(features), "batch_size": 2, "eval_batch_size": 2}
-    return PromptData(train, str(models.pipeline), evaluation or str(models.evaluation), **defaults | settings)
+    return PromptData(train, tiny.encoder_of(models), evaluation or str(models.evaluation), **defaults | settings)
 
 
 def test_seeds_negative_prompts_and_tags_travel_with_their_prompts(models, features, tmp_path):
@@ -112,7 +111,9 @@ def test_several_sources_are_drawn_by_weight(models, features, tmp_path):
 
 def test_a_part_of_the_training_prompts_can_be_held_out(models, features, tmp_path):
     (tmp_path / "p.txt").write_text("".join(f"a{i}\n" for i in range(40)))
-    data = PromptData(str(tmp_path / "p.txt"), str(models.pipeline), validation_fraction=0.3, cache_dir=str(features))
+    data = PromptData(
+        str(tmp_path / "p.txt"), tiny.encoder_of(models), validation_fraction=0.3, cache_dir=str(features)
+    )
     assert sorted(data.train_prompts + data.eval_prompts) == sorted(f"a{i}" for i in range(40))
     assert 0 < len(data.eval_prompts) < 40
 
@@ -121,14 +122,14 @@ def test_a_part_of_the_training_prompts_can_be_held_out(models, features, tmp_pa
 def test_what_is_held_out_is_said_once(models, features, evaluation, fraction):
     with pytest.raises(ValueError, match="give a prompt file to the one, or to the other a part"):
         PromptData(
-            str(models.train), str(models.pipeline), str(models.evaluation) if evaluation else None, fraction,
+            str(models.train), tiny.encoder_of(models), str(models.evaluation) if evaluation else None, fraction,
             cache_dir=str(features),
         )  # fmt: skip
 
 
 def test_a_fraction_that_leaves_nothing_is_refused(models, features):
     with pytest.raises(ValueError, match="leaves 0 prompts to evaluate and 7 to train: choose another"):
-        PromptData(str(models.train), str(models.pipeline), validation_fraction=1e-9, cache_dir=str(features)).read(
+        PromptData(str(models.train), tiny.encoder_of(models), validation_fraction=1e-9, cache_dir=str(features)).read(
             trains=True
         )
 
@@ -170,14 +171,14 @@ def pictures(tmp_path):
 
 
 def test_offline_steps_hold_the_latents_of_their_captions_pictures(models, features, pictures):
-    settings = {"images": str(pictures), "offline_ratio": 0.25, "height": 32, "width": 32}
+    settings = {"images": str(pictures), "offline_ratio": 0.25}
     data = prepared(new_data(models, features, str(models.train), **settings))
     batches = steps(data, 8)
     real = [batch for batch in batches if batch.x0 is not None]
     assert len(real) == 2
     assert sorted(flat(real, "prompts")) == ["p0", "p1", "p2", "p3"]
     assert all(prompt in data.train_prompts for batch in batches if batch.x0 is None for prompt in batch.prompts)
-    encoder = FluxImageEncoder(str(models.pipeline))
+    encoder = tiny.image_encoder(models.pipeline)
     by_caption = dict(zip((f"p{i}" for i in range(4)), data.selection.pictures, strict=True))
     for batch in real:
         assert batch.size == (32, 32)
@@ -228,7 +229,7 @@ def test_many_missing_prompts_are_refused_with_the_exact_command(models, tmp_pat
         ValueError, match=r"10 of 10 prompts are not in .*\n    python -m srpo_lightning cache --config my.yaml"
     ):
         data.prepare_data()
-    assert not list(tmp_path.rglob("*.bin"))
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_a_missing_cache_beside_one_of_another_length_names_that(models, tmp_path):
@@ -240,34 +241,34 @@ def test_a_missing_cache_beside_one_of_another_length_names_that(models, tmp_pat
 def test_a_remote_cache_is_read_and_never_written(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     local = prepared(new_data(models, tmp_path / "there", str(models.train)))
-    remote = new_data(models, f"local:{tmp_path / 'there'}", str(models.train), mirror_dir=str(tmp_path / "here"))
+    remote = new_data(models, f"file://{tmp_path / 'there'}", str(models.train), mirror_dir=str(tmp_path / "here"))
     for ours, theirs in zip(steps(prepared(remote), 3), steps(local, 3), strict=True):
         assert ours.prompts == theirs.prompts
-        assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
-    assert len(list((tmp_path / "here").rglob("*.bin"))) == len(list((tmp_path / "there").rglob("*.bin"))) == 1
+        assert torch.equal(ours.text.tensors["prompt_embeds"], theirs.text.tensors["prompt_embeds"])
+    assert len(list((tmp_path / "here").rglob("*.parquet"))) == len(list((tmp_path / "there").rglob("*.parquet"))) == 1
     (tmp_path / "more.txt").write_text("new")
-    with pytest.raises(ValueError, match=r"1 of 4 prompts are not in local:"):
-        new_data(models, f"local:{tmp_path / 'there'}", str(tmp_path / "more.txt")).prepare_data()
+    with pytest.raises(ValueError, match=r"1 of 4 prompts are not in file://"):
+        new_data(models, f"file://{tmp_path / 'there'}", str(tmp_path / "more.txt")).prepare_data()
 
 
-def test_a_damaged_chunk_of_a_large_set_stops_the_run_before_its_first_step(models, tmp_path):
+def test_a_damaged_file_of_a_large_set_stops_the_run_before_its_first_step(models, tmp_path):
     data = prepared(new_data(models, tmp_path, str(models.train)))
-    (chunk,) = tmp_path.rglob("*.bin")
-    chunk.write_bytes(chunk.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"{chunk.name} has .* bytes, expected"):
+    (path,) = tmp_path.rglob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{path.name} has .* bytes, expected"):
         data.train_dataloader()
-    with pytest.raises(ValueError, match=rf"{chunk.name} has .* bytes, expected"):
+    with pytest.raises(ValueError, match=rf"{path.name} has .* bytes, expected"):
         new_data(models, tmp_path, str(models.train), max_prompts_to_encode=2).prepare_data()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_flipped_bit_stops_the_run_at_the_chunk(models, tmp_path, num_workers):
+def test_a_flipped_bit_stops_the_run_at_the_file(models, tmp_path, num_workers):
     data = prepared(new_data(models, tmp_path, str(models.train), num_workers=num_workers))
-    (chunk,) = tmp_path.rglob("*.bin")
-    content = bytearray(chunk.read_bytes())
+    (path,) = tmp_path.rglob("*.parquet")
+    content = bytearray(path.read_bytes())
     content[-3] ^= 4
-    chunk.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{chunk.name} has other bytes than were written"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name} has other bytes than were written"):
         steps(data, 1)
 
 

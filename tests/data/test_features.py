@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from srpo_lightning.data.features import FeatureCache
-from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.policies.flux import FluxTextEncoder
 
 PROMPTS = ["a cat", "b", "c d", "e"]
 
@@ -20,9 +20,10 @@ def test_cached_features_equal_fresh_ones_bit_for_bit(models, tmp_path, dtype):
     cache = FeatureCache(str(tmp_path), fresh)
     assert cache.add(PROMPTS, batch_size=4) == 4
     for prompt, features in zip(PROMPTS, fresh.encode(PROMPTS), strict=True):
-        for cached, computed in zip(cache[prompt], features, strict=True):
-            assert cached.dtype == dtype
-            assert torch.equal(cached, computed)
+        assert cache[prompt].keys() == features.keys()
+        for name, computed in features.items():
+            assert cache[prompt][name].dtype == dtype
+            assert torch.equal(cache[prompt][name], computed)
 
 
 def test_a_prompt_is_computed_once_however_often_it_comes(models, tmp_path):
@@ -49,7 +50,7 @@ def test_a_prompt_that_is_not_there_is_refused_with_the_cure(models, tmp_path):
 def test_the_size_before_compression_is_that_of_the_features(models, tmp_path):
     own = encoder(models.pipeline, dtype=torch.bfloat16)
     features = own.encode(["a"])[0]
-    assert FeatureCache(str(tmp_path), own).item_bytes == sum(f.nbytes for f in features)
+    assert FeatureCache(str(tmp_path), own).item_bytes == sum(f.nbytes for f in features.values())
 
 
 def test_other_weights_at_the_same_path_get_another_folder(models, tmp_path):
@@ -61,7 +62,7 @@ def test_other_weights_at_the_same_path_get_another_folder(models, tmp_path):
     after = FeatureCache(str(tmp_path / "cache"), encoder(folder))
     assert after.folder != before.folder
     assert after.add(["a"], 1) == 1
-    assert not torch.equal(after["a"].pooled_prompt_embeds, before["a"].pooled_prompt_embeds)
+    assert not torch.equal(after["a"]["pooled_prompt_embeds"], before["a"]["pooled_prompt_embeds"])
 
 
 def test_a_copied_model_folder_with_another_name_finds_the_same_features(models, tmp_path):

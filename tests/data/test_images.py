@@ -7,8 +7,7 @@ from PIL import Image
 
 from srpo_lightning.data.colours import size_as_seen
 from srpo_lightning.data.images import LatentCache, Picture, latent_key, load_picture, nearest
-from srpo_lightning.policies.flux import pack
-from srpo_lightning.policies.image import FluxImageEncoder
+from srpo_lightning.policies.packing import pack
 from tests import tiny
 
 
@@ -101,7 +100,7 @@ def test_the_encoder_gives_the_mode_of_the_vae_in_the_policys_packing(models):
     vae = tiny.new_policy(models).vae
     with torch.no_grad():
         expected = pack((vae.encode(images * 2 - 1).latent_dist.mode() - 0.1) * 0.7)
-    found = FluxImageEncoder(str(models.pipeline)).encode(images)
+    found = tiny.image_encoder(models.pipeline).encode(images)
     assert found.shape == (2, 2, 16)
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -109,7 +108,7 @@ def test_the_encoder_gives_the_mode_of_the_vae_in_the_policys_packing(models):
 def test_latents_may_be_a_sample_of_the_posterior_which_depends_on_the_picture_alone(models):
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     many = torch.cat([picture + 1e-6 * i for i in range(200)]).clamp(0, 1)
-    drawn, mode = (FluxImageEncoder(str(models.pipeline), draw=draw) for draw in (True, False))
+    drawn, mode = (tiny.image_encoder(models.pipeline, draw) for draw in (True, False))
     assert torch.equal(drawn.encode(many[:2])[1], drawn.encode(many[1:3])[0])
     assert drawn.description()["fingerprint"] != mode.description()["fingerprint"]
     vae = tiny.new_policy(models).vae
@@ -122,7 +121,7 @@ def test_latents_may_be_a_sample_of_the_posterior_which_depends_on_the_picture_a
 
 @pytest.fixture
 def cached(models, tmp_path):
-    encoder = FluxImageEncoder(str(models.pipeline))
+    encoder = tiny.image_encoder(models.pipeline)
     sizes = [(32, 32), (16, 32), (32, 32)]
     pictures = [Picture(save(tmp_path / f"{i}.png", halves(48, 32 + i)), size) for i, size in enumerate(sizes)]
     cache = LatentCache(str(tmp_path / "cache"), encoder.description())
@@ -149,6 +148,7 @@ def test_a_picture_that_changes_or_gets_another_size_is_encoded_anew(cached, tmp
 
 def test_another_vae_gets_another_folder(models, tmp_path):
     other = tiny.write_pipeline(tmp_path / "other", seed=5)
-    one, two = (FluxImageEncoder(str(path)).description() for path in (models.pipeline, other))
+    (other / "vae" / ".ipynb_checkpoints").mkdir()
+    one, two = (tiny.image_encoder(path).description() for path in (models.pipeline, other))
     assert one["fingerprint"] != two["fingerprint"]
-    assert FluxImageEncoder(str(models.pipeline), torch.bfloat16).description()["fingerprint"] != one["fingerprint"]
+    assert tiny.image_encoder(models.pipeline, True).description()["fingerprint"] != one["fingerprint"]

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from srpo_lightning.data import tables
 from srpo_lightning.data.picture_files import read_picture
 from srpo_lightning.data.prompts import Prompt, PromptSet, Source, listed, read_prompts
 from tests.data.archive import picture
@@ -307,3 +309,29 @@ def test_the_split_holds_out_about_the_fraction_and_more_of_it_only_adds():
     assert 150 < len(small) < 250
     assert 700 < len(large) < 900
     assert set(small) < set(large)
+
+
+@pytest.mark.parametrize(("name", "begin"), [("a.txt", "b\n"), ("a.jsonl", '{"prompt": "b"}\n'), ("a.csv", "prompt\n")])
+def test_a_line_without_end_is_refused_by_its_number(tmp_path, name, begin):
+    """Some bytes and a hole of a tebibyte, which is text."""
+    path = tmp_path / name
+    path.write_text(begin)
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match=rf"prompt file {path}, line 2 has more than 16777216 letters: divide it"):
+        read_prompts(str(path))
+
+
+def test_a_cell_without_end_is_refused(tmp_path, monkeypatch):
+    """A quotation mark that none closes."""
+    monkeypatch.setattr(tables, "LINE_LETTERS", 100)
+    (tmp_path / "a.csv").write_text('prompt\n"a\n' + 50 * "abc\n")
+    with pytest.raises(ValueError, match=r"not a table \(field larger than field limit \(100\)\)"):
+        read_prompts(str(tmp_path / "a.csv"))
+
+
+def test_a_file_that_is_no_text_is_not_read_to_its_end(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a\n\xff\n")
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match=rf"prompt file {path}, line 2 is not UTF-8 text"):
+        read_prompts(str(path))

@@ -1,19 +1,23 @@
-"""Chunks of tensors: exact, resumable, and never wrong in silence."""
+"""Parquet files of tensors: exact, resumable, and never wrong in silence."""
 
 import json
+import math
 import pickle
+import tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
-import litdata
+import pyarrow.parquet as pq
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from isal import isal_zlib
 
-from srpo_lightning.data.chunks import from_planes, key_of, to_planes
 from srpo_lightning.data.manifest import MANIFEST
-from srpo_lightning.data.store import ChunkStore, per_chunk
+from srpo_lightning.data.store import ParquetStore, per_file
+from srpo_lightning.data.tensor_files import DTYPES, NAMES, TensorFile, key_of, write_file
 
 DESCRIPTION = {"model": "m", "sequence_length": 12, "fingerprint": "f" * 64}
 WANTED = [(key_of(name), name) for name in "abcdefg"]
@@ -28,35 +32,27 @@ def encode(names):
     return [tensors(name) for name in names]
 
 
-def store(folder, **description) -> ChunkStore:
-    return ChunkStore(str(folder), DESCRIPTION | description)
+def store(folder, **description) -> ParquetStore:
+    return ParquetStore(str(folder), DESCRIPTION | description)
 
 
-def filled(folder, wanted=WANTED) -> ChunkStore:
+def filled(folder, wanted=WANTED) -> ParquetStore:
     own = store(folder)
-    assert own.fill(wanted, encode, batch_size=2, items_per_chunk=3) == len(wanted)
+    assert own.fill(wanted, encode, batch_size=2, items_per_file=3) == len(wanted)
     return own
 
 
-def chunks(own: ChunkStore):
-    return sorted(own.folder.glob("chunk-*.bin"))
+def files(own: ParquetStore):
+    return sorted(own.folder.glob(NAMES))
 
 
-def content(own: ChunkStore, wanted=WANTED):
+def content(own: ParquetStore, wanted=WANTED):
     return {name: own.read(int(row)) for (_, name), row in zip(wanted, own.find([k for k, _ in wanted]), strict=True)}
-
-
-@given(
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.lists(st.integers(1, 4), min_size=1, max_size=3)
-)
-def test_byte_planes_are_the_tensor_bit_for_bit(dtype, shape):
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert torch.equal(from_planes(to_planes(tensor), dtype), tensor)
 
 
 def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
     own = filled(tmp_path)
-    assert len(chunks(own)) == 3
+    assert len(files(own)) == 3
     for name, found in content(own).items():
         for key, expected in tensors(name).items():
             assert found[key].dtype == expected.dtype
@@ -70,25 +66,18 @@ def test_equal_tensors_under_other_keys_are_kept_apart(tmp_path):
     assert all(torch.equal(found["flat"], tensors("a")["flat"]) for found in content(own).values())
 
 
-def test_litdata_reads_the_folder_by_itself(tmp_path):
-    own = filled(tmp_path)
-    dataset = litdata.StreamingDataset(str(own.folder))
-    assert len(dataset) == len(WANTED)
-    assert torch.equal(from_planes(dataset[4]["wide"], torch.bfloat16), own.read(4)["wide"])
-
-
 def test_the_manifest_says_what_is_there(tmp_path):
     own = filled(tmp_path)
     manifest = json.loads((own.folder / MANIFEST).read_text())["manifest"]
     assert manifest["description"] == DESCRIPTION
     assert manifest["count"] == 7
-    assert manifest["bytes"] == sum(path.stat().st_size for path in chunks(own))
-    assert sorted(chunk["filename"] for chunk in manifest["chunks"]) == [path.name for path in chunks(own)]
+    assert manifest["bytes"] == sum(path.stat().st_size for path in files(own))
+    assert sorted(file["name"] for file in manifest["files"]) == [path.name for path in files(own)]
 
 
 def test_what_is_there_is_not_computed_again_and_what_is_new_is_added(tmp_path):
     own = filled(tmp_path, WANTED[:4])
-    before = {path: path.read_bytes() for path in chunks(own)}
+    before = {path: path.read_bytes() for path in files(own)}
     computed = []
 
     def watched(names):
@@ -104,8 +93,8 @@ def test_what_is_there_is_not_computed_again_and_what_is_new_is_added(tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 4])
-def test_an_interrupted_fill_keeps_its_finished_chunks_and_nothing_else(tmp_path, stop_at):
-    """Batches 1 and 2 are the first chunk, 3 and 4 the second."""
+def test_an_interrupted_fill_keeps_its_finished_files_and_nothing_else(tmp_path, stop_at):
+    """Batches 1 and 2 are the first file, 3 and 4 the second."""
     batches = []
 
     def stopped(names):
@@ -122,12 +111,12 @@ def test_an_interrupted_fill_keeps_its_finished_chunks_and_nothing_else(tmp_path
     assert all(torch.equal(found["flat"], tensors(name)["flat"]) for name, found in content(half).items())
 
 
-def test_a_kill_while_a_chunk_is_written_leaves_no_chunk(tmp_path, monkeypatch):
+def test_a_kill_while_a_file_is_written_leaves_no_file(tmp_path, monkeypatch):
     def killed(path):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("srpo_lightning.data.chunks.sync", killed)
+        patch.setattr("srpo_lightning.data.tensor_files.sync", killed)
         with pytest.raises(KeyboardInterrupt):
             store(tmp_path).fill(WANTED, encode, 2, 3)
     own = store(tmp_path)
@@ -135,9 +124,9 @@ def test_a_kill_while_a_chunk_is_written_leaves_no_chunk(tmp_path, monkeypatch):
     assert own.recover(WANTED) == WANTED
 
 
-def flip(path):
+def flip(path, place):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[place] ^= 1
     path.write_bytes(content)
 
 
@@ -148,17 +137,17 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_a_chunk_that_is_missing_or_cut_off_is_refused_before_anything_is_read(tmp_path, damage, message):
-    path = chunks(filled(tmp_path))[1]
+def test_a_file_that_is_missing_or_cut_off_is_refused_before_anything_is_read(tmp_path, damage, message):
+    path = files(filled(tmp_path))[1]
     damage(path)
     with pytest.raises(ValueError, match=rf"{path.name} .*{message}.*python -m srpo_lightning cache --config"):
         store(tmp_path).open()
 
 
 @pytest.mark.parametrize("damage", [damage for damage, _ in DAMAGE.values()], ids=DAMAGE)
-def test_a_small_store_makes_missing_chunks_again(tmp_path, damage):
+def test_a_small_store_makes_missing_files_again(tmp_path, damage):
     own = filled(tmp_path)
-    path = chunks(own)[1]
+    path = files(own)[1]
     before = path.read_bytes()
     damage(path)
     again = store(tmp_path)
@@ -168,24 +157,101 @@ def test_a_small_store_makes_missing_chunks_again(tmp_path, damage):
     assert content(again).keys() == set("abcdefg")
 
 
-def test_a_flipped_bit_is_found_when_the_chunk_is_first_read_and_other_chunks_are_read_on(tmp_path):
+@pytest.mark.parametrize(("place", "lost"), [(0, [0]), (20, [0]), (-20, [0, 1, 2])])
+def test_a_flipped_bit_is_found_when_its_item_is_read_and_others_are_read_on(tmp_path, place, lost):
+    """The magic number at the beginning, bytes of the first item, and the footer, without which nothing is read."""
     own = filled(tmp_path)
-    path = own.folder / own.open().chunks[0].filename
-    flip(path)
+    (file, *_) = [file for file in own.open().files if len(file.keys) == 3]
+    flip(own.folder / file.name, place)
     opened = store(tmp_path)
     opened.open()
-    opened.read(3)
-    for _ in range(2):
+    rows = opened.find([key for key, _ in WANTED]).tolist()
+    refused = opened.find([file.keys[number] for number in lost]).tolist()
+    for row in set(rows) - set(refused):
+        opened.read(row)
+    for row in refused * 2:
         with pytest.raises(
-            ValueError, match=rf"{path.name} has other bytes .*delete it.*python -m srpo_lightning cache"
+            ValueError, match=rf"{file.name} has other bytes .*delete it.*python -m srpo_lightning cache"
         ):
-            opened.read(0)
+            opened.read(row)
+
+
+def test_pages_have_checksums_of_their_own(tmp_path, monkeypatch):
+    own = filled(tmp_path)
+    path = own.folder / own.open().files[0].name
+    page = pq.read_metadata(path).row_group(0).column(0)
+    flip(path, page.data_page_offset + page.total_compressed_size - 1)
+    broken = TensorFile(path)
+    monkeypatch.setattr(isal_zlib, "crc32", lambda data: broken.entries[0].crc32)
+    with pytest.raises(ValueError, match=r"cannot be read .*CRC"):
+        broken.read(0)
+
+
+def test_a_file_is_plain_parquet_of_split_bytes(tmp_path):
+    own = filled(tmp_path)
+    for path in files(own):
+        metadata = pq.read_metadata(path)
+        assert metadata.num_row_groups == metadata.num_rows // 23 in (1, 3)
+        column = metadata.row_group(0).column(0)
+        assert (column.compression, column.path_in_schema) == ("ZSTD", "elements")
+        assert "BYTE_STREAM_SPLIT" in column.encodings
+        assert len(pq.read_table(path)) == metadata.num_rows
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    return tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["float32", "bfloat16", "float16", "float64"]), st.lists(st.integers(0, 4), max_size=3)
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(1, 4),
+)
+def test_ragged_items_of_any_types_come_back_bit_for_bit(kinds, count):
+    """Any bits at all, NaN with their payloads among them; the first axis differs between items."""
+    draw = torch.Generator().manual_seed(0)
+
+    def item(number):
+        shapes = {f"t{i}": (dtype, [size + number for size in shape[:1]] + shape[1:]) for i, (dtype, shape) in kinds}
+        return {
+            name: torch.randint(0, 256, (math.prod(shape) * DTYPES[dtype].itemsize,), generator=draw)
+            .byte()
+            .view(DTYPES[dtype])
+            .reshape(shape)
+            for name, (dtype, shape) in shapes.items()
+        }
+
+    kinds = list(enumerate(kinds))
+    items = [(key_of(str(number)), item(number)) for number in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_file(Path(folder), items)
+        read = TensorFile(Path(folder) / file.name)
+        for number, (_, tensors) in enumerate(items):
+            found = read.read(number)
+            assert list(found) == list(tensors)
+            for name, expected in tensors.items():
+                assert (found[name].dtype, found[name].shape) == (expected.dtype, expected.shape)
+                assert (
+                    found[name].reshape(-1).view(torch.uint8).tolist()
+                    == expected.reshape(-1).view(torch.uint8).tolist()
+                )
+
+
+def test_an_items_tensors_are_its_own_memory(tmp_path):
+    """A small tensor that is kept does not keep the large one beside it."""
+    found = filled(tmp_path).read(0)
+    assert all(own.untyped_storage().nbytes() == own.nbytes for own in found.values())
 
 
 def test_a_damaged_manifest_is_refused(tmp_path):
     path = filled(tmp_path).folder / MANIFEST
     whole = path.read_text()
-    for changed in (whole[:-10], whole.replace("bfloat16", "float16"), whole.replace('"count": 7', '"count": 8'), "{}"):
+    for changed in (whole[:-10], whole.replace("parquet", "Parquet"), whole.replace('"count": 7', '"count": 8'), "{}"):
         path.write_text(changed)
         with pytest.raises(ValueError, match=rf"{MANIFEST} is damaged .*delete its folder and write it again"):
             store(tmp_path).open()
@@ -216,13 +282,13 @@ def test_a_store_of_another_encoder_beside_it_is_told(tmp_path):
 def test_a_half_written_store_is_told(tmp_path):
     own = store(tmp_path)
     own.write(WANTED[:3], encode, 2)
-    assert "half-written: 1 chunks are finished" in own.others()[0]
+    assert "half-written: 1 files are finished" in own.others()[0]
 
 
-def test_pruning_removes_chunks_that_nothing_wants(tmp_path):
+def test_pruning_removes_files_that_nothing_wants(tmp_path):
     own = filled(tmp_path)
     own.publish(keep=[WANTED[0][0], WANTED[4][0]])
-    assert len(chunks(own)) == 2
+    assert len(files(own)) == 2
     own.open()
     assert (own.find([key for key, _ in WANTED]) >= 0).tolist() == [True] * 6 + [False]
 
@@ -244,50 +310,11 @@ def test_a_worker_gets_the_store_by_pickling(tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(own)).read(5)["flat"], own.read(5)["flat"])
 
 
-def test_a_remote_store_is_fetched_chunk_by_chunk(tmp_path):
-    """litdata's `local:` is fetched like s3://: from the one place, into the other."""
-    own = filled(tmp_path / "there")
-    remote = ChunkStore(f"local:{tmp_path / 'there'}", DESCRIPTION, str(tmp_path / "here"))
-    assert remote.open().num_items == 7
-    assert remote.folder != own.folder
-    assert not chunks(remote)
-    assert torch.equal(remote.read(3)["wide"], own.read(3)["wide"])
-    assert len(chunks(remote)) == 1
-    assert {name: found["flat"].tolist() for name, found in content(remote).items()} == {
-        name: found["flat"].tolist() for name, found in content(own).items()
-    }
-
-
-def test_a_damaged_chunk_of_a_remote_store_is_refused_and_fetched_again_once_deleted(tmp_path):
-    filled(tmp_path / "there")
-    remote = ChunkStore(f"local:{tmp_path / 'there'}", DESCRIPTION, str(tmp_path / "here"))
-    remote.open()
-    expected = remote.read(0)["flat"]
-    (path,) = chunks(remote)
-    flip(path)
-    with pytest.raises(ValueError, match=rf"{path.name} has other bytes .*delete it, it is fetched again from local:"):
-        pickle.loads(pickle.dumps(remote)).read(0)
-    path.unlink()
-    assert torch.equal(pickle.loads(pickle.dumps(remote)).read(0)["flat"], expected)
-
-
-def test_a_remote_store_that_is_not_there_is_refused(tmp_path):
-    remote = ChunkStore(f"local:{tmp_path / 'nowhere'}", DESCRIPTION, str(tmp_path / "here"))
-    with pytest.raises(ValueError, match=r"manifest.json cannot be fetched .*correct data.cache_dir"):
-        remote.open()
-
-
-def test_without_litdata_the_command_that_installs_it_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("srpo_lightning.data.chunks.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install --no-deps 'litdata"):
-        store(tmp_path)
-
-
 def test_keys_are_told_apart_at_their_seams():
     assert key_of("ab", "c") != key_of("a", "bc")
 
 
-def test_chunks_have_64_mib_and_at_least_one_item():
-    assert per_chunk(1 << 30) == 1
-    assert per_chunk(4 << 20) == 16
-    assert per_chunk(100) == 1024
+def test_files_have_64_mib_and_at_least_one_item():
+    assert per_file(1 << 30) == 1
+    assert per_file(4 << 20) == 16
+    assert per_file(100) == 1024

@@ -5,6 +5,9 @@ the Trainer makes two optimizer steps. What was allocated before is the bytes of
 averages and features. On CUDA: max_memory_allocated.
 """
 
+import json
+import os
+import sys
 import tempfile
 import warnings
 
@@ -18,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from srpo_lightning.callbacks import EMA
-from srpo_lightning.jobs.prediction import fake_conditions
+from srpo_lightning.config.classes import of_class
+from srpo_lightning.jobs.estimate.prediction import fake_conditions
 from srpo_lightning.module import SRPOModule
 
 
@@ -55,8 +59,8 @@ class Measure(Callback):
 
 
 def lasting_bytes(trainer, module, batch) -> int:
-    averages = [c.average for c in trainer.callbacks if isinstance(c, EMA)]
-    leaves = tree_leaves([list(module.parameters()), list(module.buffers()), averages, tuple(batch)])
+    emas = [c.weights for c in trainer.callbacks if isinstance(c, EMA)]
+    leaves = tree_leaves([list(module.parameters()), list(module.buffers()), emas, tuple(batch)])
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves if isinstance(t, Tensor)}
     return sum(storages.values())
 
@@ -67,9 +71,8 @@ def measured_peak(config: Namespace, accelerator: str = "cpu") -> int:
     parser.add_lightning_class_args(SRPOModule, "model")
     module = parser.instantiate_classes(Namespace(model=config.model.clone())).model
     module.objective.num_rollout_steps = 2
-    conditions = fake_conditions(config, config.data.batch_size)
-    chosen = config.trainer.callbacks or []
-    averages = [EMA(**vars(c.init_args)) for c in chosen if c.class_path.endswith(".EMA")]
+    conditions = fake_conditions(config, module.policy, config.data.batch_size)
+    emas = [EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)]
     measure = Measure()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,7 +88,17 @@ def measured_peak(config: Namespace, accelerator: str = "cpu") -> int:
             precision=config.trainer.precision,
             accumulate_grad_batches=config.trainer.accumulate_grad_batches,
             gradient_clip_val=config.trainer.gradient_clip_val,
-            callbacks=[*averages, measure],
+            callbacks=[*emas, measure],
         )
         trainer.fit(module, DataLoader([conditions] * 8, batch_size=None))
     return measure.peak
+
+
+def main() -> None:
+    """Print the predicted and the measured peak of the demo, whose settings the command line changes."""
+    from tests.jobs import test_estimate as predicting
+
+    os.chdir(predicting.REPOSITORY)
+    torch.set_num_threads(1)
+    config = predicting.changed(predicting.EMOJI, **json.loads(sys.argv[1]))
+    print(json.dumps([predicting.peak(config, "cpu").total, measured_peak(config)]))

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,31 +12,18 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from srpo_lightning.arguments import read_config
 from srpo_lightning.cli import main
-from srpo_lightning.jobs import estimate as job
-from srpo_lightning.jobs.estimate import OPTIONS, POLICY, local_files, parse_bytes
-from srpo_lightning.jobs.prediction import (
-    BACKWARD,
-    EVALUATION,
-    FROZEN,
-    GRADIENTS,
-    JUDGES,
-    STATES,
-    STEP,
-    TRAINED,
-    fake_conditions,
-    num_devices,
-    predict,
-    quiet,
-    without_weights,
-)
-from srpo_lightning.jobs.published import PUBLISHED
-from srpo_lightning.memory import MemoryTracker, cuda_operations
-from srpo_lightning.policies import FluxPolicy, flux
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.jobs.estimate import job
+from srpo_lightning.jobs.estimate.devices import num_devices
+from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
+from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
+from srpo_lightning.jobs.estimate.prediction import build, fake_conditions, predict, quiet, without_weights
+from srpo_lightning.jobs.estimate.published import PUBLISHED
+from srpo_lightning.jobs.estimate.step import BACKWARD, EVALUATION, FROZEN, GRADIENTS, JUDGES, STATES, STEP, TRAINED
+from srpo_lightning.policies import FluxPolicy, loading
 from srpo_lightning.rewards import ClipReward, HPSv2
-from tests import tiny
-from tests.processes import LIMIT_S
+from tests import processes, tiny
 
 REPOSITORY = Path(__file__).parents[2]
 EMOJI = "configs/emoji_srpo.yaml"
@@ -71,16 +56,6 @@ def small(models, features, tmp_path):
     return tiny.write_config(models, tmp_path / "run", features)
 
 
-COMPARED = """
-import json, sys, torch
-from tests.jobs import test_estimate as tests
-from tests.jobs.measured import measured_peak
-torch.set_num_threads(1)
-config = tests.changed(tests.EMOJI, **json.loads(sys.argv[1]))
-print(json.dumps([tests.peak(config, "cpu").total, measured_peak(config)]))
-"""
-
-
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
@@ -111,10 +86,9 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(settings, tole
 
     In a process of its own, as the command is: what earlier tests left in this one has moved the prediction.
     """
-    command = [sys.executable, "-W", "ignore", "-c", COMPARED, json.dumps(settings)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr
-    predicted_bytes, measured_bytes = json.loads(done.stdout.splitlines()[-1])
+    done = processes.start([json.dumps(settings)], program="tests.jobs.measured")
+    assert done.returncode == 0, done.output
+    predicted_bytes, measured_bytes = json.loads(done.output.splitlines()[-1])
     assert predicted_bytes == pytest.approx(measured_bytes, rel=tolerance)
 
 
@@ -168,7 +142,7 @@ def test_autocast_normalises_in_float32_on_cuda_and_not_on_a_cpu():
 def test_sharding_divides_what_is_trained_and_leaves_activations_alone(small):
     trained = (TRAINED, GRADIENTS, STATES, STEP)
     whole = predicted(changed(small)).peaks["optimizer step"].parts
-    strategy = {"class_path": "srpo_lightning.strategies.ShardedStrategy", "init_args": {"shard_size": 4}}
+    strategy = {"class_path": "srpo_lightning.training.strategies.ShardedStrategy", "init_args": {"shard_size": 4}}
     config = json.loads(small.read_text())
     config["trainer"] |= {"strategy": strategy, "devices": 4}
     small.write_text(json.dumps(config))
@@ -182,7 +156,7 @@ def test_sharding_divides_what_is_trained_and_leaves_activations_alone(small):
 
 @pytest.mark.parametrize(
     ("class_name", "states"),
-    [("torch.optim.AdamW", 8), ("torch.optim.SGD", 0), ("srpo_lightning.low_bit.AdamW8bit", 2)],
+    [("torch.optim.AdamW", 8), ("torch.optim.SGD", 0), ("srpo_lightning.training.low_bit.AdamW8bit", 2)],
 )
 def test_the_optimizers_states_are_those_of_its_class(models, class_name, states):
     wide = tiny.write_pipeline(models.pipeline.parent / "wide", width=128)
@@ -252,7 +226,7 @@ def test_published_architectures_have_the_published_numbers_of_weights(tmp_path)
 
 def test_neither_compiled_blocks_nor_other_attention_kernels_are_predicted_with(small, monkeypatch):
     """Both take tensors with numbers in them."""
-    monkeypatch.setattr(flux, "compile_blocks", None)
+    monkeypatch.setattr(loading, "compile_blocks", None)
     monkeypatch.setattr(FluxTransformer2DModel, "set_attention_backend", None)
     chosen = {f"{POLICY}.compile": True, f"{POLICY}.attention": "_native_math"}
     assert peak(changed(small, **chosen)) == peak(changed(small))
@@ -310,5 +284,5 @@ def test_a_size_without_a_unit_is_refused():
 
 def test_of_several_sizes_of_pictures_the_one_with_the_most_pixels_is_estimated(small):
     config = changed(small, data__sizes=[(64, 16), (16, 96), (32, 32)])
-    assert fake_conditions(config, 2).size == (96, 16)
-    assert fake_conditions(changed(small), 2).size is None
+    assert fake_conditions(config, build(config).policy, 2).size == (96, 16)
+    assert fake_conditions(changed(small), build(config).policy, 2).size is None

@@ -14,16 +14,14 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from srpo_lightning.callbacks.pictures import LABEL_PX
-from srpo_lightning.callbacks.tracking import read_records
-from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main
-from srpo_lightning.jobs import export as job
-from srpo_lightning.jobs import streaming, usage
-from srpo_lightning.jobs.formats import DiffusersFolder
-from srpo_lightning.jobs.weights import Stored
-from srpo_lightning.owners import partial_path
+from srpo_lightning.evaluation.pictures import LABEL_PX
+from srpo_lightning.files.owners import partial_path
+from srpo_lightning.jobs.export import job, streaming, usage
+from srpo_lightning.jobs.export.formats import DiffusersFolder
+from srpo_lightning.jobs.export.weights import Stored
 from srpo_lightning.policies import Lora
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 
 pytest.importorskip("peft")
@@ -39,7 +37,7 @@ KINDS = {
 }
 """Of runs: what their policy is given."""
 
-WITHOUT_AVERAGE = "rslora"
+WITHOUT_EMA = "rslora"
 SIGMA = torch.tensor([0.9, 0.8])
 
 
@@ -58,7 +56,7 @@ def trained(models, features, tmp_path_factory):
             if kind == "full":
                 trainer["callbacks"] = trainer["callbacks"][:3]
             else:
-                trainer |= {"limit_val_batches": 0, "callbacks": trainer["callbacks"][: kind != WITHOUT_AVERAGE]}
+                trainer |= {"limit_val_batches": 0, "callbacks": trainer["callbacks"][: kind != WITHOUT_EMA]}
             (folder / f"{kind}.yaml").write_text(json.dumps(config))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("sys.argv", ["srpo_lightning"])
@@ -81,7 +79,7 @@ def refused(run: Path, output: Path, *options: str) -> str:
 
 
 def saved(run: Path, kind: str) -> dict[str, torch.Tensor]:
-    content = torch.load(checkpoint_path(run, 2), weights_only=True)
+    content = torch.load(RunFolder(run).checkpoint(2), weights_only=True)
     tensors = content["state_dict" if kind == "policy" else "ema"]
     return {name.removeprefix("policy.transformer."): tensor for name, tensor in tensors.items()}
 
@@ -111,7 +109,7 @@ def test_the_transformer_is_the_checkpoints_bit_for_bit(trained, tmp_path, kind,
 @pytest.mark.parametrize("form", ["diffusers", "single-file", "lora", "lora-comfy"])
 def test_the_cards_code_draws_the_checkpoints_picture_from_every_format(trained, tmp_path, capsys, kind, form):
     run, output = trained(kind), tmp_path / "out"
-    options = ["--format", form, "--dtype", "float32", "--weights", "policy" if kind == WITHOUT_AVERAGE else "ema"]
+    options = ["--format", form, "--dtype", "float32", "--weights", "policy" if kind == WITHOUT_EMA else "ema"]
     if kind == "full" and form.startswith("lora"):
         assert f"no adapter that --format {form} could write: choose diffusers" in refused(run, output, *options)
         return
@@ -199,7 +197,7 @@ def test_the_card_says_where_the_weights_are_from_and_how_to_load_them(models, t
     assert "step 2" in body
     assert (folder / "config.yaml").read_bytes() == (run / "config.yaml").read_bytes()
     if form == "single-file":
-        assert "FLUX.1's width, 3072, alone: for it export with `--format diffusers`" in body
+        assert "single files of the published widths alone: for it export with `--format diffusers`" in body
         assert "```python" not in body  # code that does not run is not printed
         return
     code = body.split("```python\n")[1].split("```")[0]
@@ -214,11 +212,11 @@ def test_the_card_says_where_the_weights_are_from_and_how_to_load_them(models, t
 
 def test_the_card_compares_the_first_evaluation_with_that_of_the_exported_weights(trained, tmp_path):
     run = trained("full")
-    before, *_, ema = read_records(run)
-    assert (before["step"], ema["step"], ema["weights"]) == (0, 2, "ema")
+    base, *_, ema = RunFolder(run).read_metrics()
+    assert (base["step"], ema["step"], ema["weights"]) == (0, 2, "ema")
     card = (export(run, tmp_path / "out", "--check", "false") / "README.md").read_text()
-    assert "| | before (step 0) | exported, ema (step 2) |" in card
-    assert f"| reward | {before['reward']:.3f} | {ema['reward']:.3f} |" in card
+    assert "| | base (step 0) | exported ema (step 2) |" in card
+    assert f"| reward | {base['reward']:.3f} | {ema['reward']:.3f} |" in card
     unevaluated = (export(trained("lora"), tmp_path / "lora", "--check", "false") / "README.md").read_text()
     assert "These weights were not evaluated in their run." in unevaluated
 
@@ -305,7 +303,7 @@ def test_a_run_that_started_from_an_export_is_exported_beside_the_same_base(mode
 
 def test_a_moved_run_is_found_beside_its_configuration(trained, tmp_path):
     shutil.copytree(trained("full"), tmp_path / "moved")
-    last = checkpoint_path(tmp_path / "moved", 2)
+    last = RunFolder(tmp_path / "moved").checkpoint(2)
     last.rename(last.with_name("step-00000007.ckpt"))
     folder = export(tmp_path / "moved", tmp_path / "out", "--check", "false")
     assert "`step-00000007.ckpt`" in (folder / "README.md").read_text()
@@ -356,11 +354,11 @@ def test_an_export_that_breaks_off_leaves_nothing_under_the_final_name(trained, 
 def test_what_does_not_fit_together_is_refused_with_the_cure(models, trained, tmp_path):
     run, output = trained("full"), tmp_path / "out"
     assert "exists already: name another output" in refused(run, tmp_path)
-    assert "holds no average: export --weights policy" in refused(trained(WITHOUT_AVERAGE), output)
+    assert "holds no ema: export --weights policy" in refused(trained(WITHOUT_EMA), output)
     assert "best needs checkpoint.monitor" in refused(run, output, "--ckpt_path", "best")
     assert "does not exist: `last` takes the newest" in refused(run, output, "--ckpt_path", "/nowhere")
     assert "this checkpoint is of another policy" in refused(
-        run, output, "--ckpt_path", str(checkpoint_path(trained("lora"), 2))
+        run, output, "--ckpt_path", str(RunFolder(trained("lora")).checkpoint(2))
     )
     (tmp_path / "broken.ckpt").write_bytes(b"half")
     assert "is damaged: broken.ckpt is cut off" in refused(run, output, "--ckpt_path", str(tmp_path / "broken.ckpt"))

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from srpo_lightning.arguments import read_config
 from srpo_lightning.cli import main
-from srpo_lightning.jobs import room
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.jobs.estimate import room
 from srpo_lightning.policies import FluxPolicy
 from tests import tiny
 

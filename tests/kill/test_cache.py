@@ -18,9 +18,9 @@ NUM_PROMPTS = 60
 NUM_KILLS = 8
 
 
-def in_small_chunks(seconds: float | None, clock: Path) -> None:
+def in_small_files(seconds: float | None, clock: Path) -> None:
     """Two prompts in each; end at any instruction after that much processor time, or write down how much it took."""
-    features.per_chunk = lambda item_bytes: 2
+    features.per_file = lambda item_bytes: 2
     run, start_s = cli.run_job, time.process_time()
 
     def timed(*args) -> None:
@@ -35,11 +35,11 @@ def in_small_chunks(seconds: float | None, clock: Path) -> None:
 def encoded(config: Path) -> dict[str, torch.Tensor]:
     data = read_data(str(config))
     data.cache.open()
-    return {text: data.cache[text].prompt_embeds for text in data.selection.texts}
+    return {text: data.cache[text]["prompt_embeds"] for text in data.selection.texts}
 
 
 def names(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix != ".bin"}
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix != ".parquet"}
 
 
 def test_a_cache_killed_at_random_moments_and_called_again_is_the_one_that_was_not(models, tmp_path):
@@ -50,7 +50,7 @@ def test_a_cache_killed_at_random_moments_and_called_again_is_the_one_that_was_n
         config = tmp_path / f"{name}.json"
         settings = tiny.config(models._replace(train=prompts), tmp_path / "run", tmp_path / name)
         config.write_text(json.dumps(settings))
-        log, before = tmp_path / f"{name}.log", partial(in_small_chunks, seconds, clock)
+        log, before = tmp_path / f"{name}.log", partial(in_small_files, seconds, clock)
         process = processes.launch(["cache", "--config", str(config)], log, before=before)
         process.join()
         assert process.exitcode in (0, -signal.SIGPROF), log.read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 
 NUM_STEPS = 8
@@ -63,7 +63,7 @@ def end_after(seconds: float, is_at_start: bool) -> None:
 
 def fit(config: Path, run: Path, before) -> int:
     """How the next part of a run ends."""
-    resumed = ["--ckpt_path", "last"] if checkpoints(run) else []
+    resumed = ["--ckpt_path", "last"] if RunFolder(run).checkpoints() else []
     process = processes.launch(["fit", "--config", str(config), *resumed], run.with_suffix(".log"), before=before)
     process.join()
     assert process.exitcode in (0, -signal.SIGPROF), run.with_suffix(".log").read_text()[-5000:]
@@ -75,7 +75,7 @@ def content(run: Path) -> dict[str, bytes]:
     files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
     names = {path: path.relative_to(run).as_posix() for path in files}
     own = {name: path.read_bytes() for path, name in names.items() if path.suffix not in (".ckpt", ".yaml", ".md")}
-    return own | {path.name: b"" for path in checkpoints(run)}
+    return own | {path.name: b"" for path in RunFolder(run).checkpoints()}
 
 
 def assert_equal(a: object, b: object, where: str = "") -> None:
@@ -110,9 +110,9 @@ def assert_same_end(whole: Path, killed: Path) -> None:
     a, b = content(whole), content(killed)
     assert a.keys() == b.keys()
     assert [name for name in a if a[name] != b[name]] == []
-    for path in checkpoints(whole):
+    for path in RunFolder(whole).checkpoints():
         step = int(path.stem.removeprefix("step-"))
-        saved, other = (torch.load(checkpoint_path(run, step), weights_only=True) for run in (whole, killed))
+        saved, other = (torch.load(RunFolder(run).checkpoint(step), weights_only=True) for run in (whole, killed))
         for part in PARTS:
             assert_equal(saved[part], other[part], f"{path.name}: {part}")
     assert prompts_by_step(killed.with_suffix(".jsonl")) == prompts_by_step(whole.with_suffix(".jsonl"))

@@ -97,7 +97,7 @@ def test_the_gradient_is_the_policy_gradient():
     rewards = toy.Wavy()(policy.decode(rollout.x0), groups.prompts).view(4, 2)
     advantage = ((rewards - rewards.mean(0)) / (rewards.std(0) + 1e-8)).flatten().detach()
     sigmas, terms = policy.sigmas(6, 3.0), []
-    for b, steps in enumerate(objective.trained(draws, 2).T.tolist()):
+    for b, steps in enumerate(objective.trained_steps(draws, 2).T.tolist()):
         for i in steps:
             x, sigma, dt = rollout.trajectory[i, b], sigmas[i], sigmas[i + 1] - sigmas[i]
             v = policy(x.unsqueeze(0), sigma.expand(1), groups.take(slice(b, b + 1)), 0.7)[0]
@@ -155,7 +155,7 @@ def test_a_prompts_rollouts_do_not_depend_on_how_prompts_are_divided_over_ranks(
 def test_the_last_step_is_the_flows_and_not_trained():
     objective = GRPO(timestep_fraction=1.0, **SETTINGS)
     policy, conditions, rollout = sampled(objective)
-    assert objective.trained(Draws(0), 2).sort(0).values.tolist() == [[i] * 8 for i in range(5)]
+    assert objective.trained_steps(Draws(0), 2).sort(0).values.tolist() == [[i] * 8 for i in range(5)]
     assert rollout.log_probs.shape == (5, 8)
     x, sigma = rollout.trajectory[-2], policy.sigmas(6)[-2].float()
     x0 = x - sigma * policy(x, sigma.expand(8), conditions.repeat(4), 0.7)
@@ -164,12 +164,12 @@ def test_the_last_step_is_the_flows_and_not_trained():
 
 def test_every_sample_trains_steps_of_its_own_drawn_anew_at_every_update():
     objective = GRPO()
-    drawn = torch.stack([objective.trained(Draws(0, step), 2) for step in range(10)])
+    drawn = torch.stack([objective.trained_steps(Draws(0, step), 2) for step in range(10)])
     assert drawn.shape == (10, 9, 24)  # 0.6 of 15
     assert (drawn.sort(1).values.diff(dim=1) > 0).all()
     assert drawn.unique().tolist() == list(range(15))
     assert len(drawn.transpose(1, 2).flatten(0, 1).unique(dim=0)) == 240
-    by_rank = [objective.trained(Draws(0, 3, rank=rank), 1).view(9, 12) for rank in range(2)]
+    by_rank = [objective.trained_steps(Draws(0, 3, rank=rank), 1).view(9, 12) for rank in range(2)]
     assert torch.equal(torch.stack(by_rank, dim=2), drawn[3].view(9, 12, 2))
 
 
@@ -187,7 +187,7 @@ def test_several_updates_divide_every_group_or_train_all_of_it_at_other_steps(sp
     whole, halves = gradients((0, 1)), [gradients((u, 2)) for u in range(2)]
     torch.testing.assert_close(sum(halves) / 2, whole, rtol=1e-9, atol=1e-12)
     assert torch.allclose(halves[0], halves[1]) != split
-    assert objective.samples((1, 2), 2) == (slice(4, 8) if split else slice(0, 8))
+    assert objective.rows_of((1, 2), 2) == (slice(4, 8) if split else slice(0, 8))
 
 
 def test_updates_that_do_not_divide_a_group_are_refused():
@@ -227,7 +227,7 @@ def test_the_penalty_is_the_divergence_from_the_base_over_the_trained_steps():
     rollout, draws, groups = Rollout(*(part.double() for part in drawn[:4])), Draws(0, 1), conditions.repeat(4)
     losses = [o.loss(policy, toy.Wavy(), conditions, rollout, draws) for o in (plain, penalised)]
     sigmas, kls = policy.sigmas(6, 3.0), []
-    for b, steps in enumerate(plain.trained(draws, 2).T.tolist()):
+    for b, steps in enumerate(plain.trained_steps(draws, 2).T.tolist()):
         for i in steps:
             x, sigma, dt = rollout.trajectory[i, b].unsqueeze(0), sigmas[i], sigmas[i + 1] - sigmas[i]
             group = groups.take(slice(b, b + 1))

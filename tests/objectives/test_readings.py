@@ -60,7 +60,7 @@ def test_every_term_that_the_words_steer_is_looked_at(reward):
 
 def test_a_run_is_refused_before_its_first_step(models, features, tmp_path):
     (tmp_path / "p.txt").write_text(f"{LONG}\n")
-    data = PromptData(str(tmp_path / "p.txt"), str(models.pipeline), str(models.evaluation), cache_dir=str(features))
+    data = PromptData(str(tmp_path / "p.txt"), tiny.encoder_of(models), str(models.evaluation), cache_dir=str(features))
     module = tiny.new_module(models)
     module.objective = SRPO(WORDS, template="{prompt} {word}", num_rollout_steps=2)
     with pytest.raises(ValueError, match=r"reads no difference .*a cat on a mat"):

@@ -152,7 +152,7 @@ def test_own_noise_differs_between_ranks_and_shared_noise_does_not(policy):
 
 def test_the_rollout_keeps_single_precision_whatever_precision_the_features_have(policy):
     batch = tiny.new_conditions(1)
-    batch = batch._replace(prompt_embeds=batch.prompt_embeds.bfloat16())
+    batch = batch._replace(text=batch.text.each(torch.Tensor.bfloat16))
     assert SRPO(WORDS, num_rollout_steps=1).rollout(policy, batch, Draws(0)).x0.dtype == torch.float32
 
 

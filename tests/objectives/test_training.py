@@ -33,7 +33,7 @@ OBJECTIVES = {
     "bridge": FlowBPBridge(num_steps=3, num_trained_steps=2),
     "lagrange": FlowBPLagrange(FORM, num_steps=4),
     "dance": GRPO(num_steps=4, group_size=3),
-    "flow": GRPO(FORM, FlowDiffusion(), num_steps=4, group_size=3),
+    "flow": GRPO(FORM, diffusion=FlowDiffusion(), num_steps=4, group_size=3),
 }
 
 
@@ -44,7 +44,7 @@ def test_two_steps_through_the_trainer_change_the_weights(models, features, tmp_
     module.configure_model()
     before = {name: p.clone() for name, p in module.trainable_parameters()}
     tiny.new_trainer(tmp_path, max_steps=2).fit(module, tiny.new_data(models, features))
-    assert module.skipped_steps == 0
+    assert module.skipping.num_in_a_row == 0
     changed = [name for name, p in module.trainable_parameters() if not torch.equal(p, before[name])]
     assert len(changed) > 20
     assert torch.isfinite(module.trainer.callback_metrics["train/loss"])

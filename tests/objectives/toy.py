@@ -36,7 +36,7 @@ class Field(Policy):
 
     def forward(self, x, sigma, conditions, guidance):
         level = sigma.double().unsqueeze(1)
-        text = conditions.pooled_prompt_embeds.double()[:, :12]
+        text = conditions.text.tensors["pooled_prompt_embeds"].double()[:, :12]
         out = torch.tanh(x.double().flatten(1) @ self.weight + level * self.bias + text) * guidance
         return out.view_as(x).to(x.dtype)
 

@@ -5,10 +5,10 @@ import torch
 from diffusers import FluxPipeline
 
 from srpo_lightning import flow
-from srpo_lightning.batch import Conditions
+from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.draws import sample_noise
-from srpo_lightning.policies.flux import image_ids, pack, unpack
-from srpo_lightning.policies.text import FluxTextEncoder
+from srpo_lightning.policies.flux import FluxTextEncoder
+from srpo_lightning.policies.packing import image_ids, pack, unpack
 from tests import tiny
 
 PROMPTS = ["a cat", "3 dogs, running"]
@@ -59,8 +59,8 @@ def test_text_features_equal_the_pipelines_bit_for_bit(pipeline_folder, pipe, le
     with torch.no_grad():
         embeds, pooled, _ = pipe.encode_prompt(PROMPTS, None, device="cpu", max_sequence_length=length)
     ours = FluxTextEncoder(str(pipeline_folder), max_sequence_length=length).encode(PROMPTS)
-    assert torch.equal(torch.stack([f.prompt_embeds for f in ours]), embeds)
-    assert torch.equal(torch.stack([f.pooled_prompt_embeds for f in ours]), pooled)
+    assert torch.equal(torch.stack([f["prompt_embeds"] for f in ours]), embeds)
+    assert torch.equal(torch.stack([f["pooled_prompt_embeds"] for f in ours]), pooled)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -70,7 +70,7 @@ def test_our_sampler_draws_the_pipelines_pictures(models, pipeline_folder, pipe,
     policy = tiny.new_policy(models._replace(pipeline=pipeline_folder), height=height, width=width)
     noise = sample_noise(0, [0, 1], policy.latent_shape())
     embeds, pooled, _ = pipe.encode_prompt(PROMPTS, None, device="cpu", max_sequence_length=tiny.MAX_TOKENS)
-    conditions = Conditions(PROMPTS, embeds, pooled, torch.arange(2))
+    conditions = Conditions(PROMPTS, Text({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}), torch.arange(2))
     with torch.no_grad():
         latents = flow.integrate(lambda x, sigma: policy(x, sigma, conditions, 3.5), noise, policy.sigmas(num_steps))
         pictures = policy.decode(latents)

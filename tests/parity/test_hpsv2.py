@@ -45,7 +45,7 @@ def original(tmp_path_factory):
 
 
 def load(original, kind=HPSv2, **settings):
-    reward = kind(original["weights"], processor=original["processor"], **settings)
+    reward = kind(pretrained=original["weights"], processor=original["processor"], **settings)
     reward.load()
     return reward
 

@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from srpo_lightning import flow
-from srpo_lightning.policies.flux import resolution_dependent_shift
+from srpo_lightning.policies.family import resolution_dependent_shift
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 25, 28, 50])

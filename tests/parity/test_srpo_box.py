@@ -94,8 +94,7 @@ def plain_loss(policy, reward, conditions, rollout, mids: list[int], words: tupl
     for i, mid in enumerate(mids):
         one = conditions._replace(
             prompts=conditions.prompts[i : i + 1],
-            prompt_embeds=conditions.prompt_embeds[i : i + 1],
-            pooled_prompt_embeds=conditions.pooled_prompt_embeds[i : i + 1],
+            text=conditions.text.each(lambda rows, i=i: rows[i : i + 1]),
         )
         x0, noise = rollout.x0[i : i + 1], rollout.noise[i : i + 1]
         texts = [reward.text_features([f"{word}. {one.prompts[0]}"]) for word in words]
@@ -142,8 +141,7 @@ def test_a_batch_equals_its_samples_one_by_one(models):
     for i in range(3):
         one = conditions._replace(
             prompts=conditions.prompts[i : i + 1],
-            prompt_embeds=conditions.prompt_embeds[i : i + 1],
-            pooled_prompt_embeds=conditions.pooled_prompt_embeds[i : i + 1],
+            text=conditions.text.each(lambda rows, i=i: rows[i : i + 1]),
         )
         own, draws = Rollout(rollout.x0[i : i + 1], rollout.noise[i : i + 1]), Draws(0, 1, micro_batch=i)
         loss = objective.loss(policy, reward, one, own, draws).loss

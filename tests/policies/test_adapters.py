@@ -6,14 +6,13 @@ import torch
 from diffusers import FluxPipeline
 from torch import nn
 
-from srpo_lightning import nf4
 from srpo_lightning.callbacks import EMA, LoraExport, RunCheckpoint
 from srpo_lightning.callbacks import lora as lora_callback
-from srpo_lightning.callbacks.lora import lora_path
-from srpo_lightning.checkpoints import checkpoint_path
+from srpo_lightning.files.owners import partial_path
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.owners import partial_path
 from srpo_lightning.policies import FluxPolicy, Lora, adapters
+from srpo_lightning.run_folder import RunFolder
+from srpo_lightning.training import nf4
 from tests import tiny
 from tests.faults import History
 
@@ -119,6 +118,17 @@ def test_the_first_weights_depend_on_the_adapters_seed_and_on_no_hidden_state(mo
     assert differs == {"A"}
 
 
+def test_the_first_weights_are_drawn_on_the_cpu_whatever_torchs_default_device_is(models):
+    """Lightning makes a GPU the default while it loads; the meta device, which has no numbers, stands in for it."""
+    policy, expected = (tiny.new_policy(models, adapter=Lora(4)) for _ in range(2))
+    for parameter in trained(policy).values():
+        torch.nn.init.constant_(parameter, 7)
+    with torch.device("meta"):
+        policy.restart()
+    found = trained(policy)
+    assert all(torch.equal(found[name], p) for name, p in trained(expected).items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_adapted_model_is_the_one_with_the_papers_weights(models, kind):
     """W + alpha / rank B A (LoRA), alpha / sqrt(rank) (rsLoRA), and m (W + B A) / |W + B A| by rows (DoRA)."""
@@ -159,15 +169,15 @@ def test_a_checkpoint_holds_adapters_alone_and_a_resumed_run_is_the_unbroken_one
         history, ema = History(), EMA(decay=0.9)
         trainer = tiny.new_trainer(tmp_path / run, [history, ema, RunCheckpoint(2)], max_steps=steps)
         trainer.fit(new_module(models, adapter=Lora(4)), tiny.new_data(models, features), ckpt_path=path)
-        return history.weights[-1], ema.average
+        return history.weights[-1], ema.weights
 
     whole, average = fit("whole", 4)
     fit("halves", 2)
-    halves, resumed_average = fit("halves", 4, checkpoint_path(tmp_path / "halves", 2))
+    halves, resumed_average = fit("halves", 4, RunFolder(tmp_path / "halves").checkpoint(2))
     assert equal(halves, whole)
     assert equal(resumed_average, average)
     assert not equal(average, whole)
-    saved = torch.load(checkpoint_path(tmp_path / "whole", 4), weights_only=True)
+    saved = torch.load(RunFolder(tmp_path / "whole").checkpoint(4), weights_only=True)
     assert saved["state_dict"].keys() == saved["ema"].keys() == whole.keys()
     assert len(saved["state_dict"]) == 2 * (12 + 5)
     assert all(".lora_" in name for name in whole)
@@ -191,7 +201,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(models, features, tmp_path):
     tiny.new_trainer(tmp_path, [RunCheckpoint(1)], max_steps=1).fit(new_module(models, adapter=Lora(4)), data)
     with pytest.raises(ValueError, match=r"(?s)of another policy.*\"rank\": 4.*\"rank\": 8"):
         tiny.new_trainer(tmp_path).fit(
-            new_module(models, adapter=Lora(8)), data, ckpt_path=checkpoint_path(tmp_path, 1)
+            new_module(models, adapter=Lora(8)), data, ckpt_path=RunFolder(tmp_path).checkpoint(1)
         )
 
 
@@ -270,7 +280,7 @@ def test_diffusers_reads_the_exported_adapter_and_its_average(models, features, 
         expected["ema"] = velocity(module.policy)
     for place, theirs in expected.items():
         pipeline = FluxPipeline.from_pretrained(models.pipeline)
-        pipeline.load_lora_weights(lora_path(tmp_path, 3) / place)
+        pipeline.load_lora_weights(RunFolder(tmp_path).lora(3) / place)
         policy = tiny.new_policy(models)
         before, policy.transformer = velocity(policy), pipeline.transformer
         torch.testing.assert_close(velocity(policy), theirs, rtol=0, atol=1e-5)
@@ -284,20 +294,22 @@ def test_the_adapter_is_exported_every_so_many_steps_and_at_the_end_once_each(
 ):
     written = []
 
-    def record(transformer, weights, folder):
+    def record(pipeline_class, transformer, weights, folder):
         written.append(folder)
         folder.mkdir(exist_ok=True)
 
     monkeypatch.setattr(lora_callback, "save_lora", record)
     trainer = tiny.new_trainer(tmp_path, [LoraExport(2)], max_steps=max_steps, accumulate_grad_batches=2)
     trainer.fit(new_module(models, adapter=Lora(4)), tiny.new_data(models, features))
-    assert written == [partial_path(lora_path(tmp_path, n)) for n in exported]
-    assert sorted(p.name for p in lora_path(tmp_path, 0).parent.iterdir()) == [f"step-0000000{n}" for n in exported]
+    assert written == [partial_path(RunFolder(tmp_path).lora(n)) for n in exported]
+    assert sorted(p.name for p in RunFolder(tmp_path).lora(0).parent.iterdir()) == [
+        f"step-0000000{n}" for n in exported
+    ]
 
 
 def test_an_export_that_breaks_off_leaves_nothing_under_the_final_name(models, features, tmp_path, monkeypatch):
-    def break_off(transformer, weights, folder):
-        adapters.save_lora(transformer, weights, folder)
+    def break_off(pipeline_class, transformer, weights, folder):
+        adapters.save_lora(pipeline_class, transformer, weights, folder)
         raise OSError("no space left")
 
     monkeypatch.setattr(lora_callback, "save_lora", break_off)
@@ -305,7 +317,7 @@ def test_an_export_that_breaks_off_leaves_nothing_under_the_final_name(models, f
         tiny.new_trainer(tmp_path, [LoraExport()], max_steps=1).fit(
             new_module(models, adapter=Lora(4)), tiny.new_data(models, features)
         )
-    assert not lora_path(tmp_path, 1).exists()
+    assert not RunFolder(tmp_path).lora(1).exists()
 
 
 def test_exporting_the_adapter_of_a_policy_without_one_is_refused_before_weights_are_read(models, features, tmp_path):

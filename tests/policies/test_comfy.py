@@ -126,7 +126,7 @@ def test_in_bfloat16_the_lengths_of_rows_stay_exact(policy, lora, base):
 def test_diffusers_makes_the_trained_weights_of_its_file_and_comfyui_too_without_dora(
     models, policy, lora, base, tmp_path
 ):
-    adapters.save_lora(policy.transformer, own_weights(policy), tmp_path)
+    adapters.save_lora("FluxPipeline", policy.transformer, own_weights(policy), tmp_path)
     pipeline = FluxPipeline.from_pretrained(models.pipeline)
     pipeline.load_lora_weights(tmp_path)
     pipeline.fuse_lora()

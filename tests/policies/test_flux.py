@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from srpo_lightning.draws import Draws
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy
-from srpo_lightning.policies.flux import unpack
+from srpo_lightning.policies.packing import unpack
 from tests import tiny
 
 SIGMA = torch.tensor([0.9, 0.8])
@@ -116,8 +116,7 @@ def test_no_step_of_a_rollout_makes_the_host_wait_for_the_device(models):
     policy = tiny.new_policy(models).to("meta")
     conditions = tiny.new_conditions(2)
     there = conditions._replace(
-        prompt_embeds=conditions.prompt_embeds.to("meta"),
-        pooled_prompt_embeds=conditions.pooled_prompt_embeds.to("meta"),
+        text=conditions.text.each(lambda tensor: tensor.to("meta")), indices=conditions.indices.to("meta")
     )
     with Waits() as waits:
         rollout = SRPO(ControlWords(["x"], ["y"]), num_rollout_steps=3).rollout(policy, there, Draws(0))

@@ -9,7 +9,7 @@ import torch._inductor.metrics
 from diffusers.models.attention_dispatch import attention_backend
 from torch._dynamo.utils import counters
 
-from srpo_lightning.policies import FluxPolicy, flux, parallel
+from srpo_lightning.policies import FluxPolicy, loading, parallel
 from srpo_lightning.policies.adapters import Lora
 from tests import tiny
 
@@ -22,7 +22,7 @@ pytestmark = [  # torch.compile's own, of torch 2.13
 @pytest.fixture
 def traced(monkeypatch):
     """Dynamo and AOTAutograd, which decide about names, gradients and recompilations, without generated code."""
-    monkeypatch.setattr(flux, "compile_blocks", lambda blocks: parallel.compile_blocks(blocks, backend="aot_eager"))
+    monkeypatch.setattr(loading, "compile_blocks", lambda blocks: parallel.compile_blocks(blocks, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -92,16 +92,23 @@ def test_dora_is_not_compiled(models):
         FluxPolicy(str(models.pipeline), 32, 32, compile=True, adapter=Lora(rank=4, dora=True))
 
 
+def test_training_leaves_cudnns_attention_alone(models):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tiny.new_module(models).configure_model()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_another_attention_kernel_gives_the_same_velocity_and_gradient(models, own_attention):
     chosen, default = tiny.new_policy(models, attention="_native_math"), tiny.new_policy(models)
-    backends = {block.attn.processor._attention_backend for _, block in flux.blocks(chosen.transformer)}
+    backends = {block.attn.processor._attention_backend for _, block in loading.blocks(chosen.transformer)}
     assert {backend.value for backend in backends} == {"_native_math"}
     with attention_backend("native"):
         expected = run(default, 2, grad=True)
     torch.testing.assert_close(run(chosen, 2, grad=True), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["nativ", "sage", "flash_hub", "_flash_3"])
+@pytest.mark.parametrize("name", ["nativ", "sage", "flash_hub", "_flash_3", "_native_cudnn"])
 def test_a_kernel_that_is_unknown_or_cannot_train_is_refused_with_those_that_can(models, name):
     with pytest.raises(ValueError, match=f"attention is '{name}'.*choose from native, .*_native_math, flex"):
         FluxPolicy(str(models.pipeline), 32, 32, attention=name)

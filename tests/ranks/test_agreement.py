@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 from tests.ranks.test_sharded import sharded
 
@@ -68,7 +68,7 @@ def test_what_a_rank_alone_has_been_told_ends_both(models, features, tmp_path, s
     config = write(models, features, tmp_path / "run")
     done = processes.start(["fit", "--config", str(config), "RANK1", *own], 2, only_rank_1_reads_on)
     refused(done, line)
-    assert not checkpoint_path(tmp_path / "run", 2).exists()
+    assert not RunFolder(tmp_path / "run").checkpoint(2).exists()
 
 
 def refused(done: processes.Done, line: str) -> None:
@@ -88,10 +88,10 @@ def test_another_newest_checkpoint_on_one_rank_ends_both(models, features, tmp_p
     config = write(models, features, here, max_steps=6)
     for folder, steps in ((here, [2, 4]), (other, there)):
         for step in steps:
-            checkpoint_path(folder, step).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(checkpoint_path(finished_run, step), checkpoint_path(folder, step))
+            RunFolder(folder).checkpoint(step).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(RunFolder(finished_run).checkpoint(step), RunFolder(folder).checkpoint(step))
     if there == [2, 4]:
-        path = checkpoint_path(other, 4)
+        path = RunFolder(other).checkpoint(4)
         content = torch.load(path, weights_only=True)
         next(iter(content["state_dict"].values())).add_(1e-6)
         torch.save(content, path)
@@ -122,7 +122,10 @@ def test_other_weights_on_one_rank_end_both(models, features, tmp_path, strategy
 
 
 STRATEGIES = {
-    "ddp": {"class_path": "srpo_lightning.strategies.ReplicatedStrategy", "init_args": {"timeout_minutes": 0.25}},
+    "ddp": {
+        "class_path": "srpo_lightning.training.strategies.ReplicatedStrategy",
+        "init_args": {"timeout_minutes": 0.25},
+    },
     "sharded": sharded(2, timeout_minutes=0.25),
 }
 

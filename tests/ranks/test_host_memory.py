@@ -18,7 +18,7 @@ PROGRAM = """
 import json, sys, threading
 import torch
 from srpo_lightning.policies import FluxPolicy
-from srpo_lightning.strategies import ShardedStrategy
+from srpo_lightning.training.strategies import ShardedStrategy
 
 def allocated():
     # Pages that are mapped from files, as safetensors' are, are the system's to take back.

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import checkpoint_path
 from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
+from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 
 LAYOUTS = {"1 x 32": (1, 32, 1), "1 x 8 x 4": (1, 8, 4), "32 x 1": (1, 1, 32), "2 ranks x 4 x 4": (2, 4, 4)}
@@ -44,7 +44,7 @@ def weights_after(models, features: Path, run: Path, layout: str) -> dict[str, t
     else:
         done = processes.start(["fit", "--config", str(config)], ranks)
         assert done.returncode == 0, done.output
-    state: dict[str, torch.Tensor] = torch.load(checkpoint_path(run, 2), weights_only=True)["state_dict"]
+    state: dict[str, torch.Tensor] = torch.load(RunFolder(run).checkpoint(2), weights_only=True)["state_dict"]
     return state
 
 

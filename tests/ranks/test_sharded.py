@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from srpo_lightning import strategies
-from srpo_lightning.callbacks.tracking import read_records
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.run_folder import RunFolder
+from srpo_lightning.training import strategies
 from tests import processes, tiny
 from tests.processes import Done
 
@@ -39,7 +38,7 @@ def config(models, features, run: Path, ranks: int, **trainer) -> Path:
 
 def sharded(shard_size: int, **settings) -> dict:
     return {
-        "class_path": "srpo_lightning.strategies.ShardedStrategy",
+        "class_path": "srpo_lightning.training.strategies.ShardedStrategy",
         "init_args": {"shard_size": shard_size} | settings,
     }
 
@@ -56,7 +55,7 @@ def fit(config: Path, *arguments: str) -> None:
 
 def whole(run: Path, step: int) -> dict:
     """A checkpoint's weights and averages, of a file or of a sharded folder."""
-    path = checkpoint_path(run, step)
+    path = RunFolder(run).checkpoint(step)
     if path.is_dir():
         dcp_to_torch_save(path, path.with_suffix(".whole"))
         path = path.with_suffix(".whole")
@@ -105,7 +104,7 @@ def two(models, features, folder) -> Path:
 def test_a_run_on_two_ranks_goes_on_to_the_weights_of_one_process(models, features, two, single):
     path = config(models, features, two, 2)
     fit(path, "--ckpt_path", "last")
-    assert [p.name for p in checkpoints(two)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    assert [p.name for p in RunFolder(two).checkpoints()] == ["step-00000002.ckpt", "step-00000004.ckpt"]
     assert not list(two.rglob("*.partial*"))
     assert_close(whole(two, 4), single)
 
@@ -113,7 +112,7 @@ def test_a_run_on_two_ranks_goes_on_to_the_weights_of_one_process(models, featur
 def test_a_sharded_run_goes_on_in_one_process(models, features, folder, two, single):
     shutil.copytree(two, folder / "gathered")
     path = config(models, features, folder / "gathered", 1)
-    fit(path, "--ckpt_path", str(checkpoint_path(folder / "gathered", 2)))
+    fit(path, "--ckpt_path", str(RunFolder(folder / "gathered").checkpoint(2)))
     assert_close(whole(folder / "gathered", 4), single)
 
 
@@ -136,7 +135,7 @@ def test_sigterm_on_one_rank_lets_all_finish_the_step_save_and_leave(models, fea
     path.write_text(json.dumps(stopping))
     done = start(path)
     assert done.returncode == 143, done.output
-    assert [p.name for p in checkpoints(run)] == ["step-00000002.ckpt"]
+    assert [p.name for p in RunFolder(run).checkpoints()] == ["step-00000002.ckpt"]
     path.write_text(json.dumps(settings))
     fit(path, "--ckpt_path", "last")
     assert_close(whole(run, 4), single)
@@ -147,7 +146,7 @@ def test_ranks_killed_while_they_save_leave_the_checkpoint_before(models, featur
     path = config(models, features, run, 2)
     died = start(path, before=die_while_saving)
     assert died.returncode == -signal.SIGKILL
-    assert [p.name for p in checkpoints(run)] == ["step-00000002.ckpt"]
+    assert [p.name for p in RunFolder(run).checkpoints()] == ["step-00000002.ckpt"]
     (unfinished,) = (run / "checkpoints").glob("step-00000004.ckpt.partial-*")
     assert unfinished.is_dir()
     fit(path, "--ckpt_path", "last")
@@ -198,9 +197,9 @@ def test_evaluation_on_two_ranks_reads_weights_and_average(models, features, two
     evaluated = json.loads(path.read_text())
     evaluated["trainer"]["callbacks"] = settings[:3]
     path.write_text(json.dumps(evaluated))
-    done = start(path, "--ckpt_path", str(checkpoint_path(two, 2)), command="validate")
+    done = start(path, "--ckpt_path", str(RunFolder(two).checkpoint(2)), command="validate")
     assert done.returncode == 0, done.output
-    records = read_records(two / "validation")
+    records = RunFolder(two / "validation").read_metrics()
     assert [(r["step"], r["weights"]) for r in records] == [(2, "policy"), (2, "ema")]
     assert records[-1]["reward"] != records[-2]["reward"]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srpo_lightning.callbacks.lora import lora_path
 from srpo_lightning.cli import main
+from srpo_lightning.run_folder import RunFolder
 from tests.ranks.test_sharded import assert_close, config, fit, whole
 
 pytest.importorskip("peft")
@@ -39,6 +39,6 @@ def test_two_ranks_train_and_export_the_adapter_of_one_process(models, features,
     assert all(".lora_" in name for name in one["state_dict"])
     for place in ("", "ema"):
         file = Path(place) / "pytorch_lora_weights.safetensors"
-        ours, theirs = (load_file(lora_path(tmp_path / run, 4) / file) for run in ("two", "one"))
+        ours, theirs = (load_file(RunFolder(tmp_path / run).lora(4) / file) for run in ("two", "one"))
         assert len(ours) == len(one["state_dict"])
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_lightning.callbacks.tracking import read_table, table_path
+from srpo_lightning.evaluation.comparison import read_table
+from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 
 
@@ -31,7 +32,7 @@ def runs(models, features, tmp_path_factory) -> list[Path]:
 
 
 def test_two_ranks_measure_what_one_measures_and_every_sample_once(runs):
-    one, two = (read_table(table_path(run, 0, "policy")) for run in runs)
+    one, two = (read_table(RunFolder(run).table(0, "policy")) for run in runs)
     assert two.indices.tolist() == [0, 1, 2, 3, 4]
     for name, column in one.columns.items():
         torch.testing.assert_close(two.columns[name], column, rtol=0, atol=1e-6)

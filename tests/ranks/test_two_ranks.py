@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo_lightning.checkpoints import checkpoint_path, checkpoints
+from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.processes import LIMIT_S
 
@@ -61,7 +61,7 @@ def test_both_ranks_draw_the_same_noise_for_different_prompts(finished):
 
 def test_the_run_is_logged_and_saved_once(finished):
     run = finished / "run"
-    assert [path.name for path in checkpoints(run)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["step-00000002.ckpt", "step-00000004.ckpt"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["weights"]) for r in lines] == [
         (0, "policy"), (2, "policy"), (2, "ema"), (4, "policy"), (4, "ema"),
@@ -76,6 +76,6 @@ def test_every_picture_is_drawn_and_described_once(finished):
 
 
 def test_the_checkpoint_counts_the_steps_of_a_rank_and_holds_finite_weights(finished):
-    saved = torch.load(checkpoint_path(finished / "run", 4), weights_only=True)
+    saved = torch.load(RunFolder(finished / "run").checkpoint(4), weights_only=True)
     assert saved["srpo"]["micro_step"] == saved["PromptData"]["num_batches"] == 4
     assert all(weights.isfinite().all() for weights in saved["state_dict"].values())

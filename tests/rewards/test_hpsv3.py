@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
-from srpo_lightning import nf4
 from srpo_lightning.rewards import hpsv3
 from srpo_lightning.rewards.hpsv3 import IMAGE_TOKEN, INSTRUCTION, REWARD_TOKEN, HPSv3
 from srpo_lightning.rewards.pixels import Preprocessing
+from srpo_lightning.training import nf4
 from tests.rewards.qwen import write_base, write_weights
 
 TEXTS = ["a cat", "Painting. a horse on Mars", "a much longer text, " * 9]

@@ -1,0 +1,208 @@
+"""What a benchmark runs: rows, each at several learning rates and from several seeds, as configurations of `fit`."""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveFloat, register_type
+
+from experiments.objectives.forwards import Forwards, count_forwards
+from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.objectives import Objective
+
+COUNTED_STEPS = 100
+CONFIG = "run.yaml"
+
+
+class Settings:
+    """A part of a configuration as it is written, with classes by their paths: runs make them, not the benchmark.
+
+    Args:
+        values: in their nesting.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = dict(values)
+
+
+register_type(Settings, serializer=lambda settings: settings.values, deserializer=Settings)
+
+
+@dataclass
+class Row:
+    """A line of the table.
+
+    Args:
+        objective: `class_path` and `init_args`, as in model.objective.
+        settings: what else is different from the common settings, in their nesting.
+        learning_rates: those that are tried from the first seed; None: the benchmark's.
+        learning_rate_of: the row whose choice of a learning rate is taken over, instead of trying any.
+        num_seeds: how many of the seeds are run at the chosen learning rate; None: all.
+        compute: the part of the benchmark's compute that is spent, or a multiple of it.
+        needs: a path without which the row is left out.
+        curve: whether the figure shows it.
+    """
+
+    objective: Settings
+    settings: Settings | None = None
+    learning_rates: list[PositiveFloat] | None = None
+    learning_rate_of: str | None = None
+    num_seeds: int | None = None
+    compute: PositiveFloat = 1.0
+    needs: str | None = None
+    curve: bool = True
+
+
+class Run(NamedTuple):
+    """One training run.
+
+    Args:
+        row: its name.
+        learning_rate: of the optimizer.
+        seed: of everything.
+        folder: the run folder.
+        steps: optimizer steps.
+        every: steps from one evaluation to the next.
+        forwards: forward passes of the policy per step, over all samples; see forwards.py.
+        settings: of `fit`.
+    """
+
+    row: str
+    learning_rate: float
+    seed: int
+    folder: Path
+    steps: int
+    every: int
+    forwards: float
+    settings: dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """What all runs have in common.
+
+    Args:
+        fit: settings of `fit`, without an objective.
+        rows: by name.
+        learning_rates: tried for every row that names no others.
+        seeds: the first one decides on the learning rate; where there are others it is in no mean.
+        forwards: of the policy, that each run may spend.
+        evaluations: of each run, at equal distances, the last one at its end.
+        folder: of all runs.
+    """
+
+    fit: dict[str, Any]
+    rows: Mapping[str, Row]
+    learning_rates: list[float]
+    seeds: list[int]
+    forwards: int
+    evaluations: int
+    folder: Path
+
+    @property
+    def measured_seeds(self) -> list[int]:
+        """Those of the means: a rate that was chosen by a seed would flatter that seed."""
+        return self.seeds[1:] or self.seeds
+
+    def run(self, row: str, learning_rate: float, seed: int) -> Run:
+        """A row's run."""
+        own = self.rows[row]
+        settings = merged(self.fit, own.settings.values if own.settings else {})
+        settings["model"]["objective"] = deepcopy(own.objective.values)
+        forwards = forwards_per_step(settings, seed)
+        every = max(1, round(self.forwards * own.compute / forwards / self.evaluations))
+        folder = self.folder / file_name(row) / f"lr-{learning_rate:g}-seed-{seed}"
+        changes = {
+            "seed_everything": seed,
+            "model": {"optimizer": {"init_args": {"lr": float(learning_rate)}}},  # YAML knows no restricted number
+            "checkpoint": {"every_n_steps": every, "keep": 1},
+            "trainer": {
+                "default_root_dir": str(folder),
+                "max_steps": every * self.evaluations,
+                "val_check_interval": every * settings["trainer"].get("accumulate_grad_batches", 1),
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,  # the base is measured once for all runs of a seed
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+        }
+        return Run(
+            row, learning_rate, seed, folder, every * self.evaluations, every, forwards, merged(settings, changes)
+        )
+
+    def tried(self, row: str) -> list[Run]:
+        """The runs that decide on a row's learning rate; none where it is another row's."""
+        own = self.rows[row]
+        rates = own.learning_rates or self.learning_rates
+        return [] if own.learning_rate_of else [self.run(row, rate, self.seeds[0]) for rate in rates]
+
+    def base(self, seed: int) -> Run:
+        """The evaluation of the weights before training, which is the same for all rows."""
+        row = next(iter(self.rows))
+        run = self.run(row, 1.0, seed)
+        folder = self.folder / "base" / f"seed-{seed}"
+        settings = merged(run.settings, {"trainer": {"default_root_dir": str(folder)}})
+        return run._replace(row="base", folder=folder, steps=0, settings=settings)
+
+
+def forwards_per_step(settings: Mapping[str, Any], seed: int) -> float:
+    """Of an optimizer step of these settings, over all samples."""
+    objective = json.dumps(settings["model"]["objective"], sort_keys=True)
+    data, model = settings["data"], settings["model"]
+    ratio = data.get("offline_ratio", 0.0)
+    total = 0.0
+    for share, is_real in ((1 - ratio, False), (ratio, True)):
+        if share:
+            counted = counted_once(objective, data["batch_size"], seed, is_real)
+            total += share * (counted.rollout / model.get("updates_per_rollout", 1) + counted.update)
+    return total * settings["trainer"].get("accumulate_grad_batches", 1)
+
+
+@cache
+def counted_once(objective: str, batch_size: int, seed: int, is_real: bool) -> Forwards:
+    """The same at every learning rate; `objective` is its part of a configuration as JSON."""
+    return count_forwards(instantiate(json.loads(objective)), batch_size, seed, range(COUNTED_STEPS), is_real)
+
+
+def instantiate(objective: Mapping[str, Any]) -> Objective:
+    """An objective from its part of a configuration."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--objective", type=Objective)
+    made: Objective = parser.instantiate_classes(parser.parse_object({"objective": dict(objective)})).objective
+    return made
+
+
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others in their place; dictionaries are merged, all else is replaced."""
+    result = deepcopy(dict(settings))
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else deepcopy(value)
+    return result
+
+
+def file_name(row: str) -> str:
+    """A row's name as that of a folder."""
+    return "".join(letter if letter.isalnum() else "-" for letter in row.lower()).strip("-")
+
+
+def write_config(run: Run) -> Path:
+    """The configuration of a run in its folder; what is there must be the same.
+
+    Raises:
+        ValueError: if the folder holds a run with other settings.
+    """
+    path, text = run.folder / CONFIG, yaml.safe_dump(run.settings, sort_keys=False)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{run.folder} was run with other settings: delete it, or name another --folder, to run {run.row!r} again"
+        )
+    with complete_or_absent(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path

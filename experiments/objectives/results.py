@@ -1,0 +1,137 @@
+"""What runs have left behind: curves over compute, and statistics over seeds."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments.objectives.plan import Run
+from experiments.objectives.processes import PEAK
+from srpo_lightning.evaluation.comparison import summary
+from srpo_lightning.evaluation.metrics import Interval
+from srpo_lightning.run_folder import RunFolder
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom."""
+
+
+class Point(NamedTuple):
+    """An evaluation.
+
+    Args:
+        forwards: of the policy, spent until then.
+        seconds: of training steps until then.
+        numbers: what was measured, by name.
+    """
+
+    forwards: float
+    seconds: float
+    numbers: dict[str, float]
+
+
+class Curve(NamedTuple):
+    """A run, from the weights before training to its end.
+
+    Args:
+        run: what was run.
+        points: its evaluations.
+        peak_bytes: of memory; None where the run was interrupted and its peak is not known.
+    """
+
+    run: Run
+    points: list[Point]
+    peak_bytes: int | None
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The numbers at the end."""
+        return self.points[-1].numbers
+
+    @property
+    def first(self) -> dict[str, float]:
+        """The numbers before training."""
+        return self.points[0].numbers
+
+    def reaches(self, name: str, value: float, of: str = "seconds") -> float | None:
+        """Seconds or forwards until a number first is `value`, on the straight line between evaluations."""
+        return first_crossing([(getattr(point, of), point.numbers[name]) for point in self.points], value)
+
+
+def first_crossing(points: Iterable[tuple[float, float]], value: float) -> float | None:
+    """The x where the y of (x, y) first rises to `value`, on the straight line between points; None: nowhere."""
+    for (start, low), (end, high) in pairwise(points):
+        if low < value <= high:
+            return start + (end - start) * (value - low) / (high - low)
+    return None
+
+
+def read_curve(run: Run, labels: Sequence[str]) -> Curve:
+    """The evaluations of the policy's own weights."""
+    table = RunFolder(run.folder).read_base()
+    assert table is not None
+    records = {0: summary(table, None, labels) | {"drift": 0.0}}
+    for record in RunFolder(run.folder).read_metrics():
+        if record["weights"] == "policy" and record["step"]:
+            records[int(record["step"])] = {k: float(v) for k, v in record.items() if k not in ("step", "weights")}
+    seconds = seconds_per_step(run.folder) if run.steps else 0.0
+    points = [Point(step * run.forwards, step * seconds, numbers) for step, numbers in sorted(records.items())]
+    peak = run.folder / PEAK
+    return Curve(run, points, json.loads(peak.read_text())["bytes"] if peak.is_file() else None)
+
+
+def training_seconds(folder: Path) -> dict[int, float]:
+    """Of each step of a run that logs every step, without evaluations."""
+    events = EventAccumulator(str(RunFolder(folder).logs), size_guidance={"scalars": 0})
+    events.Reload()
+    parts = [{e.step: e.value for e in events.Scalars(f"train/seconds_{what}")} for what in ("rollout", "update")]
+    return {step: parts[0][step] + parts[1][step] for step in parts[0].keys() & parts[1].keys()}
+
+
+def seconds_per_step(folder: Path) -> float:
+    """The mean over a run."""
+    return statistics.fmean(training_seconds(folder).values())
+
+
+def mean_over_seeds(values: Sequence[float]) -> Interval:
+    """The mean and its 95 % interval by Student's t; of one value the interval is not known (NaN)."""
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    if not freedom:
+        return Interval(mean, math.nan, math.nan)
+    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def last_of(curves: Sequence[Curve], name: str) -> Interval:
+    """A number at the end of the runs of a row."""
+    return mean_over_seeds([curve.last[name] for curve in curves])
+
+
+def change_of(curves: Sequence[Curve], name: str) -> Interval:
+    """How far a number has moved from before training."""
+    return mean_over_seeds([curve.last[name] - curve.first[name] for curve in curves])
+
+
+def difference(
+    ours: Sequence[Curve], theirs: Sequence[Curve], what: Callable[[Curve], float], share: float = 1.0
+) -> Interval:
+    """Of anything of two rows, seed by seed: both start from the same noise. Ours less this share of theirs."""
+    by_seed = {curve.run.seed: what(curve) for curve in theirs}
+    return mean_over_seeds(
+        [what(curve) - share * by_seed[curve.run.seed] for curve in ours if curve.run.seed in by_seed]
+    )
+
+
+def with_half(interval: Interval, digits: int = 3, sign: str = "") -> str:
+    """A mean, and half of its interval where there is one; the sign "+" shows it of positive means too."""
+    half = f" +- {interval.half:.{digits}f}" if interval.is_known else ""
+    return f"{interval.value:{sign}.{digits}f}{half}"
+
+
+Results = Mapping[str, Sequence[Curve]]
+"""The curves of each row at its chosen learning rate, one per seed; of `base` single points."""

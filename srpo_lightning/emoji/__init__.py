@@ -1,1 +1,0 @@
-"""How the built-in small model was made: `python -m srpo_lightning.emoji build`."""

@@ -1,0 +1,1 @@
+"""What is measured on pictures, and how two kinds of weights compare."""

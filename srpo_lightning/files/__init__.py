@@ -1,0 +1,1 @@
+"""Reading and writing: whole, checked, and nothing foreign that runs."""

@@ -1,3 +1,0 @@
-"""`benchmark`: every objective at equal compute, a table of what came of it, and what the paper claims about it."""
-
-from srpo_lightning.jobs.benchmark.job import benchmark as benchmark

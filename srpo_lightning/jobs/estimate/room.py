@@ -1,0 +1,91 @@
+"""Whether the devices have room for a run, asked before it reads any weights."""
+
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from srpo_lightning.callbacks.tracking import RewardTracking
+from srpo_lightning.config.classes import is_class
+from srpo_lightning.jobs.estimate.job import OPTIONS, local_files
+from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.prediction import predict, quiet
+
+CERTAIN = 0.9
+"""A device must have this share of the predicted peak: against a CPU's allocator predictions are right to 6 %."""
+
+SMALL = 0.01
+"""Models whose files take a smaller share of the device's memory are let pass."""
+
+
+def check_room(config: Namespace, trainer: Trainer) -> None:
+    """Predict the peak of large models, in a process of its own, and refuse it where it cannot fit.
+
+    A prediction that fails lets the run pass: a model of one's own may do what tensors without memory cannot.
+
+    Args:
+        config: Configuration of `fit`, with its strategy chosen.
+        trainer: Trainer built of it, whose devices are looked at.
+
+    Raises:
+        ValueError: naming `estimate` and the settings that save memory.
+    """
+    devices = getattr(trainer.strategy, "parallel_devices", None) or [trainer.strategy.root_device]
+    kind = devices[0].type
+    memory = memory_per_rank(devices)
+    if memory is None or is_small(config, memory):
+        return
+    settings = Namespace(model=config.model, data=config.data, trainer=config.trainer).clone()
+    settings.trainer.devices = len(devices)
+    callbacks = settings.trainer.callbacks or []
+    # Training has the highest peak, but for judges much larger than what is trained: half the time for the other case.
+    settings.trainer.callbacks = [own for own in callbacks if not is_class(own.class_path, RewardTracking)]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        prediction = pool.submit(predicted_peak, settings, "cuda" if kind == "cuda" else "cpu")
+        failure = prediction.exception()
+    if failure is not None:
+        rank_zero_warn(f"the memory of this run could not be predicted ({type(failure).__name__}: {failure})")
+        return
+    peak = prediction.result()
+    found = (
+        f"predicted peak {peak / GIB:.1f} GiB of memory, where {memory / GIB:.1f} GiB are there for each {kind} rank"
+    )
+    cure = f"`python -m srpo_lightning estimate --config ... --device_memory {memory / GIB:.0f}GiB` says what would fit"
+    if peak * CERTAIN > memory:
+        options = "; ".join(option.setting for option in OPTIONS if option.change(settings.clone()))
+        raise ValueError(f"{found}: {cure}, of these: {options}. With memory_check false it is tried all the same")
+    if peak > memory * CERTAIN:
+        rank_zero_warn(f"{found}, which is close: {cure}")
+    else:
+        rank_zero_info(found)
+
+
+def memory_per_rank(devices: list[torch.device]) -> int | None:
+    """Bytes that each rank of this node can have at most; None where that is not known."""
+    if devices[0].type == "cuda":
+        return min(int(torch.cuda.get_device_properties(device).total_memory) for device in devices)
+    return int(psutil.virtual_memory().total) // len(devices) if devices[0].type == "cpu" else None
+
+
+def is_small(config: Namespace, memory: int) -> bool:
+    """Whether the trained model is too small to be predicted, by its files if they are here."""
+    pretrained = config.get("model.policy.init_args.pretrained")
+    if pretrained is None:
+        return True  # nothing that could be predicted
+    folder = Path(pretrained).expanduser()
+    return folder.is_dir() and sum(f.stat().st_size for f in folder.rglob("*.safetensors")) < SMALL * memory
+
+
+def predicted_peak(config: Namespace, target: Literal["cuda", "cpu"]) -> int:
+    """Bytes per device."""
+    with warnings.catch_warnings(), local_files(config), quiet():
+        warnings.simplefilter("ignore")
+        tracker = predict(config, target)
+    return tracker.peaks[tracker.peak_phase].total

@@ -1,0 +1,190 @@
+"""An optimizer step and an evaluation in the order of calls in which Lightning makes them, each phase by its name."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Protocol, runtime_checkable
+from unittest.mock import patch
+
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves  # torch has no public name for the tensors in nested states
+
+from srpo_lightning.batch import Conditions
+from srpo_lightning.callbacks import EMA
+from srpo_lightning.draws import Draws
+from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices
+from srpo_lightning.jobs.estimate.memory import MemoryTracker
+from srpo_lightning.module import SRPOModule
+from srpo_lightning.rewards.base import Reward
+
+TRAINED, FROZEN, JUDGES = "trained weights", "frozen weights", "judges of evaluation"
+GRADIENTS, STATES, AVERAGE = "gradients", "optimizer states", "EMA"
+BATCH, BUCKETS, CASTS = "text features", "gradient buckets of DDP", "weights cast by autocast"
+EVALUATION, ROLLOUT, FORWARD, BACKWARD = "evaluation", "rollout", "transformer forward", "transformer backward"
+DECODE, REWARD, STEP, AVERAGING = "VAE decode", "reward", "optimizer step", "EMA update"
+LASTING = (TRAINED, FROZEN, GRADIENTS, STATES, AVERAGE, BATCH, BUCKETS, JUDGES)
+
+
+@runtime_checkable  # beartype asks, where shapes are checked
+class Phased(Protocol):
+    """What wants to know which phase of a step it is."""
+
+    phase: str
+
+
+def train(
+    module: SRPOModule,
+    conditions: Conditions,
+    trainer: Namespace,
+    ema: EMA | None,
+    tracker: MemoryTracker,
+    *,
+    on_cuda: bool,
+) -> list[Any]:
+    """An optimizer step as Lightning makes it, in the state that the one before has left.
+
+    Args:
+        module: with its models loaded.
+        conditions: a batch.
+        trainer: precision, accumulate_grad_batches and gradient_clip_val count.
+        ema: the callback, if there is one.
+        tracker: labels what it counts by phase.
+        on_cuda: whether CUDA is what the fake tensors stand for.
+
+    Returns:
+        What holds on to memory between steps, beside the module and the average.
+    """
+    parameters = [p for _, p in module.trainable_parameters()]
+    offloads = is_sharded(trainer) and trainer.strategy.init_args.cpu_offload
+    trained_label, gradient_label, state_label = [""] * 3 if offloads else [TRAINED, GRADIENTS, STATES]
+    tracker.label(parameters, trained_label)
+    tracker.label((t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad), FROZEN)
+    tracker.label([t for t in conditions if isinstance(t, Tensor)], BATCH)
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], gradient_label))
+    progress: Any = SimpleNamespace(global_step=0)
+    with tracker, phases(module, tracker):
+        if ema:
+            ema.on_fit_start(progress, module)
+            tracker.label(ema.weights.values(), AVERAGE if ema.device == "same" and not offloads else "")
+        has_buckets = num_devices(trainer) > 1 and not is_sharded(trainer)
+        buckets = [torch.zeros_like(parameter) for parameter in parameters if has_buckets]
+        tracker.label(buckets, BUCKETS)
+        # After a first step there are optimizer states, and gradients until the next backward pass frees them.
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = new_optimizer(module, parameters, on_cuda=on_cuda)
+        step(optimizer, None, parameters, tracker, state_label)
+        tracker.label((p.grad for p in parameters if p.grad is not None), gradient_label)
+        if module.optimizer_in_backward:
+            module.zero_grad()
+        tracker.peaks.clear()
+        loss = micro_batch(module, conditions, trainer.precision, tracker)
+        if trainer.accumulate_grad_batches == 1:
+            module.zero_grad()  # before the backward pass and no sooner: so does Lightning
+        tracker.phase = BACKWARD
+        loss.backward()
+        del loss
+        step(optimizer, trainer.gradient_clip_val, parameters, tracker, state_label)
+        if ema:
+            tracker.phase = AVERAGING
+            progress.global_step = ema.every_n_steps
+            ema.on_train_batch_end(progress, module, None, conditions, 0)
+    return [optimizer, buckets]
+
+
+def evaluate(
+    module: SRPOModule, judges: list[Reward], conditions: Conditions, precision: str, tracker: MemoryTracker
+) -> None:
+    """What an evaluation has on the device at once: the judges, and a sampling step, the pictures or their scores."""
+    module.zero_grad()  # so does Lightning
+    for judge in judges:
+        tracker.label((*judge.parameters(), *judge.buffers()), JUDGES)
+    tracker.phase = EVALUATION
+    with tracker, torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
+            images = module.policy.decode(latents[: conditions.batch_size])  # a group has more
+        for judge in judges:
+            judge(images.float(), conditions.prompts)
+
+
+def new_optimizer(module: SRPOModule, parameters: list[torch.nn.Parameter], *, on_cuda: bool) -> Optimizer:
+    """The module's, with the kernels that it would choose.
+
+    Of parameters that are divided it steps this rank's parts as ordinary tensors. They take the same memory, without
+    what takes DTensor a minute for twelve billion: working out how the results of each operation are divided.
+    """
+    if module.optimizer_in_backward:
+        configured = module.configure_optimizers()
+        optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    else:
+        optimizer = module.optimizer([torch.nn.Parameter(local_part(p)) for p in parameters])
+    for group in optimizer.param_groups if on_cuda else ():
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+    return optimizer
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part, without a copy."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def step(
+    optimizer: Optimizer,
+    clip_norm: float | None,
+    parameters: list[torch.nn.Parameter],
+    tracker: MemoryTracker,
+    label: str,
+) -> None:
+    """Change the weights; what the optimizer keeps is told apart from what it needs meanwhile."""
+    tracker.phase = STEP
+    parts = [part for group in optimizer.param_groups for part in group["params"]]
+    if parts[0] is parameters[0]:  # in the backward pass
+        optimizer.step()
+    else:
+        for part, parameter in zip(parts, parameters, strict=True):
+            part.grad = None if parameter.grad is None else local_part(parameter.grad)
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(parts, clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    tracker.label((t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)), label)
+
+
+def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, tracker: Phased) -> Tensor:
+    """The rollout and the loss, whose graph is all that is left of them."""
+    draws = Draws(module.seed, module.micro_step)
+    tracker.phase = ROLLOUT
+    with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        rollout = module.objective.rollout(module.policy, conditions, draws)
+        tracker.phase = FORWARD
+        return module.objective.loss(module.policy, module.reward, conditions, rollout, draws).loss
+
+
+@contextmanager
+def phases(module: SRPOModule, tracker: Phased) -> Iterator[None]:
+    """Tell the tracker when images are decoded and scored, and when their gradients are."""
+    decode, score = module.policy.decode, module.reward.contrast
+
+    def tracked_decode(*args: Any) -> Tensor:
+        tracker.phase = DECODE
+        images = decode(*args)
+        if images.requires_grad:
+            images.register_hook(lambda _: setattr(tracker, "phase", DECODE))
+        return images
+
+    def tracked_score(*args: Any) -> Tensor:
+        tracker.phase = REWARD
+        return score(*args)
+
+    with (
+        patch.dict(vars(module.policy), {"decode": tracked_decode}),
+        patch.dict(vars(module.reward), {"contrast": tracked_score}),
+    ):
+        yield

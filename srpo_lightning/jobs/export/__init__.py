@@ -1,0 +1,1 @@
+"""A checkpoint as what other programs load."""

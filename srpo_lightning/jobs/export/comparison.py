@@ -1,0 +1,75 @@
+"""A picture of a checkpoint by this project's sampler, and the one that the code of the model card draws."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from srpo_lightning.batch import Conditions, Text
+from srpo_lightning.encoding import TextEncoder
+from srpo_lightning.evaluation.pictures import as_picture, contact_sheet
+from srpo_lightning.module import SRPOModule
+from srpo_lightning.policies.flow_policy import FlowPolicy
+
+
+class Difference(NamedTuple):
+    """Of two pictures.
+
+    Args:
+        mean: of the pixels' absolute difference; they are in [0, 1], in 8 bits.
+        largest: of it.
+        allowed: of the mean.
+    """
+
+    mean: float
+    largest: float
+    allowed: float
+
+    def __str__(self) -> str:
+        """The numbers in words."""
+        return f"mean {self.mean:.2g}, largest {self.largest:.2g}, of a range of 1; allowed mean {self.allowed:.2g}"
+
+
+def own_picture(module: SRPOModule, encoder: TextEncoder, prompt: str, device: torch.device) -> Image:
+    """By the module's sampler, from the noise that a generator with the module's seed gives diffusers.
+
+    Text encoders and transformer are on the device one after the other. In bfloat16 it computes under autocast.
+
+    Args:
+        module: with its models, and with the checkpoint's weights.
+        encoder: of the dtype that the models have.
+        prompt: of the picture.
+        device: where to compute.
+    """
+    policy = module.policy
+    assert isinstance(policy, FlowPolicy)
+    texts = [[prompt], *([] if encoder.negative is None else [[encoder.negative]])]
+    text, *negative = (
+        Text.collate(encoder.encode(own), encoder.ragged).each(
+            lambda t: (t.float() if t.is_floating_point() else t).to(device)
+        )
+        for own in texts
+    )
+    encoder.unload()
+    noise = policy.pipeline_noise(torch.Generator().manual_seed(module.seed), encoder.dtype)
+    module.to(device)
+    conditions = Conditions([prompt], text, torch.zeros(1, dtype=torch.int64, device=device))
+    conditions = conditions._replace(unconditional=negative[0] if negative else None)
+    with torch.autocast(device.type, torch.bfloat16, enabled=encoder.dtype == torch.bfloat16):
+        images = module.sample(conditions, noise)
+    return as_picture(images[0])
+
+
+def difference(ours: Image, theirs: Image, allowed: float) -> Difference:
+    """Measured over all pixels."""
+    a, b = (np.asarray(picture, dtype=np.float64) / 255 for picture in (ours, theirs))
+    distance = np.abs(a - b)
+    return Difference(float(distance.mean()), float(distance.max()), allowed)
+
+
+def write_pictures(folder: Path, **kinds: Image) -> None:
+    """Under each other in one file."""
+    folder.mkdir()
+    contact_sheet({name: [picture] for name, picture in kinds.items()}).save(folder / "pictures.png")

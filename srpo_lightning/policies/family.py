@@ -1,0 +1,171 @@
+"""What a family of flow models says of itself, in one file of its own; FLUX.1's is flux.py.
+
+Shapes: B samples, `latent` the shape of one sample's latents as the transformer reads them.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from srpo_lightning import flow
+from srpo_lightning.batch import Size, Text
+from srpo_lightning.policies.base import Policy
+from srpo_lightning.policies.packing import CELL, VAE_FACTOR, pack, unpack
+from srpo_lightning.policies.single_file import SingleFile
+from srpo_lightning.policies.text_encoder import PipelineTextEncoder
+
+Latents: TypeAlias = Float[Tensor, "B *latent"]
+Images: TypeAlias = Float[Tensor, "B 3 H W"]
+
+
+class Family(Policy):
+    """The classes, the network call, the schedule, the latents and the names of one family."""
+
+    transformer_class: ClassVar[str]
+    """The class of the transformer in diffusers; below those of the VAE and of the pipeline."""
+
+    vae_class: ClassVar[str] = "AutoencoderKL"
+    pipeline_class: ClassVar[str]
+    text_encoder: ClassVar[type[PipelineTextEncoder]]
+
+    single_file: ClassVar[SingleFile | None] = None
+    """The names of weights in original single files; None: none are written."""
+
+    cell: ClassVar[int] = CELL
+    """Pixels that the sides of a picture are a multiple of."""
+
+    num_rounded: ClassVar[int] = 0
+    """How many leading inputs of the module `time_text_embed`, level and guidance, autocast would round."""
+
+    tied: ClassVar[tuple[str, ...]] = ("in_channels",)
+    """Numbers of the transformer's configuration that another transformer to start from must share."""
+
+    hub_tag: ClassVar[str] = "flow-matching"
+    """The family's tag on model cards."""
+
+    size: Size
+    resolution_shift: bool | None
+    configs: dict[str, dict[str, Any]]
+    transformer: Any
+
+    @abstractmethod
+    def network(self, x: Latents, sigma: Float[Tensor, " B"], text: Text, size: Size, told: list[Tensor]) -> Latents:
+        """One pass of the transformer: the velocity, noise - x0.
+
+        Args:
+            x: noisy latents.
+            sigma: noise level, truncated where `quantize_timesteps` asks for it.
+            text: features of the prompts, in the dtype of `x`.
+            size: pixels of the pictures.
+            told: [B] each, the level and, where the model embeds one, the guidance.
+        """
+
+    @abstractmethod
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """The shape of one sample's latents."""
+
+    @abstractmethod
+    def to_vae(self, vae: Any, latents: Latents, size: Size) -> Tensor:
+        """Clean latents as the VAE's decoder reads them, [B, c, h, w]."""
+
+    @abstractmethod
+    def from_vae(self, vae: Any, z: Tensor) -> Latents:
+        """Undo `to_vae`."""
+
+    @abstractmethod
+    def pipeline_noise(self, generator: torch.Generator, dtype: torch.dtype) -> Latents:
+        """[1, *latent]: the noise that the family's pipeline draws from a generator for one picture."""
+
+    def pipeline_arguments(self, guidance: float, max_sequence_length: int) -> Mapping[str, Any]:
+        """What the family's pipeline is told beside prompt, size, steps and generator."""
+        return {"guidance_scale": guidance, "max_sequence_length": max_sequence_length}
+
+    def reads_single_file(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether diffusers' converter of original single files knows weights of these shapes."""
+        return True
+
+    def shift_for(self, num_steps: int, size: Size) -> float:
+        """The shift of the noise levels: the scheduler's static one, or the one that depends on the resolution."""
+        scheduler = self.configs["scheduler"]
+        dynamic = self.resolution_shift
+        if dynamic is None:
+            dynamic = scheduler.get("use_dynamic_shifting", False)
+        tokens = (size[0] // self.cell) * (size[1] // self.cell)
+        return resolution_dependent_shift(tokens, scheduler) if dynamic else float(scheduler["shift"])
+
+    def schedule(self, num_steps: int, size: Size) -> Float[Tensor, " N"]:
+        """The levels of the pipeline's sampler, `num_steps + 1` from 1 to 0, in float64."""
+        return flow.schedule(num_steps, self.shift_for(num_steps, size))
+
+    def guide(self, conditional: Latents, unconditional: Latents, guidance: float) -> Latents:
+        """U + g (c - u): classifier-free guidance (arXiv 2207.12598) in diffusers' convention, where 1 is none."""
+        return unconditional + guidance * (conditional - unconditional)
+
+
+class SpatialFamily(Family):
+    """A family that reads a scaled VAE's latents as they are: [c, h, w], h = H / 8."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        return int(self.configs["transformer"].get("in_channels", 64))
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """(c, h, w)."""
+        height, width = size or self.size
+        return self.latent_channels, height // VAE_FACTOR, width // VAE_FACTOR
+
+    def to_vae(self, vae: Any, latents: Latents, size: Size) -> Tensor:
+        """With the VAE's own scale and shift."""
+        return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+
+    def from_vae(self, vae: Any, z: Tensor) -> Latents:
+        """Undo `to_vae`."""
+        return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def pipeline_noise(self, generator: torch.Generator, dtype: torch.dtype) -> Latents:
+        """Drawn as the VAE's latents."""
+        height, width = (side // VAE_FACTOR for side in self.size)
+        return torch.randn(1, self.latent_channels, height, width, generator=generator, dtype=dtype).float()
+
+
+class PackedFamily(SpatialFamily):
+    """A family that reads 2 x 2 cells of a scaled VAE's latents as tokens: [L, C], L = (H / 16) (W / 16)."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents; a token has four times as many."""
+        return super().latent_channels // 4
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """(L, C)."""
+        height, width = size or self.size
+        return (height // CELL) * (width // CELL), 4 * self.latent_channels
+
+    def to_vae(self, vae: Any, latents: Latents, size: Size) -> Tensor:
+        """Unpacked, with the VAE's own scale and shift."""
+        return super().to_vae(vae, unpack(latents, size), size)
+
+    def from_vae(self, vae: Any, z: Tensor) -> Latents:
+        """Scaled and packed."""
+        return pack(super().from_vae(vae, z))
+
+    def pipeline_noise(self, generator: torch.Generator, dtype: torch.dtype) -> Latents:
+        """Drawn as the VAE's latents, then packed."""
+        return pack(super().pipeline_noise(generator, dtype))
+
+
+def resolution_dependent_shift(num_tokens: int, scheduler: Mapping[str, Any]) -> float:
+    """The shift for a picture of `num_tokens` tokens.
+
+    Source: `calculate_shift` and `time_shift` of diffusers' FluxPipeline and FlowMatchEulerDiscreteScheduler:
+    mu is linear in the number of tokens and the shift is exp(mu).
+    """
+    few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    return math.exp(low + (high - low) * (num_tokens - few) / (many - few))

@@ -1,0 +1,304 @@
+"""Everything that the families of flow models in diffusers' layout share; a family adds one file, such as flux.py.
+
+Shapes: B samples, `latent` the shape of one sample's latents as the transformer reads them.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Any, Literal
+
+import diffusers
+import torch
+from jaxtyping import Float
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from srpo_lightning import flow
+from srpo_lightning.batch import Conditions, Size, Text
+from srpo_lightning.encoding import Encoder, Encoding
+from srpo_lightning.files.pretrained import load_whole, read_json, safetensors_files, same_files
+from srpo_lightning.policies import adapters, loading
+from srpo_lightning.policies.adapters import Lora
+from srpo_lightning.policies.base import Shard
+from srpo_lightning.policies.family import Family, Images, Latents
+from srpo_lightning.policies.image_encoder import VAEEncoder
+from srpo_lightning.policies.parallel import check_attention
+from srpo_lightning.training.nf4 import check_bitsandbytes
+
+
+class FlowPolicy(Family):
+    """A flow transformer, trained, between its frozen VAE and its scheduler's noise levels.
+
+    Args:
+        pretrained: folder in the layout of the family's diffusers pipeline, or a hub id such as
+            black-forest-labs/FLUX.1-dev.
+        height: height of the pictures in pixels, a whole number of the family's cells (FLUX.1: 16).
+        width: width of the pictures in pixels, likewise.
+        dtype: numbers that the transformer's weights are kept in. Keep float32 where they are trained in full; the
+            trainer's precision (bf16-mixed) decides what they are computed in. Adapters are float32 either way.
+        vae_dtype: numbers that the frozen VAE's weights are kept in.
+        gradient_checkpointing: whether each transformer block is recomputed in the backward pass instead of stored.
+        vae_checkpointing: whether each block of the VAE's decoder is recomputed likewise.
+        vae_tiling: whether large pictures are decoded tile by tile: less memory, faint seams possible.
+        resolution_shift: whether noise levels are shifted by the scheduler's resolution-dependent rule, where an
+            objective asks for no shift of its own; false is its static shift, null what the scheduler says.
+        quantize_timesteps: whether the noise level that the transformer is told is truncated to 1000ths, as the
+            research code of SRPO does; off by default because it tells the model a level that the latents do not have.
+        exact_conditioning: whether noise level and guidance reach the transformer in float32 under bf16-mixed too. By
+            default they are rounded to bfloat16, as diffusers does when it draws in bfloat16: 3.5 becomes 3.504.
+        adapter: LoRA that is trained beside the transformer's weights, which then stay as they are; needs the extra
+            `lora`. Null trains the weights themselves.
+        quantize: bits of the transformer's blocks: nf4 keeps their linear layers in 4.5 bits per weight, nf4-double in
+            4.13 (FLUX.1: 6.8 and 6.2 GB instead of 23.8); with an adapter only. They are rounded on the CPU while
+            loading. Embedders, norms and the last projection keep `dtype`. Needs the extra `quant`.
+        compile: whether each transformer block is compiled with torch.compile when it first runs, which takes minutes;
+            not with DoRA.
+        attention: attention kernel by diffusers' name for it, such as _native_cudnn or flash; null is torch's choice.
+        rollout_cache: relative mean difference of the first block's change between two steps of a rollout, below which
+            the other blocks' change is taken from the step before: diffusers' FirstBlockCache. 0.05 to 0.2 is usual;
+            null computes every step.
+        transformer: transformer to start from in the place of the one in `pretrained`: a folder that `export` wrote
+            (--format diffusers), or any folder or hub id in diffusers' layout; null takes that of `pretrained`.
+        trained_guidance: what classifier-free guidance does in a trained step. With conditional the step costs one
+            pass, of the prompt alone; with detached the pass without a prompt joins it, without a gradient. Rollouts
+            and samples are always guided. For models without an embedded guidance.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        height: PositiveInt = 1024,
+        width: PositiveInt = 1024,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        vae_dtype: Literal["float32", "bfloat16"] = "float32",
+        gradient_checkpointing: bool = False,
+        vae_checkpointing: bool = False,
+        vae_tiling: bool = False,
+        resolution_shift: bool | None = None,
+        quantize_timesteps: bool = False,
+        exact_conditioning: bool = False,
+        adapter: Lora | None = None,
+        quantize: Literal["none", "nf4", "nf4-double"] = "none",
+        compile: bool = False,
+        attention: str | None = None,
+        rollout_cache: PositiveFloat | None = None,
+        transformer: str | None = None,
+        trained_guidance: Literal["conditional", "detached"] = "conditional",
+    ) -> None:
+        super().__init__()
+        self.pretrained, self.start = pretrained, transformer
+        self.size: Size = (height, width)
+        self.dtype, self.vae_dtype = getattr(torch, dtype), getattr(torch, vae_dtype)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.vae_checkpointing, self.vae_tiling = vae_checkpointing, vae_tiling
+        self.resolution_shift = resolution_shift
+        self.quantize_timesteps, self.exact_conditioning = quantize_timesteps, exact_conditioning
+        self.adapter, self.quantize = adapter, quantize
+        self.compiles_blocks, self.attention, self.rollout_cache = compile, attention, rollout_cache
+        self.trained_guidance = trained_guidance
+        self._check_size()
+        self.configs = {
+            "transformer": loading.transformer_config(pretrained, transformer, self.tied),
+            "scheduler": read_json(pretrained, "scheduler", "scheduler_config.json"),
+        }
+        self._check_settings()
+        self.transformer: Any = None
+
+    def _check_size(self) -> None:
+        for name, side in zip(("height", "width"), self.size, strict=True):
+            if side % self.cell:
+                below = side - side % self.cell
+                raise ValueError(
+                    f"{name} is {side} pixels, which {self.cell} does not divide: set it to {below or self.cell} or "
+                    f"{below + self.cell}"
+                )
+
+    def _check_settings(self) -> None:
+        if self.adapter is not None:
+            self.adapter.check(loading.blocks(self.empty_transformer()))
+        if self.quantize != "none":
+            check_bitsandbytes()
+            if self.adapter is None:
+                raise ValueError(
+                    f"quantize is {self.quantize}, but weights in 4 bits cannot be trained: give model.policy."
+                    "init_args.adapter, for instance {rank: 32}, or set quantize to none"
+                )
+        if self.attention is not None:
+            check_attention(self.attention)
+        if self.compiles_blocks:
+            loading.check_compiled(self.adapter, self.rollout_cache)
+        if self.exact_conditioning and not self.num_rounded:
+            raise ValueError(
+                f"exact_conditioning is true, but autocast rounds nothing that {type(self).__name__} is told: set it "
+                "to false"
+            )
+        if self.trained_guidance == "detached" and not self.has_negative:
+            raise ValueError(
+                f"trained_guidance is detached, but {type(self).__name__} makes one pass, without a text to move away "
+                "from: set it to conditional"
+            )
+        if self.rollout_cache is not None and not hasattr(self.diffusers_class, "enable_cache"):
+            raise ValueError(f"rollout_cache is set, but {self.transformer_class} has no cache: set it to null")
+
+    def encoder(self, wanted: Encoding) -> Encoder:
+        """The pipeline's text encoders, and its VAE's encoder."""
+
+        def images() -> VAEEncoder:
+            return VAEEncoder(self.pretrained, self.read_vae, self.from_vae, device=wanted.device, draw=wanted.draws)
+
+        text = self.text_encoder.of(self.pretrained, wanted)
+        if not self.has_negative:
+            text.negative = None
+        return Encoder(text, images, self.size, self.cell)
+
+    def text_shapes(self, wanted: Encoding) -> dict[str, tuple[int, ...]]:
+        """From configurations alone."""
+        length = wanted.max_sequence_length or self.text_encoder.longest(self.pretrained)
+        return self.text_encoder.shapes_of(self.pretrained, length)
+
+    def read_vae(self, dtype: torch.dtype) -> Any:
+        """The VAE with its weights."""
+        return load_whole(getattr(diffusers, self.vae_class), self.pretrained, "vae", torch_dtype=dtype)
+
+    def load(self, shard: Shard | None = None) -> None:
+        """Read transformer and VAE, once; only the transformer is trained, or its adapters."""
+        if self.transformer is not None:
+            return
+        if shard is not None and self.quantize != "none":
+            raise ValueError(
+                f"quantize is {self.quantize}, and weights in 4 bits cannot be divided over ranks: set "
+                "trainer.strategy to ddp, or trainer.devices to 1"
+            )
+        vae = self.read_vae(self.vae_dtype)
+        transformer = loading.read(self) if shard is None else loading.stream(self, shard)
+        if self.adapter is None:
+            transformer.requires_grad_(True)
+        else:
+            adapters.start(transformer, self.adapter)
+        self.transformer = transformer.train()
+        self.vae = vae.requires_grad_(False)
+        if self.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if self.vae_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        if self.vae_tiling:
+            self.vae.enable_tiling()
+
+    @property
+    def diffusers_class(self) -> Any:
+        """The transformer's class."""
+        return getattr(diffusers, self.transformer_class)
+
+    def empty_transformer(self) -> Any:
+        """The transformer without memory."""
+        return loading.empty(self.diffusers_class, self.configs["transformer"])
+
+    def outline(self) -> Any:
+        """The transformer on the meta device: the names, shapes and dtypes of its weights and of its adapters'."""
+        transformer = self.empty_transformer().to(self.dtype)
+        if self.adapter is not None:
+            adapters.add(transformer, self.adapter, loading.blocks(transformer))
+        return transformer
+
+    def restart(self) -> None:
+        """The published weights or those of `transformer`; adapters that change nothing yet, or those to start from."""
+        assert self.transformer is not None, "load() comes first"
+        if self.adapter is None:
+            loading.fill(self, self.transformer)
+        else:
+            adapters.start(self.transformer, self.adapter)
+
+    def forward(self, x: Latents, sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float) -> Latents:
+        """The velocity at `x`, guided: by the model's embedding, or by a second pass, of no prompt, without gradient.
+
+        Under autocast the level and the guidance that are told are rounded to its dtype, unless `exact_conditioning`.
+        """
+        assert self.transformer is not None, "load() comes first"
+        conditional = self._pass(x, sigma, conditions.text, conditions.size, guidance)
+        is_alone = torch.is_grad_enabled() and self.trained_guidance == "conditional"
+        if not self.has_negative or guidance == 1 or is_alone:
+            return conditional
+        assert conditions.unconditional is not None, "data encodes the text that guidance moves away from"
+        with torch.no_grad():
+            none = conditions.unconditional.expand(conditions.batch_size)
+            unconditional = self._pass(x.detach(), sigma, none, conditions.size, guidance)
+        return self.guide(conditional, unconditional, guidance)
+
+    def _pass(self, x: Latents, sigma: Tensor, text: Text, size: Size | None, guidance: float) -> Latents:
+        if self.quantize_timesteps:
+            sigma = (sigma * 1000).trunc() / 1000
+        told = [sigma, torch.full_like(sigma, guidance)] if self.guided else [sigma]
+        text = Text({name: tensor.to(x.dtype) for name, tensor in text.tensors.items()}, text.lengths)
+        with loading.unrounded(self.transformer, told) if self.exact_conditioning else nullcontext():
+            return self.network(x, sigma, text, size or self.size, told).to(x.dtype)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model embeds a distilled guidance (FLUX.1-dev does, FLUX.1-schnell does not)."""
+        return bool(self.configs["transformer"].get("guidance_embeds", False))
+
+    @property
+    def has_negative(self) -> bool:  # type: ignore[override]  # a constant of other policies
+        """Whether guidance takes a second pass: where no guidance is embedded and the family has a negative text."""
+        return self.text_encoder.negative is not None and not self.guided
+
+    @contextmanager
+    def rolling_out(self) -> Iterator[None]:
+        """With the cache of features, if there is to be one."""
+        if self.rollout_cache is None:
+            yield
+            return
+        assert self.transformer is not None, "load() comes first"
+        self.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=self.rollout_cache))
+        try:
+            with self.transformer.cache_context("rollout"):
+                yield
+        finally:
+            self.transformer.disable_cache()
+
+    @property
+    def has_reference(self) -> bool:  # type: ignore[override]  # a constant of other policies
+        """With an adapter that started from no change: the weights beside it never change."""
+        return self.adapter is not None and self.adapter.pretrained is None
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Without the adapter."""
+        assert self.transformer is not None, "load() comes first"
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+
+    @property
+    def start_place(self) -> tuple[str, str]:
+        """The folder or hub id of the transformer before training, and the subfolder therein."""
+        return (self.pretrained, "transformer") if self.start is None else (self.start, "")
+
+    def decode(self, latents: Latents, size: Size | None = None) -> Images:
+        """Clean latents to images in [0, 1], with gradient."""
+        z = self.to_vae(self.vae, latents, size or self.size)
+        decoded: Tensor = self.vae.decode(z.to(self.vae_dtype), return_dict=False)[0]
+        return (decoded.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def sigmas(self, num_steps: int, shift: float | None = None, size: Size | None = None) -> Float[Tensor, " N"]:
+        """The noise levels of the model's own scheduler, or of a given `shift`."""
+        return self.schedule(num_steps, size or self.size) if shift is None else flow.schedule(num_steps, shift)
+
+    @property
+    def fingerprint(self) -> str:
+        """The transformer's architecture, as its configuration gives it, and the adapter's."""
+        architecture = {k: v for k, v in self.configs["transformer"].items() if not k.startswith("_")}
+        if self.adapter is not None:
+            architecture["adapter"] = self.adapter.architecture(self._adapted)
+            if self.start is not None:
+                files = safetensors_files(*self.start_place, loading.STEM)
+                architecture["beside"] = same_files(files.values())
+        return f"{type(self).__name__} {json.dumps(architecture, sort_keys=True)}"
+
+    @cached_property
+    def _adapted(self) -> list[str]:
+        return adapters.ends(loading.blocks(self.empty_transformer()))

@@ -1,0 +1,160 @@
+"""How a transformer comes to its weights: whole, in 4 bits, or divided over ranks, with or without adapters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from srpo_lightning.files.pretrained import load_whole, read_json, safetensors_files, stream_into
+from srpo_lightning.policies import adapters
+from srpo_lightning.policies.adapters import Lora
+from srpo_lightning.policies.base import Shard
+from srpo_lightning.policies.parallel import compile_blocks
+from srpo_lightning.training.nf4 import keep_in_4_bits
+
+STEM = "diffusion_pytorch_model"
+"""The beginning of the weight files' names."""
+
+
+class Loaded(Protocol):
+    """What is asked of a policy here."""
+
+    dtype: torch.dtype
+    adapter: Lora | None
+    attention: str | None
+    compiles_blocks: bool
+
+    @property
+    def quantize(self) -> str:
+        """Bits of the blocks' linear layers."""
+
+    @property
+    def diffusers_class(self) -> Any:
+        """The transformer's class."""
+
+    @property
+    def start_place(self) -> tuple[str, str]:
+        """Where the transformer's weights are."""
+
+    def outline(self) -> Any:
+        """The transformer without memory."""
+
+
+def blocks(transformer: Any) -> list[tuple[str, nn.Module]]:
+    """The transformer's blocks by name: what is sharded, compiled, adapted and quantized one by one.
+
+    They are the modules in numbered lists whose class must not be split (`_no_split_modules` of diffusers' models).
+    """
+    classes = set(transformer._no_split_modules or ())  # of diffusers' own interface to accelerate
+    return [
+        (name, module)
+        for name, module in transformer.named_modules()
+        if type(module).__name__ in classes and name.rpartition(".")[2].isdecimal()
+    ]
+
+
+def empty(cls: Any, config: dict[str, Any]) -> Any:
+    """A transformer of that configuration on the meta device; buffers have their values."""
+    with init_empty_weights(include_buffers=False):
+        return cls.from_config(config)
+
+
+def read(policy: Loaded) -> Any:
+    """The transformer with all its weights, those of its blocks in 4 bits if so asked."""
+    transformer: Any = load_whole(policy.diffusers_class, *policy.start_place, torch_dtype=policy.dtype)
+    if policy.quantize != "none":
+        for _, block in blocks(transformer):
+            keep_in_4_bits(block, double=policy.quantize == "nf4-double")
+        transformer.is_loaded_in_4bit = True  # peft asks
+    if policy.adapter is not None:
+        adapters.add(transformer, policy.adapter, blocks(transformer))
+    _prepare_blocks(policy, transformer)
+    return transformer
+
+
+def stream(policy: Loaded, shard: Shard) -> Any:
+    """The transformer divided over the ranks, each of which reads its own part only."""
+    transformer = policy.outline()
+    _prepare_blocks(policy, transformer)
+    shard(transformer, [block for _, block in blocks(transformer)])
+    fill(policy, transformer)
+    return transformer
+
+
+def fill(policy: Loaded, transformer: Any) -> None:
+    """Put the weights before training in their place, adapters left alone."""
+    stream_into(adapters.base_parameters(transformer), safetensors_files(*policy.start_place, STEM))
+
+
+def _prepare_blocks(policy: Loaded, transformer: Any) -> None:
+    if policy.attention is not None:
+        transformer.set_attention_backend(policy.attention)
+    if policy.compiles_blocks:
+        compile_blocks(block for _, block in blocks(transformer))
+
+
+@contextmanager
+def unrounded(transformer: Any, told: list[Tensor]) -> Iterator[None]:
+    """Give the embedding of level and guidance what was told, in place of what the transformer rounded.
+
+    The transformer casts both to the dtype of its first activations before it embeds them (diffusers,
+    FluxTransformer2DModel.forward); in thousandths, as there.
+    """
+
+    def replace(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (*(number.float() * 1000 for number in told), *arguments[len(told) :])
+
+    handle = transformer.time_text_embed.register_forward_pre_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def transformer_config(pretrained: str, start: str | None, tied: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration of the transformer to start from.
+
+    Args:
+        pretrained: the pipeline.
+        start: another transformer; None: the pipeline's own.
+        tied: numbers of it that must be the pipeline's.
+
+    Raises:
+        ValueError: naming the cure, if it is none, or of another kind of model.
+    """
+    base = read_json(pretrained, "transformer", "config.json")
+    if start is None:
+        return base
+    folder = Path(start).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model.policy.init_args.transformer is {start}, which holds no config.json: give a transformer's own "
+            "folder, as `export` writes it with --format diffusers; a pipeline's is its transformer/"
+        )
+    config = read_json(start, "", "config.json")
+    for name in tied:
+        if config.get(name) != base.get(name):
+            raise ValueError(
+                f"model.policy.init_args.transformer is {start}, whose {name} is {config.get(name)} where that of "
+                f"pretrained is {base.get(name)}: give a transformer that was made from the model in pretrained"
+            )
+    return config
+
+
+def check_compiled(adapter: Lora | None, rollout_cache: float | None) -> None:
+    """Refuse what compiled blocks cannot do.
+
+    Raises:
+        ValueError: naming the settings.
+    """
+    if adapter is not None and adapter.dora:
+        raise ValueError("peft's DoRA cannot be compiled: set model.policy.init_args.compile or adapter.dora to false")
+    if rollout_cache is not None:
+        raise ValueError(
+            "a cache of features comes and goes with every rollout, and compiled blocks would be compiled anew for "
+            "each: set model.policy.init_args.compile to false, or rollout_cache to null"
+        )

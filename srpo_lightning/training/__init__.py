@@ -1,0 +1,1 @@
+"""Optimizers, precision, ranks and times."""

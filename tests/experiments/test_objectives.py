@@ -1,0 +1,275 @@
+"""`benchmark`: what is counted, what is run, and what is said of it."""
+
+import json
+import math
+import random
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.objectives.__main__ import main
+from experiments.objectives.claims import BASELINES, COMBINED, LATE, at_end, claims
+from experiments.objectives.forwards import count_forwards
+from experiments.objectives.plan import Plan, Row, Run, Settings, merged
+from experiments.objectives.results import Curve, Point, difference, mean_over_seeds
+from srpo_lightning import cli
+from srpo_lightning.objectives import (
+    GRPO,
+    SRPO,
+    ControlWords,
+    DirectAlign,
+    DRaFT,
+    DRTune,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    ReFL,
+)
+from tests import processes, tiny
+
+REPOSITORY = Path(__file__).parents[2]
+PLANS = sorted((REPOSITORY / "experiments" / "objectives").glob("*.yaml"))
+PROGRAM = "experiments.objectives.__main__"
+
+WORDS = ControlWords(["x"], ["y"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "rollout", "update"),
+    [
+        (SRPO(WORDS, num_rollout_steps=10), 10, 2 * 3),
+        (DirectAlign(num_rollout_steps=10), 10, 3),
+        (ReFL(num_steps=10, late_steps=(7, 7)), 7, 3),
+        (DRaFT(num_steps=10, num_trained_steps=4), 6, 4 * 4),  # a checkpointed step is computed twice
+        (DRaFT(num_steps=10, num_variants=2, step_checkpointing=False), 9, 3 * 3),
+        (DRTune(num_steps=10, num_trained_steps=10, early_stop=0.1), 9, 10 * 3),
+        (LeapAlign(num_steps=10), 10, 2 * 3),
+        (FlowBPSparse(num_steps=10), 10, 3 * 3),
+        (FlowBPLagrange(num_steps=10, num_supports=1, num_trained_supports=1), 10, 2 * 3),
+        (GRPO(num_steps=11, group_size=4, timestep_fraction=0.5), 4 * 11, 4 * 5 * 4),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
+)
+def test_forward_passes_are_those_of_the_formula(objective, rollout, update):
+    assert count_forwards(objective, 3, 0, range(4), is_real=False) == (3 * rollout, 3 * update)
+
+
+def test_real_pictures_need_no_rollout_and_random_steps_are_averaged():
+    assert count_forwards(SRPO(WORDS), 2, 0, range(2), is_real=True) == (0, 12)
+    mean = count_forwards(ReFL(num_steps=10, late_steps=(0, 9)), 1, 0, range(400), is_real=False)
+    assert mean.rollout == pytest.approx(4.5, abs=0.5)
+    mean = count_forwards(DRTune(num_steps=10, early_stop=0.1), 1, 0, range(400), is_real=False)
+    assert mean.update == pytest.approx(3 * 3 + 3 / 4, abs=0.1)  # one in four trains the step it predicts from
+
+
+SRPO_ROW = {"class_path": "srpo_lightning.objectives.SRPO", "init_args": {"control_words": vars(WORDS)}}
+
+
+def plan(**settings) -> Plan:
+    fit = {"model": {"optimizer": {"init_args": {}}}, "data": {"batch_size": 2}, "trainer": {}}
+    rows = {"a": Row(Settings(SRPO_ROW), **settings)}
+    return Plan(merged(fit, {}), rows, [1e-3, 1e-4], [7, 8], 1860, 3, Path("runs/b"))
+
+
+def test_a_run_spends_the_compute_in_as_many_steps_as_that_allows():
+    run = plan().run("a", 1e-3, 7)
+    assert (run.forwards, run.steps, run.every) == (2 * 31, 30, 10)
+    assert run.settings["trainer"]["max_steps"] == 30
+    assert plan(compute=2).run("a", 1e-3, 7).steps == 60
+    reused = plan(settings=Settings({"model": {"updates_per_rollout": 5}})).run("a", 1e-3, 7)
+    assert reused.forwards == 2 * (25 / 5 + 6)
+    accumulated = plan(settings=Settings({"trainer": {"accumulate_grad_batches": 2}})).run("a", 1e-3, 7)
+    assert (accumulated.forwards, accumulated.settings["trainer"]["val_check_interval"]) == (
+        4 * 31,
+        2 * accumulated.every,
+    )
+    assert [run.learning_rate for run in plan().tried("a")] == [1e-3, 1e-4]
+    assert plan(learning_rate_of="b").tried("a") == []
+
+
+def test_the_interval_is_students():
+    values = [random.Random(0).gauss(0, 1) for _ in range(4)]
+    interval = mean_over_seeds(values)
+    half = 3.182 * statistics.stdev(values) / 2
+    assert (interval.high - interval.low) / 2 == pytest.approx(half)
+    assert math.isnan(mean_over_seeds([1.0]).low)
+
+
+def curve(seed: int, forwards: float = 100.0, **end: float) -> Curve:
+    first = {"judge": 0.4, "reward": 0.4, "saturation": 0.2, "diversity": 1.0, "share/a": 0.1, "share/b": 0.1}
+    run = Run("", 1e-3, seed, Path(), 10, 5, 10.0, {})
+    return Curve(run, [Point(0, 0, first), Point(forwards, forwards / 10, first | end)], None)
+
+
+def rows(**changes: dict[str, float]) -> dict[str, list[Curve]]:
+    """A table in which the paper is right, but for these."""
+    found = {name: {"judge": 0.5, "reward": 0.5} for name in BASELINES}
+    found |= {"SRPO": {"judge": 0.6, "reward": 0.6, "share/a": 0.9, "saturation": 0.21}, "SRPO to b": {"share/b": 0.8}}
+    found |= {name: {"judge": 0.3, "reward": 0.9} for name in LATE}
+    found |= {"SRPO, no inversion": {"saturation": 0.3}, "SRPO, real pictures": {"judge": 0.59}}
+    found |= {name: {"judge": 0.7} for name in COMBINED}
+    found["GRPO"] = {"judge": 0.41}
+    jitter = {1: 0.0, 2: 1e-4, 3: 2e-4}
+    for name, change in changes.items():
+        found[name] = found[name] | change
+    return {
+        name: [curve(s, **{k: v + jitter[s] * len(name) for k, v in end.items()}) for s in jitter]
+        for name, end in found.items()
+    }
+
+
+def verdicts(**changes: dict[str, float]) -> list[str]:
+    return [claim.verdict for claim in claims(rows(**changes), ["a", "b"])]
+
+
+def test_every_claim_can_be_true_and_each_can_be_false():
+    assert verdicts() == ["yes"] * 7
+    assert verdicts(LeapAlign={"judge": 0.65})[0] == "no"
+    assert verdicts(**{name: {"judge": 0.6, "reward": 0.5, "diversity": 1.1} for name in LATE})[1] == "no"
+    assert verdicts(**{"SRPO, no inversion": {"saturation": 0.2}})[2] == "no"
+    assert verdicts(GRPO={"judge": 0.59})[3] == "no"
+    assert verdicts(**{"SRPO to b": {"share/b": 0.15}})[4] == "no"
+    assert verdicts(**{"SRPO, real pictures": {"judge": 0.45}})[5] == "no"
+    assert verdicts(**{name: {"judge": 0.55} for name in COMBINED})[6] == "no"
+    assert {claim.verdict for claim in claims({"base": [curve(1)]}, ["a", "b"])} == {"not measured"}
+
+
+def test_a_difference_within_chance_is_undecided():
+    scattered = rows()
+    scattered["LeapAlign"] = [curve(seed, judge=judge) for seed, judge in ((1, 0.5), (2, 0.61), (3, 0.59))]
+    gap = difference(scattered["SRPO"], scattered["LeapAlign"], at_end("judge"))
+    assert gap.low < 0 < gap.value
+    assert claims(scattered, ["a", "b"])[0].verdict == "undecided"
+    scattered["LeapAlign"] = [curve(seed, judge=judge) for seed, judge in ((1, 0.7), (2, 0.61), (3, 0.59))]
+    gap = difference(scattered["SRPO"], scattered["LeapAlign"], at_end("judge"))
+    assert gap.value < 0 < gap.high  # below zero, and within chance of it
+    assert claims(scattered, ["a", "b"])[0].verdict == "undecided"
+
+
+def write_benchmark(models: tiny.Models, features: Path, folder: Path) -> Path:
+    fit = tiny.config(models, folder, features)
+    objective = fit["model"].pop("objective")
+    tracking = [c for c in fit["trainer"]["callbacks"] if c["class_path"].endswith("RewardTracking")]
+    tracking[0]["init_args"]["form"] = {"class_path": "srpo_lightning.objectives.Plain"}
+    fit["trainer"]["callbacks"] = tracking
+    config = {
+        "folder": str(folder / "benchmark"),
+        "seeds": [0, 1, 2],
+        "learning_rates": [1e-3, 1e-4],
+        "forwards": 32,
+        "evaluations": 2,
+        "label": "x",
+        "target": 2.0,
+        "fit": fit,
+        "rows": {
+            "SRPO": {"objective": objective},
+            "ReFL": {
+                "objective": {
+                    "class_path": "srpo_lightning.objectives.ReFL",
+                    "init_args": {"num_steps": 2, "late_steps": [1, 1]},
+                },
+                "learning_rate_of": "SRPO",
+                "num_seeds": 1,
+            },
+            "absent": {"objective": objective, "needs": str(folder / "nothing")},
+        },
+    }
+    path = folder / "benchmark.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models, features, tmp_path):
+    config = write_benchmark(models, features, tmp_path)
+    arguments = ["--config", str(config), "--num_workers", "1"]
+    done = processes.start(arguments, program=PROGRAM)
+    assert done.returncode == 0, done.output
+    folder = tmp_path / "benchmark"
+    result = json.loads((folder / "results.json").read_text())
+    assert {name: len(curves) for name, curves in result["rows"].items()} == {"base": 2, "SRPO": 2, "ReFL": 1}
+    assert {run["seed"] for run in result["rows"]["SRPO"]} == {1, 2}  # the seed that chose the rate is not in the mean
+    assert [run["learning_rate"] for run in result["sweeps"]["SRPO"]] == [1e-3, 1e-4]
+    for curves in (result["rows"]["SRPO"], result["rows"]["ReFL"]):
+        for run in curves:
+            assert [point["forwards"] for point in run["points"]] == [0, 16, 32]
+            assert run["points"][2]["seconds"] > 0
+            assert run["peak_bytes"] > 2**20
+    same = {run["points"][0]["judge"] for run in (result["rows"]["SRPO"][0], result["rows"]["ReFL"][0])}
+    assert len(same) == 1  # the base of a seed is measured once
+    assert "absent is left out" in done.output
+    assert (folder / "curves.png").is_file()
+    assert not list(folder.rglob("*.ckpt"))
+    text = (folder / "table.md").read_text()
+    assert "| ReFL | 0.001 |" in text or "| ReFL | 0.0001 |" in text
+    assert "not measured" in text
+
+    again = processes.start([*arguments, "--report_only", "true"], program=PROGRAM)
+    assert again.returncode == 0, again.output
+    assert (folder / "table.md").read_text() == text
+    for part in ("srpo/lr-0.001-seed-1", "refl"):
+        for lost in folder.glob(f"{part}/**/metrics.jsonl"):
+            lost.unlink()
+    third = processes.start(arguments, program=PROGRAM)
+    assert third.returncode == 0, third.output
+    assert third.output.count("seed-") <= 3
+    assert json.loads((folder / "results.json").read_text())["rows"].keys() == result["rows"].keys()
+
+    config.write_text(config.read_text().replace("num_sample_steps: 2", "num_sample_steps: 3"))
+    (folder / "base/seed-0/tables/base.safetensors").unlink()
+    changed = processes.start(arguments, program=PROGRAM)
+    assert changed.returncode != 0
+    assert "was run with other settings: delete it" in changed.output
+
+
+def test_a_benchmark_that_is_terminated_takes_its_runs_with_it(models, features, tmp_path):
+    config = write_benchmark(models, features, tmp_path)
+    config.write_text(config.read_text().replace("forwards: 32", "forwards: 32000"))
+    process = processes.launch(["--config", str(config), "--num_workers", "2"], tmp_path / "log.txt", program=PROGRAM)
+    logs = list((tmp_path / "benchmark" / "srpo").glob("*/log.txt"))
+    deadline = time.monotonic() + processes.LIMIT_S
+    while not any("s per step" in log.read_text() for log in logs) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        logs = list((tmp_path / "benchmark" / "srpo").glob("*/log.txt"))
+    process.terminate()
+    process.join(processes.LIMIT_S)
+    assert process.exitcode == 128 + signal.SIGTERM
+    saved = list((tmp_path / "benchmark" / "srpo").glob("*/checkpoints/*.ckpt"))
+    assert saved, [log.read_text() for log in logs]
+    before = [log.read_text() for log in logs]
+    time.sleep(1)
+    assert [log.read_text() for log in logs] == before
+
+
+def test_a_benchmark_without_tracking_or_results_is_refused_with_the_cure(models, features, tmp_path):
+    config = write_benchmark(models, features, tmp_path)
+    arguments = ["--config", str(config), "--report_only", "true"]
+    with pytest.raises(SystemExit, match="leave --report_only away"):
+        main(arguments)
+    settings = yaml.safe_load(config.read_text())
+    del settings["fit"]["trainer"]["callbacks"][0]["init_args"]["form"]
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match="compares nothing: give it one"):
+        main(arguments)
+    settings["fit"]["trainer"]["callbacks"] = []
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match="add it, with labels"):
+        main(arguments)
+
+
+@pytest.mark.parametrize("file", PLANS, ids=lambda path: path.stem)
+def test_every_plans_rows_are_what_fit_would_take(file, capsys, monkeypatch, tmp_path):
+    """Each row's objective is made and its steps counted before anything is trained."""
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit, match="to report on"):
+        main(["--config", str(file), "--folder", str(tmp_path), "--report_only", "true"])
+    settings = yaml.safe_load(file.read_text())
+    objective = next(iter(settings["rows"].values()))["objective"]
+    config = tmp_path / "fit.yaml"
+    config.write_text(yaml.safe_dump(settings["fit"] | {"model": settings["fit"]["model"] | {"objective": objective}}))
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(["fit", "--config", str(config), "--print_config"])
+    assert exit_status.value.code == 0

@@ -1,0 +1,171 @@
+"""A second family in one file, aura_flow.py: it draws what diffusers draws, and every command takes it."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import yaml
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from transformers import UMT5Config, UMT5EncoderModel
+
+from srpo_lightning import flow
+from srpo_lightning.batch import Conditions, Text
+from srpo_lightning.cli import main
+from srpo_lightning.draws import sample_noise
+from srpo_lightning.encoding import Encoding
+from srpo_lightning.policies import Lora
+from srpo_lightning.run_folder import RunFolder
+from tests import tiny
+from tests.families.aura_flow import AuraFlowPolicy
+
+PROMPTS = ["a cat", "b"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    transformer = AuraFlowTransformer2DModel(
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    vae_config = tiny.write_pipeline(tmp_path_factory.mktemp("flux")) / "vae" / "config.json"
+    vae = AutoencoderKL.from_config(json.loads(vae_config.read_text()) | {"shift_factor": None})
+    text = UMT5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    folder = tmp_path_factory.mktemp("aura")
+    AuraFlowPipeline(
+        tokenizer=tiny.t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(text),
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
+def test_its_sampler_draws_the_pipelines_pictures(pipeline, guidance, size):
+    policy = AuraFlowPolicy(str(pipeline), *size)
+    policy.load()
+    text = policy.encoder(Encoding()).text
+    conditions = Conditions(
+        PROMPTS,
+        Text.collate(text.encode(PROMPTS), text.ragged),
+        torch.arange(2),
+        unconditional=Text.collate(text.encode([text.negative]), text.ragged),
+    )
+    noise = sample_noise(0, [0, 1], policy.latent_shape())
+    with torch.no_grad():
+        latents = flow.integrate(lambda x, s: policy(x, s, conditions, guidance), noise, policy.sigmas(4))
+        pictures = policy.decode(latents)
+    theirs = AuraFlowPipeline.from_pretrained(pipeline)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        PROMPTS,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        max_sequence_length=tiny.MAX_TOKENS,
+        latents=noise,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=2e-5)
+
+
+def test_a_padded_batch_equals_its_samples_alone(pipeline):
+    policy = AuraFlowPolicy(str(pipeline), 32, 32)
+    policy.load()
+    text = policy.encoder(Encoding()).text
+    items = text.encode(PROMPTS)
+    assert len({len(item["prompt_embeds"]) for item in items}) == 2
+    x, sigma = torch.randn(2, *policy.latent_shape()), torch.tensor([0.8, 0.8])
+    with torch.no_grad():
+        together = policy(x, sigma, Conditions(PROMPTS, Text.collate(items, text.ragged), torch.arange(2)), 1.0)
+        for row, item in enumerate(items):
+            alone = Conditions(PROMPTS[row : row + 1], Text.collate([item], text.ragged), torch.arange(1))
+            torch.testing.assert_close(
+                policy(x[row : row + 1], sigma[:1], alone, 1.0)[0], together[row], atol=1e-5, rtol=0
+            )
+
+
+@pytest.mark.parametrize("kind", ["conditional", "detached"])
+def test_a_trained_step_has_one_gradient_with_or_without_the_guidance(pipeline, kind):
+    """With the pass of no prompt detached, the gradient is that of the conditional pass times the guidance."""
+    policy = AuraFlowPolicy(str(pipeline), 32, 32, trained_guidance=kind)
+    policy.load()
+    text = policy.encoder(Encoding()).text
+    none = Text.collate(text.encode([""]), text.ragged)
+    conditions = Conditions(["a"], Text.collate(text.encode(["a"]), text.ragged), torch.arange(1), unconditional=none)
+    x, sigma = torch.randn(1, *policy.latent_shape()), torch.tensor([0.7])
+    weight = policy.transformer.proj_out.weight
+    velocity = policy(x, sigma, conditions, 4.0)
+    (gradient,) = torch.autograd.grad(velocity.sum(), weight)
+    alone = policy(x, sigma, conditions, 1.0)
+    (expected,) = torch.autograd.grad(alone.sum(), weight)
+    torch.testing.assert_close(gradient, (4.0 if kind == "detached" else 1.0) * expected)
+    with torch.no_grad():
+        guided = policy(x, sigma, conditions, 4.0)
+    assert torch.allclose(guided, velocity, atol=1e-5) == (kind == "detached")
+
+
+def config_of(pipeline: Path, models: tiny.Models, run: Path, folder: Path, **policy) -> Path:
+    settings = tiny.config(models, run, folder / "features")
+    settings["model"]["policy"] = {
+        "class_path": "tests.families.aura_flow.AuraFlowPolicy",
+        "init_args": {"pretrained": str(pipeline), "height": 32, "width": 32, **policy},
+    }
+    path = folder / f"{run.name}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}], ids=["full", "lora"])
+def test_it_is_cached_estimated_trained_resumed_and_exported_by_the_command_line(
+    pipeline, models, tmp_path, capsys, adapter
+):
+    policy = {} if adapter is None else {"adapter": adapter}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    config = str(config_of(pipeline, models, whole, tmp_path, **policy))
+    main(["cache", "--config", config])
+    assert "11 prompts in" in capsys.readouterr().out  # ten, and the one that guidance moves away from
+    main(["estimate", "--config", config])
+    assert "fits a device of" in capsys.readouterr().out
+    main(["fit", "--config", config])
+    second = str(config_of(pipeline, models, broken, tmp_path, **policy))
+    main(["fit", "--config", second, "--trainer.max_steps", "2"])
+    main(["fit", "--config", second, "--ckpt_path", "last"])
+    ends = [torch.load(RunFolder(run).checkpoint(4), weights_only=True) for run in (whole, broken)]
+    assert ends[0]["state_dict"].keys() == ends[1]["state_dict"].keys()
+    for name, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(tensor, ends[1]["state_dict"][name]), name
+    out = tmp_path / "exported"
+    arguments = ["--config", str(whole / "config.yaml"), "--dtype", "float32", "--weights", "policy"]
+    main(["export", *arguments, "--output", str(out), "--format", "lora" if adapter else "diffusers"])
+    if adapter:
+        assert (out / "pytorch_lora_weights.safetensors").is_file()
+    else:
+        theirs = diffusers.AuraFlowTransformer2DModel.from_pretrained(out)
+        trained = {n.removeprefix("policy.transformer."): t for n, t in ends[0]["state_dict"].items()}
+        assert all(torch.equal(p, trained[n]) for n, p in theirs.named_parameters())
+    assert "AuraFlowPipeline" in (out / "README.md").read_text()
+    with pytest.raises(SystemExit, match="has no names for a single file"):
+        main(["export", *arguments, "--output", str(tmp_path / "single"), "--format", "single-file"])
+
+
+def test_its_adapter_takes_every_projection_of_the_blocks(pipeline):
+    policy = AuraFlowPolicy(str(pipeline), 32, 32, adapter=Lora(rank=2))
+    names = {n.split(".lora_")[0] for n, p in policy.outline().named_parameters() if p.requires_grad}
+    linear = {n for n, m in policy.empty_transformer().named_modules() if isinstance(m, torch.nn.Linear)}
+    assert names == {n for n in linear if "transformer_blocks" in n and ".norm" not in n}
+    assert names
