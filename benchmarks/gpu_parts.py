@@ -139,8 +139,7 @@ def new_step(module: SRPOModule, config: Namespace) -> BareStep:
 def new_conditions(module: SRPOModule, config: Namespace) -> Conditions:
     """A batch with text features that are no zeros, with which products of matrices would be faster."""
     conditions = on_device(fake_conditions(config, module.policy, config.data.batch_size), module.device)
-    drawn = {name: torch.randn_like(getattr(conditions, name)) for name in ("prompt_embeds", "pooled_prompt_embeds")}
-    return conditions._replace(**drawn)
+    return conditions._replace(text=conditions.text.each(torch.randn_like))
 
 
 def speed(case: str = "LoRA", repeats: int = 3, compile: bool = False) -> dict[str, Any]:
@@ -165,7 +164,7 @@ def fresh_inputs(module: SRPOModule, conditions: Conditions, batch_size: int) ->
     shape = (batch_size, *module.policy.latent_shape(conditions.size))
     x0, noise = torch.randn(shape, device=module.device), torch.randn(shape, device=module.device)
     sigma = torch.rand(batch_size, device=module.device) * 0.8 + 0.1
-    return inject(x0, noise, sigma), sigma, conditions.repeat(batch_size)
+    return inject(x0, noise, sigma), sigma, conditions.take(slice(1)).repeat(batch_size)
 
 
 def seconds_of(function: Callable[[], object], repeats: int = 5) -> float:
@@ -239,7 +238,8 @@ def optimizer_classes() -> Mapping[str, Callable[[list[Tensor]], Optimizer]]:
     """AdamW by several libraries, with the official run's settings."""
     import bitsandbytes.optim
     import torchao.optim
-    from srpo_lightning.low_bit import AdamW8bit
+
+    from srpo_lightning.training.low_bit import AdamW8bit
 
     settings: dict[str, Any] = {"lr": 5e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
     rounding = settings | {"bf16_stochastic_round": True}
@@ -248,7 +248,7 @@ def optimizer_classes() -> Mapping[str, Callable[[list[Tensor]], Optimizer]]:
         "torch.optim.AdamW, fused": partial(torch.optim.AdamW, fused=True, **settings),
         "bitsandbytes.optim.AdamW8bit": partial(bitsandbytes.optim.AdamW8bit, **settings),
         "torchao.optim.AdamW8bit": partial(torchao.optim.AdamW8bit, **rounding),
-        "srpo_lightning.low_bit.AdamW8bit": partial(AdamW8bit, **rounding),
+        "srpo_lightning.training.low_bit.AdamW8bit": partial(AdamW8bit, **rounding),
     }
 
 

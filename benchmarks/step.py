@@ -31,6 +31,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -109,10 +110,10 @@ class BareStep:
         self.conditions = conditions
         self.optimizer = optimizer
         self.parameters = [p for _, p in module.trainable_parameters()]
-        self.ema = next((EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)), None)
-        self.progress: Any = SimpleNamespace(global_step=0)
         self.accumulates = False
         """Whether the gradients of the micro-batch before stay, and this one's are added."""
+        self.ema = next((EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)), None)
+        self.progress: Any = SimpleNamespace(global_step=0)
         if self.ema:
             self.ema.on_fit_start(self.progress, module)
 
@@ -139,8 +140,9 @@ def fresh(conditions: Conditions, step: int) -> Conditions:
 
 
 def on_device(conditions: Conditions, device: torch.device) -> Conditions:
-    moved = {k: v.to(device) for k, v in conditions._asdict().items() if isinstance(v, Tensor)}
-    return conditions._replace(**moved)
+    """The same batch there."""
+    moved: Conditions = tree_map_only(Tensor, lambda tensor: tensor.to(device), conditions)
+    return moved
 
 
 def load(config: Namespace, device: torch.device, geometry: str) -> SRPOModule:

@@ -25,6 +25,7 @@ from srpo_lightning.evaluation.exchange import HasPictures, OffersWeights, Weigh
 from srpo_lightning.objectives.base import Objective, Rollout
 from srpo_lightning.objectives.readings import check_readings
 from srpo_lightning.policies.base import Policy
+from srpo_lightning.policies.parallel import leave_cudnn_attention_alone
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.training.agreement import check_weights
 from srpo_lightning.training.optimizers import InBackward, check_clipping, check_settings, new_trial
@@ -104,6 +105,7 @@ class SRPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Read all weights, once; a strategy that shards divides the policy's."""
+        leave_cudnn_attention_alone()
         self.policy.load(getattr(self._strategy, "shard", None))
         self.reward.load()
         self.compare_weights()

@@ -5,13 +5,13 @@ What is divided over ranks is the strategy's; recomputing blocks is one call of 
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 ATTENTION = (
     "native",
     "_native_flash",
     "_native_efficient",
-    "_native_cudnn",
     "_native_math",
     "flex",
     "flash",
@@ -19,9 +19,20 @@ ATTENTION = (
 )
 """diffusers' names of attention kernels with a gradient.
 
-The others have none (sage, _flash_3), are for other machines (_native_npu, _native_xla), wait for the device in every
-call (_varlen), or are fetched from the hub as compiled code (_hub).
+The others have none (sage, _flash_3) or a wrong one (_native_cudnn), are for other machines (_native_npu, _native_xla),
+wait for the device in every call (_varlen), or are fetched from the hub as compiled code (_hub).
 """
+
+
+def leave_cudnn_attention_alone() -> None:
+    """Take cuDNN's kernel from those that torch chooses attention from, in the whole process.
+
+    Torch 2.11 prefers it for half precision on Hopper. In FLUX's blocks its backward pass (compute_dot_do_o_specialized
+    of cuDNN 9.19) read outside its tensors: training ended in an illegal memory access, or had gradients that were not
+    finite (docs/gpu.md). With masks they are not finite in torch 2.13 either:
+    https://github.com/pytorch/pytorch/issues/196678
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def check_attention(name: str) -> None:

@@ -174,7 +174,7 @@ class PipelineTextEncoder(ABC):
                 for name, cls in self.model_classes.items()
             }
             if self.quantize == "int8":
-                keep_in_8_bits(models[self.quantized])
+                keep_in_8_bits(models[self.quantized], self.device)
             elif self.quantize == "nf4":
                 keep_in_4_bits(models[self.quantized], but=self.whole_layers)
             self._models = {name: model.eval().to(self.device) for name, model in models.items()}

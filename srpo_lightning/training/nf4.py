@@ -5,6 +5,7 @@ from collections.abc import Container
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -48,8 +49,11 @@ def keep_in_4_bits(module: nn.Module, double: bool = False, but: Container[str] 
             module.set_submodule(name, small)
 
 
-def keep_in_8_bits(module: nn.Module) -> None:
-    """Turn the linear layers in a module into LLM.int8(), one after another: 8 bits per weight, a scale per row."""
+def keep_in_8_bits(module: nn.Module, device: torch.device | str) -> None:
+    """Turn the linear layers in a module into LLM.int8() on a device: 8 bits per weight, a scale per row.
+
+    Where they are to compute: what bitsandbytes 0.50 computes with stays behind when a module is moved later.
+    """
     bitsandbytes: Any = importlib.import_module("bitsandbytes.nn")
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -58,4 +62,4 @@ def keep_in_8_bits(module: nn.Module) -> None:
             )
             weight = bitsandbytes.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
             small.weight, small.bias = weight, layer.bias
-            module.set_submodule(name, small.to("cpu"))
+            module.set_submodule(name, small.to(device))

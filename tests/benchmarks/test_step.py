@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import step
-from srpo_lightning.jobs.estimate.job import POLICY, read_config
-from srpo_lightning.jobs.estimate.prediction import BACKWARD, DECODE, FORWARD, REWARD, ROLLOUT
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.jobs.estimate.job import POLICY
+from srpo_lightning.jobs.estimate.step import BACKWARD, DECODE, FORWARD, REWARD, ROLLOUT
 from tests import tiny
 
 

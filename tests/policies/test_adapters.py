@@ -118,6 +118,17 @@ def test_the_first_weights_depend_on_the_adapters_seed_and_on_no_hidden_state(mo
     assert differs == {"A"}
 
 
+def test_the_first_weights_are_drawn_on_the_cpu_whatever_torchs_default_device_is(models):
+    """Lightning makes a GPU the default while it loads; the meta device, which has no numbers, stands in for it."""
+    policy, expected = (tiny.new_policy(models, adapter=Lora(4)) for _ in range(2))
+    for parameter in trained(policy).values():
+        torch.nn.init.constant_(parameter, 7)
+    with torch.device("meta"):
+        policy.restart()
+    found = trained(policy)
+    assert all(torch.equal(found[name], p) for name, p in trained(expected).items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_adapted_model_is_the_one_with_the_papers_weights(models, kind):
     """W + alpha / rank B A (LoRA), alpha / sqrt(rank) (rsLoRA), and m (W + B A) / |W + B A| by rows (DoRA)."""

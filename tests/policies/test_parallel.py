@@ -92,6 +92,13 @@ def test_dora_is_not_compiled(models):
         FluxPolicy(str(models.pipeline), 32, 32, compile=True, adapter=Lora(rank=4, dora=True))
 
 
+def test_training_leaves_cudnns_attention_alone(models):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tiny.new_module(models).configure_model()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_another_attention_kernel_gives_the_same_velocity_and_gradient(models, own_attention):
     chosen, default = tiny.new_policy(models, attention="_native_math"), tiny.new_policy(models)
     backends = {block.attn.processor._attention_backend for _, block in loading.blocks(chosen.transformer)}
@@ -101,7 +108,7 @@ def test_another_attention_kernel_gives_the_same_velocity_and_gradient(models, o
     torch.testing.assert_close(run(chosen, 2, grad=True), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["nativ", "sage", "flash_hub", "_flash_3"])
+@pytest.mark.parametrize("name", ["nativ", "sage", "flash_hub", "_flash_3", "_native_cudnn"])
 def test_a_kernel_that_is_unknown_or_cannot_train_is_refused_with_those_that_can(models, name):
     with pytest.raises(ValueError, match=f"attention is '{name}'.*choose from native, .*_native_math, flex"):
         FluxPolicy(str(models.pipeline), 32, 32, attention=name)

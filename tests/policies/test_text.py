@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from srpo_lightning.policies import text_encoder
 from srpo_lightning.policies.flux import FluxTextEncoder
 from tests import tiny
 
@@ -77,3 +78,12 @@ def test_a_quantized_encoder_gives_nearly_the_same_features(models, quantize, to
         difference = (found["prompt_embeds"].float() - expected["prompt_embeds"].float()).norm()
         assert 0 < difference / expected["prompt_embeds"].float().norm() < tolerance
         assert torch.equal(found["pooled_prompt_embeds"], expected["pooled_prompt_embeds"])
+
+
+def test_layers_in_8_bits_are_made_where_they_compute(models, monkeypatch):
+    """Moved later they would leave the numbers that they compute with behind; the meta device stands in for a GPU."""
+    places = []
+    monkeypatch.setattr(text_encoder, "check_device", lambda *_: None)
+    monkeypatch.setattr(text_encoder, "keep_in_8_bits", lambda _, device: places.append(device))
+    FluxTextEncoder(str(models.pipeline), device="meta", quantize="int8")._load()
+    assert places == ["meta"]

@@ -2,9 +2,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 from transformers import CLIPImageProcessorPil
 
-from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing, resize, resize_and_crop, resize_and_pad
+from srpo_lightning.rewards.pixels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Preprocessing,
+    products,
+    resize,
+    resize_and_crop,
+    resize_and_pad,
+)
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -49,6 +58,19 @@ def test_without_clamp_resizing_equals_pils_bicubic_in_floating_point():
         ours = resize(images, target, clamp=False)[0]
         assert ours.max() > 1
         torch.testing.assert_close(ours, torch.from_numpy(np.stack(theirs)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "size"), [((64, 48), (64, 20)), ((37, 50), (90, 50)), ((64, 64), (28, 28))])
+def test_on_a_gpu_products_with_interpolates_weights_have_its_values_and_gradient(source, size):
+    """In float64, in which both are exact to rounding; bfloat16 under autocast is resized in float64 too."""
+    images = torch.rand(2, 3, *source, dtype=torch.float64, requires_grad=True)
+    expected = functional.interpolate(images, size=size, mode="bicubic", antialias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = products(images, size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    upstream = torch.rand_like(found)
+    gradients = (torch.autograd.grad(resized, images, upstream)[0] for resized in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
 def test_padding_keeps_the_whole_picture_centred_on_black():
