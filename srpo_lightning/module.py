@@ -114,8 +114,10 @@ class SRPOModule(LightningModule):
         """Say what of the prompts the reward does not read; refuse words that would train nothing."""
         form = vars(self.objective).get("form")
         prompts = getattr(getattr(self.trainer, "datamodule", None), "trained_prompts", ())
-        for line in check_readings(form, self.reward, prompts) if form is not None else ():
-            self.print(line)
+        if form is not None:
+            form.prepare(prompts)
+            for line in check_readings(form, self.reward, prompts):
+                self.print(line)
 
     def compare_weights(self) -> None:
         """Refuse ranks with other weights; DDP would give all of them the first rank's, without a word."""

@@ -1,7 +1,7 @@
 """What is asked of the reward model about pictures: independent of how the gradient then reaches the policy.
 
 `Plain` is `R(image, prompt)`; `Relative` is SRPO's `(1 + lambda) R(image, positive) - R(image, negative)` (arXiv
-2509.06942).
+2509.06942), or that with the texts of other prompts in the negative place.
 """
 
 from abc import ABC, abstractmethod
@@ -11,10 +11,11 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from jsonargparse.typing import NonNegativeInt
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.draws import Draws
+from srpo_lightning.draws import Draws, keyed_generator
 from srpo_lightning.files.fingerprint import Recorded
 from srpo_lightning.rewards.base import Reward
 
@@ -50,6 +51,9 @@ class RewardForm(Recorded, ABC):
     def texts_of(self, prompt: str) -> tuple[list[str], list[str]]:
         """All texts that the reward may read of a prompt: those to move towards, and those to move away from."""
         return [prompt], []
+
+    def prepare(self, prompts: Sequence[str]) -> None:  # most forms need none
+        """Take note of all training prompts, before training."""
 
     def check(self, reward: Reward) -> None:  # most forms take any
         """Refuse a reward that the form cannot use."""
@@ -127,16 +131,24 @@ class Wording:
         control_words: Words that steer, the positive and the negative ones.
         word_choice: Order of the words: one after the other, step by step, or drawn at random.
         template: Text of a prompt under a word.
+        others: Number of other training prompts whose mean score under the negative word is taken off, in the place of
+            the picture's own prompt. 0 is the published form, in which the subject cancels with the reward's bias. With
+            others the negative words may be none.
     """
 
     control_words: ControlWords = field(kw_only=False)
     word_choice: Literal["cycle", "random"] = "cycle"
     template: str = "{word}. {prompt}"
+    others: NonNegativeInt = 0
 
 
 @dataclass(kw_only=True)
 class Relative(Wording, RewardForm):
     """SRPO's semantic relative reward, `(1 + lambda) R(image, positive) - R(image, negative)` (arXiv 2509.06942).
+
+    With `others` = m it is `(1 + lambda) R(image, "word. p") - mean of m R(image, "negative word. q")`: the m prompts q
+    are drawn from all training prompts but p. What no text explains cancels; what p alone explains stays. This form is
+    ours, not the paper's.
 
     Args:
         extra_weight: Weight lambda of the positive text, where the estimator brings none of its own.
@@ -150,7 +162,8 @@ class Relative(Wording, RewardForm):
     def __post_init__(self) -> None:
         """Refuse words that cannot steer."""
         for side, words in vars(self.control_words).items():
-            if not words or not all(word.strip() for word in words):
+            may_be_none = side == "negative" and self.others
+            if not (words or may_be_none) or not all(word.strip() for word in words):
                 raise ValueError(f"control_words.{side} is {words}: give at least one word, none of them empty")
         negative = {word.strip().casefold() for word in self.control_words.negative}
         both = [word for word in self.control_words.positive if word.strip().casefold() in negative]
@@ -160,6 +173,19 @@ class Relative(Wording, RewardForm):
                 "and nothing to train towards; leave it out on one side"
             )
         check_template(self.template, "word", "prompt")
+        self._places: dict[str, int] = {}
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Keep the prompts that others are drawn from.
+
+        Raises:
+            ValueError: if there is but one.
+        """
+        self._places = _places(prompts) if self.others else {}
+        if self.others and len(self._places) < 2:
+            raise ValueError(
+                f"others is {self.others}, but there is but one training prompt: give more prompts, or set it to 0"
+            )
 
     def __call__(
         self,
@@ -171,29 +197,58 @@ class Relative(Wording, RewardForm):
         signs: Sequence[int] | None = None,
     ) -> Float[Tensor, " B"]:
         """The relative reward under the step's words; they swap where the picture is penalised."""
-        pairs = list(zip(*self.texts(conditions, draws), signs or [1] * len(images), strict=True))
-        towards = [positive if sign > 0 else negative for positive, negative, sign in pairs]
-        away = [negative if sign > 0 else positive for positive, negative, sign in pairs]
+        towards, *away = self.texts(conditions, draws)
         if weight is None:
             weight = images.new_full((len(images),), self.extra_weight)
-        coefficients = torch.stack([1 + weight, -torch.ones_like(weight)], dim=1)
-        relative = reward.contrast(images, [towards, away], coefficients)
+        rewarded = torch.tensor(signs or [1] * len(images)).to(images.device, non_blocking=True) > 0
+        positive = torch.where(rewarded, 1 + weight, -torch.ones_like(weight))
+        negative = torch.where(rewarded, -torch.ones_like(weight), 1 + weight)
+        coefficients = torch.stack([positive, *[negative / len(away)] * len(away)], dim=1)
+        relative = reward.contrast(images, [towards, *away], coefficients)
         return relative + _signs(signs, images) * reward.plain(images, conditions.prompts)
 
-    def texts(self, conditions: Conditions, draws: Draws) -> tuple[list[str], list[str]]:
-        """The prompts under the step's positive word and under its negative word, or their own negative prompts."""
+    def texts(self, conditions: Conditions, draws: Draws) -> tuple[list[str], ...]:
+        """The prompts under the step's positive word, and columns of texts to move away from.
+
+        The one column holds the prompts under the negative word, or each of the m columns other prompts under it.
+        A prompt's own negative prompt stands in the place of either.
+        """
         positive = self._word(self.control_words.positive, "positive", draws)
-        negative = self._word(self.control_words.negative, "negative", draws)
-        away, negative_prompts = self._under(negative, conditions.prompts), conditions.negative_prompts
-        if negative_prompts is not None:
-            away = [text if own is None else own for text, own in zip(away, negative_prompts, strict=True)]
-        return self._under(positive, conditions.prompts), away
+        away = [conditions.prompts]
+        if self.others:
+            drawn = self._drawn(conditions.prompts, draws)
+            away = [list(column) for column in zip(*drawn, strict=True)]
+        if self.control_words.negative:
+            negative = self._word(self.control_words.negative, "negative", draws)
+            away = [self._under(negative, column) for column in away]
+        if conditions.negative_prompts is not None:
+            away = [
+                [text if own is None else own for text, own in zip(column, conditions.negative_prompts, strict=True)]
+                for column in away
+            ]
+        return self._under(positive, conditions.prompts), *away
+
+    def _drawn(self, prompts: Sequence[str], draws: Draws) -> list[list[str]]:
+        """Others of each prompt, by seed, step and prompt: the same however a step is divided, and for a whole group.
+
+        Without `prepare`, as where memory is predicted, they are of the batch.
+        """
+        places = self._places or _places(prompts)
+        known = list(places)
+        found = []
+        for prompt in prompts:
+            own = places.get(prompt, len(known))
+            generator = keyed_generator(draws.seed, draws.step, "others", prompt)
+            drawn = torch.randint(max(len(known) - (own < len(known)), 1), (self.others,), generator=generator)
+            found.append([known[min(place + (place >= own), len(known) - 1)] for place in drawn.tolist()])
+        return found
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """The relative reward without lambda, averaged over all words."""
         positive, negative = self.control_words.positive, self.control_words.negative
-        texts = [self._under(word, prompts) for word in [*positive, *negative]]
-        shares = [1 / len(positive)] * len(positive) + [-1 / len(negative)] * len(negative)
+        away = [self._under(word, prompts) for word in negative] or [list(prompts)]
+        texts = [*(self._under(word, prompts) for word in positive), *away]
+        shares = [1 / len(positive)] * len(positive) + [-1 / len(away)] * len(away)
         coefficients = torch.tensor(shares, device=images.device).expand(len(images), -1)
         return reward.contrast(images, texts, coefficients) + reward.plain(images, prompts)
 
@@ -214,6 +269,10 @@ class Relative(Wording, RewardForm):
         if self.word_choice == "cycle":
             return words[draws.step % len(words)]
         return words[int(draws.integers(purpose, 0, len(words) - 1, 1, shared=True))]
+
+
+def _places(prompts: Sequence[str]) -> dict[str, int]:
+    return {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
 
 
 def _signs(signs: Sequence[int] | None, images: Tensor) -> Tensor | int:

@@ -4,7 +4,7 @@ The loss is `relu(margin - r)` with `r = (1 + lambda) R(x0_hat, positive) - R(x0
 branch the words swap. The steps of the algorithm box are in direct_align.py, the reward of step 4 in reward_forms.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
@@ -21,9 +21,10 @@ class SRPO(Wording, DirectAlign):
 
     def __post_init__(self) -> None:
         """Make the form of the words, which refuses those that cannot steer."""
-        self.form = Relative(self.control_words, word_choice=self.word_choice, template=self.template)
+        wording = {own.name: getattr(self, own.name) for own in fields(Wording)}
+        self.form = Relative(**wording)
         super().__post_init__()
 
-    def texts(self, conditions: Conditions, draws: Draws) -> tuple[list[str], list[str]]:
-        """The prompts under the step's positive word and under its negative word, or their own negative prompts."""
+    def texts(self, conditions: Conditions, draws: Draws) -> tuple[list[str], ...]:
+        """The prompts under the step's positive word, and columns of texts to move away from."""
         return self.form.texts(conditions, draws)

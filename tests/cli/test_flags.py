@@ -55,10 +55,10 @@ FLAGS = {
     Source: "path weight prompt image seed negative_prompt tags width height split",
     RunCheckpoint: "every_n_steps keep monitor mode keep_best every_n_minutes",
     SRPO: f"control_words {COMMON} num_rollout_steps rollout_guidance num_schedule_steps window grid_size "
-    "ground_truth_ratio edge denoise_lambda inversion_lambda margin position_per_sample word_choice template",
+    "ground_truth_ratio edge denoise_lambda inversion_lambda margin position_per_sample word_choice template others",
     ControlWords: "positive negative",
     Plain: "template",
-    Relative: "control_words word_choice template extra_weight",
+    Relative: "control_words word_choice template others extra_weight",
     DirectAlign: f"form {COMMON} inversion num_rollout_steps rollout_guidance num_schedule_steps window grid_size "
     "ground_truth_ratio edge denoise_lambda inversion_lambda margin position_per_sample",
     ReFL: f"{GRADIENT} late_steps",

@@ -22,6 +22,11 @@ class Recorder(Reward):
         super().__init__()
         self.value = value
         self.asked: list[tuple[int, list[str]]] = []
+        self.coefficients = torch.empty(0)
+
+    def contrast(self, images, texts, coefficients):
+        self.coefficients = coefficients
+        return super().contrast(images, texts, coefficients)
 
     def forward(self, images, texts):
         self.asked.append((len(images), list(texts)))
@@ -44,6 +49,7 @@ def test_the_constructor_holds_the_papers_constants():
     assert defaults == {
         "word_choice": "cycle",
         "template": "{word}. {prompt}",
+        "others": 0,
         "num_rollout_steps": 25,
         "rollout_guidance": 1.0,
         "guidance": 3.5,
@@ -161,7 +167,12 @@ def test_the_words_swap_in_the_inversion_branch(policy):
     reward = Recorder()
     SRPO(WORDS).loss(policy, reward, tiny.new_conditions(2), rollout_of(policy, 2), Draws(0, 0))
     positive, negative = ["Detail. a0 b", "Detail. a1 b"], ["Painting. a0 b", "Painting. a1 b"]
-    assert reward.asked == [(4, positive + negative), (4, negative + positive)]
+    assert reward.asked == [(4, positive * 2), (4, negative * 2)]
+    denoising, inversion = reward.coefficients.split(2)
+    assert (denoising[:, 0] > 1).all()
+    assert (denoising[:, 1] == -1).all()
+    assert (inversion[:, 0] == -1).all()
+    assert (inversion[:, 1] > 1).all()
 
 
 def test_the_reward_sees_no_more_images_at_once_than_asked(policy):
