@@ -171,12 +171,17 @@ class TensorFile:
             raise ValueError(f"cannot be read ({in_a_line(error)})") from error
         if len(column) * column.type.byte_width != entry.num_bytes:
             raise ValueError(f"is foreign (its item {number} has {len(column)} elements)")
-        content, place = memoryview(column.buffers()[1] or b""), 0
+        content, place = np.frombuffer(column.buffers()[1] or b"", np.uint8), 0
         tensors = {}
         for name, (dtype, *shape) in entry.tensors.items():
-            tensors[name] = torch.empty(shape, dtype=DTYPES[dtype])
-            _bytes(tensors[name])[:] = content[place : place + tensors[name].nbytes]
-            place += tensors[name].nbytes
+            size = math.prod(shape) * DTYPES[dtype].itemsize
+            own = content[place : place + size]
+            if 2 * size > len(content) and place % DTYPES[dtype].itemsize == 0:  # copying the largest costs most
+                tensors[name] = torch.from_numpy(own).view(DTYPES[dtype]).reshape(shape)
+            else:
+                tensors[name] = torch.empty(shape, dtype=DTYPES[dtype])
+                _bytes(tensors[name])[:] = own
+            place += size
         return tensors
 
 
