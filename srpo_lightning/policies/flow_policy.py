@@ -55,7 +55,7 @@ class FlowPolicy(Family):
             loading. Embedders, norms and the last projection keep `dtype`. Needs the extra `quant`.
         compile: whether each transformer block is compiled with torch.compile when it first runs, which takes minutes;
             not with DoRA.
-        attention: attention kernel by diffusers' name for it, such as _native_cudnn or flash; null is torch's choice.
+        attention: attention kernel by diffusers' name for it, such as _native_flash or flash; null is torch's choice.
         rollout_cache: relative mean difference of the first block's change between two steps of a rollout, below which
             the other blocks' change is taken from the step before: diffusers' FirstBlockCache. 0.05 to 0.2 is usual;
             null computes every step.
