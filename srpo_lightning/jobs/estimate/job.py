@@ -100,7 +100,7 @@ def in_backward(config: Namespace) -> bool:
 
 
 def average_on_host(config: Namespace) -> bool:
-    """The average out of the way."""
+    """The ema out of the way."""
     found = [own for own in of_class(config.trainer.callbacks, EMA) if own.init_args.device != "host"]
     for callback in found:
         callback.init_args.device = "host"

@@ -56,7 +56,7 @@ def train(
         on_cuda: Whether CUDA is what the fake tensors stand for.
 
     Returns:
-        What holds on to memory between steps, beside the module and the average.
+        What holds on to memory between steps, beside the module and the ema.
     """
     parameters = [p for _, p in module.trainable_parameters()]
     offloads = is_sharded(trainer) and trainer.strategy.init_args.cpu_offload
