@@ -26,6 +26,10 @@ MOVED = {
 """Modules of classes that older configurations name, and where they lie now."""
 
 
+GONE = {f"data.{name}": f"model.policy.init_args.{name}" for name in ("pretrained", "height", "width")}
+"""Settings that older configurations have, and those that say it today."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` with the known name that is most like another; empty where none is."""
     lower = {other.lower(): other for other in known} | {o.rpartition(".")[2].lower(): o for o in known}
@@ -37,6 +41,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def nearest_setting(name: str, settings: Set[str]) -> str:
     """`; did you mean X?` with the setting that is most like a dotted name, of which any part may be wrong."""
+    if name in GONE:
+        return f"; it is {GONE[name]} alone now"
     parts = name.split(".")
     for depth in range(len(parts), 0, -1):
         same_depth = [other for other in settings if other.count(".") == depth - 1]
