@@ -14,6 +14,7 @@ from torch import Tensor
 from srpo_lightning.callbacks.guard import OverOptimizationGuard
 from srpo_lightning.evaluation.exchange import callbacks_that
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.suggestions import moved
 
 Settings: TypeAlias = dict[str, Any]
 
@@ -30,6 +31,12 @@ WITHOUT_EFFECT = frozenset(
     )
 )  # fmt: skip
 """Settings of data that change where and how fast a run works, but no result."""
+
+FOLLOWED = frozenset({"data.pretrained", "data.height", "data.width"})
+"""Settings in checkpoints of earlier versions that followed the policy's: where these differ, it is said of them."""
+
+SINCE = {"trained_guidance": "conditional", "others": 0}
+"""Settings that checkpoints of earlier versions do not have, by their last name, with what held without them."""
 
 CONSEQUENCE = "steps and records before and after do not compare"
 
@@ -65,10 +72,11 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def differences(before: Settings, now: Settings) -> list[str]:
-    """A line for each setting whose value is another."""
+    """A line for each setting whose value is another; what an earlier version only named otherwise is none."""
     lines = []
-    for name in [*before, *(name for name in now if name not in before)]:
-        then, present = before.get(name), now.get(name)
+    for name in [*(name for name in before if name not in FOLLOWED), *(name for name in now if name not in before)]:
+        then, present = before.get(name, SINCE.get(name.rpartition(".")[2])), now.get(name)
+        then = moved(then) or then if isinstance(then, str) else then
         if then != present:
             lines.append(f"{name} was {then!r} when the checkpoint was written, and is {present!r}")
     return lines

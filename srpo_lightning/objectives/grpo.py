@@ -209,7 +209,13 @@ class GRPO(TrajectoryObjective):
             )
 
     def check_policy(self, policy: Policy) -> None:
-        """Refuse a penalty by the distance from a base that nothing keeps."""
+        """Refuse a penalty by the distance from a base that nothing keeps, and steps of another guidance than drawn."""
+        if self.guidance != 1 and not policy.trains_as_it_samples:
+            raise ValueError(
+                f"guidance is {self.guidance}, by which rollouts are drawn but no step is trained, so that their "
+                "probabilities do not compare: set model.policy.init_args.trained_guidance to detached, or guidance "
+                "to 1"
+            )
         if self.kl_weight and not policy.has_reference:
             raise ValueError(
                 f"kl_weight is {self.kl_weight}, and this policy keeps no base to be compared with: train an adapter "

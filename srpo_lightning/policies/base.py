@@ -42,6 +42,9 @@ class Policy(Recorded, nn.Module, ABC):
     has_negative: bool = False
     """Whether guidance takes a second pass, of the text that it moves away from."""
 
+    trains_as_it_samples: bool = True
+    """Whether the velocity of a trained step is that of a rollout, guidance included."""
+
     @abstractmethod
     def load(self, shard: Shard | None = None) -> None:
         """Read the weights, once; a second call does nothing.

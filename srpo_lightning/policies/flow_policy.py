@@ -207,22 +207,23 @@ class FlowPolicy(Family):
         Under autocast the level and the guidance that are told are rounded to its dtype, unless `exact_conditioning`.
         """
         assert self.transformer is not None, "load() comes first"
-        conditional = self._pass(x, sigma, conditions.text, conditions.size, guidance)
+        conditional = self._pass(x, sigma, conditions.text, conditions.size, guidance, "prompt")
         is_alone = torch.is_grad_enabled() and self.trained_guidance == "conditional"
         if not self.has_negative or guidance == 1 or is_alone:
             return conditional
         assert conditions.unconditional is not None, "data encodes the text that guidance moves away from"
         with torch.no_grad():
             none = conditions.unconditional.expand(conditions.batch_size)
-            unconditional = self._pass(x.detach(), sigma, none, conditions.size, guidance)
+            unconditional = self._pass(x.detach(), sigma, none, conditions.size, guidance, "no prompt")
         return self.guide(conditional, unconditional, guidance)
 
-    def _pass(self, x: Latents, sigma: Tensor, text: Text, size: Size | None, guidance: float) -> Latents:
+    def _pass(self, x: Latents, sigma: Tensor, text: Text, size: Size | None, guidance: float, kind: str) -> Latents:
         if self.quantize_timesteps:
             sigma = (sigma * 1000).trunc() / 1000
         told = [sigma, torch.full_like(sigma, guidance)] if self.guided else [sigma]
         text = Text({name: tensor.to(x.dtype) for name, tensor in text.tensors.items()}, text.lengths)
-        with loading.unrounded(self.transformer, told) if self.exact_conditioning else nullcontext():
+        unrounded = loading.unrounded(self.transformer, told) if self.exact_conditioning else nullcontext()
+        with loading.own_cache(self.transformer, kind), unrounded:
             return self.network(x, sigma, text, size or self.size, told).to(x.dtype)
 
     @property
@@ -235,6 +236,11 @@ class FlowPolicy(Family):
         """Whether guidance takes a second pass: where no guidance is embedded and the family has a negative text."""
         return self.text_encoder.negative is not None and not self.guided
 
+    @property
+    def trains_as_it_samples(self) -> bool:  # type: ignore[override]  # a constant of other policies
+        """Unless the pass of no prompt is left out of trained steps."""
+        return not self.has_negative or self.trained_guidance == "detached"
+
     @contextmanager
     def rolling_out(self) -> Iterator[None]:
         """With the cache of features, if there is to be one."""
@@ -244,8 +250,7 @@ class FlowPolicy(Family):
         assert self.transformer is not None, "load() comes first"
         self.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=self.rollout_cache))
         try:
-            with self.transformer.cache_context("rollout"):
-                yield
+            yield
         finally:
             self.transformer.disable_cache()
 

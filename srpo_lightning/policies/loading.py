@@ -1,7 +1,7 @@
 """How a transformer comes to its weights: whole, in 4 bits, or divided over ranks, with or without adapters."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +96,12 @@ def _prepare_blocks(policy: Loaded, transformer: Any) -> None:
         transformer.set_attention_backend(policy.attention)
     if policy.compiles_blocks:
         compile_blocks(block for _, block in blocks(transformer))
+
+
+def own_cache(transformer: Any, name: str) -> AbstractContextManager[None]:
+    """Around a pass that goes on from the features of the last pass of that name alone, where features are cached."""
+    found: AbstractContextManager[None] = nullcontext()
+    return transformer.cache_context(name) if getattr(transformer, "is_cache_enabled", False) else found
 
 
 @contextmanager

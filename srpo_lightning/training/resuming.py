@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from srpo_lightning.suggestions import moved
+
 
 def checked_policy(saved: Mapping[str, Any] | None, fingerprint: str) -> Mapping[str, Any]:
     """What SRPOModule has written into a checkpoint, which is refused if it is another program's or policy's.
@@ -50,7 +52,7 @@ def check_optimizer(saved: str | None, optimizer: OptimizerCallable) -> None:
     Raises:
         ValueError: naming the cure.
     """
-    present = name_of_optimizer(optimizer)
+    present, saved = name_of_optimizer(optimizer), saved and (moved(saved) or saved)
     if saved and saved != present:
         raise ValueError(
             f"model.optimizer is {present}, which cannot go on from the states of {saved} in the checkpoint: set "

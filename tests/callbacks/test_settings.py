@@ -9,6 +9,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from srpo_lightning.callbacks import OverOptimizationGuard, RunCheckpoint
 from srpo_lightning.callbacks.settings import RunSettings, differences, settings_of
 from srpo_lightning.run_folder import RunFolder
+from srpo_lightning.training.low_bit import AdamW8bit
+from srpo_lightning.training.resuming import check_optimizer
 from tests import tiny
 from tests.callbacks.test_checkpoint import assert_same_run, states
 
@@ -107,6 +109,30 @@ def test_an_optimizer_of_another_class_is_refused(models, features, tmp_path):
         tiny.new_trainer(tmp_path, max_steps=2).fit(
             module, tiny.new_data(models, features), ckpt_path=RunFolder(tmp_path).checkpoint(1)
         )
+
+
+def test_the_name_that_an_optimizers_class_had_in_an_earlier_version_is_taken():
+    check_optimizer("srpo_lightning.low_bit.AdamW8bit", AdamW8bit)
+    with pytest.raises(ValueError, match=r"cannot go on from the states of srpo_lightning.training.low_bit.AdamW8bit"):
+        check_optimizer("srpo_lightning.low_bit.AdamW8bit", torch.optim.AdamW)
+
+
+def test_of_an_earlier_versions_checkpoint_only_what_differs_is_said():
+    earlier = {
+        "model.optimizer.class_path": "srpo_lightning.low_bit.AdamW8bit",
+        "data.pretrained": "flux",
+        "data.height": 32,
+        "data.width": 32,
+    }
+    now = {
+        "model.optimizer.class_path": "srpo_lightning.training.low_bit.AdamW8bit",
+        "model.policy.init_args.trained_guidance": "conditional",
+        "model.objective.init_args.others": 0,
+    }
+    assert differences(earlier, now) == []
+    assert differences(earlier, now | {"model.objective.init_args.others": 3}) == [
+        "model.objective.init_args.others was 0 when the checkpoint was written, and is 3"
+    ]
 
 
 def test_settings_are_plain_and_those_without_effect_are_left_out(models, tmp_path):

@@ -13,9 +13,11 @@ from transformers import UMT5Config, UMT5EncoderModel
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.cli import main
-from srpo_lightning.draws import sample_noise
+from srpo_lightning.draws import Draws, sample_noise
 from srpo_lightning.encoding import Encoding
-from srpo_lightning.policies import Lora
+from srpo_lightning.objectives import GRPO
+from srpo_lightning.policies import FluxPolicy, Lora
+from srpo_lightning.policies.flux import FluxTextEncoder
 from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.families.aura_flow import AuraFlowPolicy
@@ -117,6 +119,48 @@ def test_a_trained_step_has_one_gradient_with_or_without_the_guidance(pipeline, 
     with torch.no_grad():
         guided = policy(x, sigma, conditions, 4.0)
     assert torch.allclose(guided, velocity, atol=1e-5) == (kind == "detached")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("kind", ["conditional", "detached"])
+def test_grpo_trains_the_steps_that_it_has_drawn_or_refuses(pipeline, models, kind, guidance):
+    """Without the pass of no prompt a trained step has another probability than when it was drawn."""
+    policy = AuraFlowPolicy(str(pipeline), 32, 32, trained_guidance=kind)
+    objective = GRPO(num_steps=4, group_size=2, guidance=guidance)
+    if kind == "conditional" and guidance != 1:
+        with pytest.raises(ValueError, match=r"set model.policy.init_args.trained_guidance to detached"):
+            objective.check_policy(policy)
+        return
+    objective.check_policy(policy)
+    policy.load()
+    text = policy.encoder(Encoding()).text
+    none = Text.collate(text.encode([""]), text.ragged)
+    features = Text.collate(text.encode(PROMPTS), text.ragged)
+    conditions = Conditions(PROMPTS, features, torch.arange(2), unconditional=none)
+    rollout = objective.rollout(policy, conditions, Draws(0))
+    outcome = objective.loss(policy, tiny.new_reward(models.clip), conditions, rollout, Draws(0))
+    assert float(outcome.scalars["ratio_error"]) < 1e-4
+
+
+class GuidedFluxEncoder(FluxTextEncoder):
+    negative = ""
+
+
+class GuidedFlux(FluxPolicy):
+    text_encoder = GuidedFluxEncoder
+
+
+def test_either_pass_of_a_rollout_has_a_cache_of_its_own(tmp_path):
+    """With a threshold that everything is below, both passes of a first step are computed all the same."""
+    policy = GuidedFlux(str(tiny.write_pipeline(tmp_path, guidance_embeds=False)), 32, 32, rollout_cache=1e9)
+    policy.load()
+    conditions = tiny.new_conditions(2)
+    conditions = conditions._replace(unconditional=tiny.new_conditions(1).text)
+    x, sigma = torch.randn(2, *policy.latent_shape()), torch.tensor([0.8, 0.8])
+    with torch.no_grad():
+        expected = policy(x, sigma, conditions, 4.0)
+        with policy.rolling_out():
+            torch.testing.assert_close(policy(x, sigma, conditions, 4.0), expected)
 
 
 def config_of(pipeline: Path, models: tiny.Models, run: Path, folder: Path, **policy) -> Path:

@@ -20,7 +20,17 @@ from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.prediction import build, fake_conditions, predict, quiet, without_weights
 from srpo_lightning.jobs.estimate.published import PUBLISHED
-from srpo_lightning.jobs.estimate.step import BACKWARD, EVALUATION, FROZEN, GRADIENTS, JUDGES, STATES, STEP, TRAINED
+from srpo_lightning.jobs.estimate.step import (
+    BACKWARD,
+    BATCH,
+    EVALUATION,
+    FROZEN,
+    GRADIENTS,
+    JUDGES,
+    STATES,
+    STEP,
+    TRAINED,
+)
 from srpo_lightning.policies import FluxPolicy, loading
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import processes, tiny
@@ -166,6 +176,12 @@ def test_the_optimizers_states_are_those_of_its_class(models, class_name, states
     config.model.optimizer.init_args = type(config)(lr=1e-3)
     parts = predicted(config).peaks["rollout"].parts
     assert parts.get(STATES, 0) / (parts[TRAINED] / 4) == pytest.approx(states, abs=0.3)
+
+
+def test_the_features_of_the_texts_are_counted_by_their_name(small):
+    parts = peak(changed(small)).parts
+    numbers = tiny.MAX_TOKENS * 16 + 16
+    assert parts[BATCH] >= 2 * numbers * 4  # of a batch of two
 
 
 def test_judges_take_memory_while_they_evaluate_and_none_while_the_policy_trains(small):

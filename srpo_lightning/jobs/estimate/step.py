@@ -63,7 +63,7 @@ def train(
     trained_label, gradient_label, state_label = [""] * 3 if offloads else [TRAINED, GRADIENTS, STATES]
     tracker.label(parameters, trained_label)
     tracker.label((t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad), FROZEN)
-    tracker.label([t for t in conditions if isinstance(t, Tensor)], BATCH)
+    tracker.label((t for t in tree_leaves(conditions) if isinstance(t, Tensor)), BATCH)
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], gradient_label))
     progress: Any = SimpleNamespace(global_step=0)
