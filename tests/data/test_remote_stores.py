@@ -10,6 +10,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 
+from srpo_lightning.data.mirror import GIGABYTE, Mirror
 from srpo_lightning.data.store import ParquetStore
 from srpo_lightning.data.tensor_files import NAMES, key_of
 from tests.data.bucket import CREDENTIALS, Line, query, serve
@@ -233,3 +234,15 @@ def test_several_processes_share_a_mirror_that_is_too_small_for_all(large, tmp_p
         assert reader.exitcode == 0
     noise(there, 0)
     assert sum(path.stat().st_size for path in copies(tmp_path)) <= 4e6
+
+
+def test_a_copy_that_was_used_again_stays_where_one_that_was_not_goes(tmp_path):
+    names = [f"features-{letter * 32}.parquet" for letter in "abc"]
+    (tmp_path / "there" / "store").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "there" / "store" / name).write_bytes(bytes(1000))
+    mirror = Mirror(f"file://{tmp_path / 'there'}", "store", str(tmp_path / "here"), 2500 / GIGABYTE)
+    for name in (names[0], names[1], names[0], names[2]):
+        os.close(mirror.hold(name, 1000))
+        time.sleep(0.02)  # the clock of the file system
+    assert {path.name for path in (tmp_path / "here").rglob("*.parquet")} == {names[0], names[2]}
