@@ -13,7 +13,7 @@ from srpo_lightning.batch import Size
 from srpo_lightning.data.picture_files import keep_picture
 from srpo_lightning.data.tables import BOM, Found
 
-PX_PER_TOKEN = 16  # FLUX's VAE halves three times, packing once more
+CELL = 16  # pixels that the sides of records' pictures are a multiple of, whatever the policy asks beyond
 MOST_PX = 1 << 15
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # what is no blank either
 
@@ -222,8 +222,8 @@ def _tags(value: Any) -> list[str]:
     raise ValueError(f"is {value!r:.80}, expected a list of texts, or one text with commas")
 
 
-def check_size(width: int, height: int, where: str) -> None:
-    """Refuse a picture that does not consist of whole tokens.
+def check_size(width: int, height: int, where: str, cell: int = CELL) -> None:
+    """Refuse a picture that does not consist of whole cells.
 
     Raises:
         ValueError: with the nearest sizes that do.
@@ -231,9 +231,9 @@ def check_size(width: int, height: int, where: str) -> None:
     for side in (width, height):
         if side > MOST_PX:
             raise ValueError(f"{where}: a side of {side} pixels, expected at most {MOST_PX}: make it smaller")
-        below = side - side % PX_PER_TOKEN
-        if side <= 0 or side % PX_PER_TOKEN:
+        below = side - side % cell
+        if side <= 0 or side % cell:
             raise ValueError(
-                f"{where}: {width} x {height} pixels, of which {PX_PER_TOKEN} does not divide {side}: make it "
-                f"{max(below, PX_PER_TOKEN)} or {max(below, 0) + PX_PER_TOKEN}"
+                f"{where}: {width} x {height} pixels, of which {cell} does not divide {side}: make it "
+                f"{max(below, cell)} or {max(below, 0) + cell}"
             )

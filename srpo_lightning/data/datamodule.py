@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
 from srpo_lightning.batch import Conditions, Size
-from srpo_lightning.data.columns import check_size
 from srpo_lightning.data.dataset import PromptDataset, collate
 from srpo_lightning.data.features import FeatureCache
 from srpo_lightning.data.images import LatentCache, Picture
@@ -22,7 +21,7 @@ from srpo_lightning.data.picture_files import LIMITS, Limits
 from srpo_lightning.data.preparation import Preparation
 from srpo_lightning.data.prompts import PromptSet, Sources
 from srpo_lightning.data.records import Records
-from srpo_lightning.data.selection import Selection, check_sources, select, select_evaluation
+from srpo_lightning.data.selection import Selection, check_cells, check_sources, select, select_evaluation, sizes_of
 from srpo_lightning.encoding import Encoder, Encoding, ImageEncoder
 from srpo_lightning.training.agreement import digest
 
@@ -97,7 +96,6 @@ class PromptData(LightningDataModule):
         self.batch_size, self.eval_batch_size, self.repeats = batch_size, eval_batch_size, repeats
         self.num_workers, self.seed, self.shuffle_window = num_workers, seed, shuffle_window
         self.eval_samples_per_prompt, self.offline_ratio = eval_samples_per_prompt, offline_ratio
-        self.sizes = _sizes(sizes)
         self.num_batches = 0
         self.segments: list[Segment] = []
         self.sampler: StepSampler | None = None
@@ -107,6 +105,7 @@ class PromptData(LightningDataModule):
         own = encoder(
             Encoding(max_sequence_length, dtype, text_device, text_quantize, draws=picture_latents == "sample")
         )
+        self.sizes, self.cell = sizes_of(sizes, own.cell), own.cell
         self.num_eval_prompts = num_eval_prompts
         self._held_out = partial(select_evaluation, train, evaluation, validation_fraction)
         self._all = partial(
@@ -158,6 +157,7 @@ class PromptData(LightningDataModule):
         return self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
 
     def _cut(self, selection: Selection) -> Selection:
+        check_cells(selection, self.cell)
         return selection._replace(evaluation=selection.evaluation[: self.num_eval_prompts])
 
     @property
@@ -282,15 +282,6 @@ class PromptData(LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-
-def _sizes(sizes: Sequence[tuple[int, int]] | None) -> list[Size]:
-    """(height, width) of [width, height], which pictures can have."""
-    if sizes == []:
-        raise ValueError("data.sizes is []: give at least one [width, height], or leave it out")
-    for number, (width, height) in enumerate(sizes or []):
-        check_size(width, height, f"data.sizes[{number}]")
-    return [(height, width) for width, height in sizes or []]
 
 
 def _image_encoder(encoder: Encoder) -> ImageEncoder:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from srpo_lightning.batch import Size
 from srpo_lightning.data.colours import size_as_seen
+from srpo_lightning.data.columns import CELL, check_size
 from srpo_lightning.data.images import Picture, nearest
 from srpo_lightning.data.picture_files import LIMITS, Limits
 from srpo_lightning.data.prompts import PromptSet, Sources, listed, read_prompts
@@ -71,6 +72,31 @@ def check_sources(
             "data.images is given, but data.offline_ratio is 0, so that no step trains on these pictures: set it to "
             "their share of the steps, for instance 0.5, or leave data.images out"
         )
+
+
+def sizes_of(sizes: Sequence[tuple[int, int]] | None, cell: int) -> list[Size]:
+    """(height, width) of [width, height], which pictures can have.
+
+    Raises:
+        ValueError: with the cure, if there are none, or one is no whole number of cells.
+    """
+    if sizes == []:
+        raise ValueError("data.sizes is []: give at least one [width, height], or leave it out")
+    for number, (width, height) in enumerate(sizes or []):
+        check_size(width, height, f"data.sizes[{number}]", cell)
+    return [(height, width) for width, height in sizes or []]
+
+
+def check_cells(selection: Selection, cell: int) -> None:
+    """Refuse records whose pictures the policy cannot have.
+
+    Raises:
+        ValueError: naming the record, and the nearest sizes that it can.
+    """
+    for prompts in [*selection.sets, selection.evaluation] if CELL % cell else ():  # else they were checked when read
+        for text, size in zip(prompts.prompts, prompts.sizes, strict=True):
+            if size is not None:
+                check_size(size[1], size[0], f"the picture of {text[:80]!r}", cell)
 
 
 def select_evaluation(train: Sources, evaluation: Sources | None, validation_fraction: float) -> Selection:

@@ -113,8 +113,10 @@ class ParquetStore:
             missing = self.recover(wanted)
             for group in in_groups(missing, items_per_file):
                 self.write(group, encode, batch_size)
-            if missing or not (self.folder / MANIFEST).is_file():
-                self.publish()
+            path = self.folder / MANIFEST
+            listed = {key for file in read_manifest(path).files for key in file.keys} if path.is_file() else None
+            if missing or listed is None or not listed.issuperset(dict(wanted)):
+                self.publish()  # of what is not missing too: a process may have been killed just before it came to this
         self.open()
         return len(missing)
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor, wait
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -102,6 +103,17 @@ def test_an_interrupted_fill_keeps_its_finished_files_and_nothing_else(tmp_path,
     assert half.open().num_items == 0
     assert half.fill(WANTED, encode, 2, 3) == {1: 7, 2: 7, 4: 4}[stop_at]
     assert all(torch.equal(found["flat"], tensors(name)["flat"]) for name, found in content(half).items())
+
+
+def test_a_kill_between_the_last_file_and_the_manifest_loses_nothing(tmp_path):
+    filled(tmp_path, WANTED[:3])
+    killed = store(tmp_path)
+    killed.publish = Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        killed.fill(WANTED, encode, batch_size=2, items_per_file=4)
+    own = store(tmp_path)
+    assert own.fill(WANTED, encode, batch_size=2, items_per_file=4) == 0
+    assert (own.find([key for key, _ in WANTED]) >= 0).all()
 
 
 def test_a_kill_while_a_file_is_written_leaves_no_file(tmp_path, monkeypatch):

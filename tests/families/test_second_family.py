@@ -13,6 +13,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.cli import main
+from srpo_lightning.data import PromptData
 from srpo_lightning.draws import Draws, sample_noise
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.objectives import GRPO
@@ -161,6 +162,21 @@ def test_either_pass_of_a_rollout_has_a_cache_of_its_own(tmp_path):
         expected = policy(x, sigma, conditions, 4.0)
         with policy.rolling_out():
             torch.testing.assert_close(policy(x, sigma, conditions, 4.0), expected)
+
+
+def test_sizes_are_whole_cells_of_the_policys_own(models, features, tmp_path):
+    def large(wanted):
+        return tiny.encoder_of(models)(wanted)._replace(cell=32)
+
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"prompt": "a", "width": 64, "height": 48}\n{"prompt": "b"}\n')
+    with pytest.raises(
+        ValueError, match=r"data.sizes\[1\]: 48 x 32 pixels, of which 32 does not divide 48: make it 32"
+    ):
+        PromptData(str(train), large, str(models.evaluation), sizes=[(32, 32), (48, 32)], cache_dir=str(features))
+    data = PromptData(str(train), large, str(models.evaluation), cache_dir=str(features))
+    with pytest.raises(ValueError, match="the picture of 'a': 64 x 48 pixels, of which 32 does not divide 48"):
+        data.read(trains=True)
 
 
 def config_of(pipeline: Path, models: tiny.Models, run: Path, folder: Path, **policy) -> Path:
