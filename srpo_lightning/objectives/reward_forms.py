@@ -173,7 +173,7 @@ class Relative(Wording, RewardForm):
                 "and nothing to train towards; leave it out on one side"
             )
         check_template(self.template, "word", "prompt")
-        self._places: dict[str, int] = {}
+        self._pool = Pool(())
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Keep the prompts that others are drawn from.
@@ -181,8 +181,8 @@ class Relative(Wording, RewardForm):
         Raises:
             ValueError: if there is but one.
         """
-        self._places = _places(prompts) if self.others else {}
-        if self.others and len(self._places) < 2:
+        self._pool = Pool(prompts if self.others else ())
+        if self.others and len(self._pool.prompts) < 2:
             raise ValueError(
                 f"others is {self.others}, but there is but one training prompt: give more prompts, or set it to 0"
             )
@@ -233,15 +233,11 @@ class Relative(Wording, RewardForm):
 
         Without `prepare`, as where memory is predicted, they are of the batch.
         """
-        places = self._places or _places(prompts)
-        known = list(places)
-        found = []
-        for prompt in prompts:
-            own = places.get(prompt, len(known))
-            generator = keyed_generator(draws.seed, draws.step, "others", prompt)
-            drawn = torch.randint(max(len(known) - (own < len(known)), 1), (self.others,), generator=generator)
-            found.append([known[min(place + (place >= own), len(known) - 1)] for place in drawn.tolist()])
-        return found
+        pool = self._pool if self._pool.prompts else Pool(prompts)
+        return [
+            pool.draw(prompt, self.others, keyed_generator(draws.seed, draws.step, "others", prompt))
+            for prompt in prompts
+        ]
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """The relative reward without lambda, averaged over all words."""
@@ -271,8 +267,23 @@ class Relative(Wording, RewardForm):
         return words[int(draws.integers(purpose, 0, len(words) - 1, 1, shared=True))]
 
 
-def _places(prompts: Sequence[str]) -> dict[str, int]:
-    return {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+class Pool:
+    """Different prompts, to draw others from.
+
+    Args:
+        prompts: Prompts, each of which counts once.
+    """
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.prompts = list(dict.fromkeys(prompts))
+        self._places = {prompt: place for place, prompt in enumerate(self.prompts)}
+
+    def draw(self, prompt: str, count: int, generator: torch.Generator) -> list[str]:
+        """As many prompts, each any but this one with the same chance; where there is no other, this one."""
+        last = len(self.prompts) - 1
+        own = self._places.get(prompt, last + 1)
+        places = torch.randint(max(last + (own > last), 1), (count,), generator=generator).tolist()
+        return [self.prompts[min(place + (place >= own), last)] for place in places]
 
 
 def _signs(signs: Sequence[int] | None, images: Tensor) -> Tensor | int:
