@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -11,19 +12,23 @@ from srpo_lightning.cli import main
 from tests import processes, tiny
 
 NUM_PROMPTS = 40
-KILLED_AFTER = (1, 8, 8)  # pictures of each call; the rest is more than a call can draw until its end
-SECONDS = 0.05  # of processor time, so that it matters to no machine how busy it is
+KILLED_AFTER = (2, 8, 8)  # pictures of each call
+PICTURES_MORE = 2.0  # at most, until a call ends
 
 
-def end_after(num_pictures: int, seconds: float) -> None:
-    """Have this process end at any instruction, no handler being asked, that much processor time after a picture."""
-    write, written = predictions.write_picture, []
+def end_after(num_pictures: int, pictures_more: float) -> None:
+    """Have this process end at any instruction, no handler being asked, some pictures later.
+
+    They are told by the processor time that a picture takes here, however fast this machine and whatever else it does.
+    """
+    write, written_s = predictions.write_picture, []
 
     def counted(*args) -> None:
         write(*args)
-        written.append(args)
-        if len(written) == num_pictures:
-            signal.setitimer(signal.ITIMER_PROF, seconds)
+        written_s.append(time.process_time())
+        if len(written_s) == num_pictures:
+            each_s = (written_s[-1] - written_s[0]) / (num_pictures - 1)
+            signal.setitimer(signal.ITIMER_PROF, max(pictures_more * each_s, 1e-4))
 
     predictions.write_picture = counted
 
@@ -44,7 +49,7 @@ def test_a_killed_predict_that_is_called_again_leaves_the_same_pictures_and_meta
     main([*arguments, str(tmp_path / "whole")])
     chance, log = random.Random(0), tmp_path / "log"
     for num_pictures in KILLED_AFTER:
-        kill = partial(end_after, num_pictures, chance.uniform(1e-4, SECONDS))
+        kill = partial(end_after, num_pictures, chance.uniform(0, PICTURES_MORE))
         process = processes.launch([*arguments, str(tmp_path / "killed")], log, before=kill)
         process.join()
         assert process.exitcode == -signal.SIGPROF, log.read_text()

@@ -43,6 +43,7 @@ watcher.start()
 policy.load(strategy.shard)
 done.set()
 watcher.join()
+peak[0] = max(peak[0], allocated())  # a busy machine may have let the watcher see nothing
 own = sum(p.to_local().nbytes for p in policy.transformer.parameters())
 with open(f"{sys.argv[2]}/rank{torch.distributed.get_rank()}.json", "w") as stream:
     json.dump([peak[0] - before, own], stream)
