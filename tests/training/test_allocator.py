@@ -1,0 +1,38 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import LIMIT_S
+
+PROGRAM = """
+import resource, sys
+from srpo_lightning.training.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+import ctypes
+malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+malloc.restype, free.argtypes, malloc.argtypes = ctypes.c_void_p, [ctypes.c_void_p], [ctypes.c_size_t]
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+for _ in range(50):
+    blocks = [malloc(9 << 20), malloc(20 << 20)]
+    for block in blocks:
+        ctypes.memset(block, 1, 9 << 20)
+    for block in blocks:
+        free(block)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+def test_what_a_step_frees_is_there_for_the_next_without_page_faults():
+    def faults(choice: str) -> int:
+        command = [sys.executable, "-c", PROGRAM, choice]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S).stdout)
+
+    once = 2 * (9 << 20) // 4096
+    assert faults("keep") < 2 * once
+    assert faults("leave") > 2 * once
