@@ -4,7 +4,7 @@ Models have FLUX.1-dev's and HPSv2.1's shapes and random weights, which are made
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.memory import changed
+from benchmarks.optimizers import distance, optimizer_classes
 from benchmarks.step import BareStep, Meter, by_phase, load, matrix_rate, model_flops, on_device
 from srpo_lightning.batch import Conditions
+from srpo_lightning.config.arguments import new_module
 from srpo_lightning.flow import inject
 from srpo_lightning.jobs.estimate.job import POLICY, local_files
-from srpo_lightning.jobs.estimate.prediction import build, fake_conditions, predict, quiet
+from srpo_lightning.jobs.estimate.prediction import fake_conditions, predict, quiet
 from srpo_lightning.jobs.estimate.step import phases
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies.loading import blocks
@@ -234,24 +236,6 @@ def checkpointing(sides: tuple[int, ...] = (720, 512, 256)) -> dict[str, Any]:
     return found
 
 
-def optimizer_classes() -> Mapping[str, Callable[[list[Tensor]], Optimizer]]:
-    """AdamW by several libraries, with the official run's settings."""
-    import bitsandbytes.optim
-    import torchao.optim
-
-    from srpo_lightning.training.low_bit import AdamW8bit
-
-    settings: dict[str, Any] = {"lr": 5e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
-    rounding = settings | {"bf16_stochastic_round": True}
-    return {
-        "torch.optim.AdamW": partial(torch.optim.AdamW, **settings),
-        "torch.optim.AdamW, fused": partial(torch.optim.AdamW, fused=True, **settings),
-        "bitsandbytes.optim.AdamW8bit": partial(bitsandbytes.optim.AdamW8bit, **settings),
-        "torchao.optim.AdamW8bit": partial(torchao.optim.AdamW8bit, **rounding),
-        "srpo_lightning.training.low_bit.AdamW8bit": partial(AdamW8bit, **rounding),
-    }
-
-
 def optimizers(num_blocks: int = 1) -> dict[str, Any]:
     """Times, memory and updates of AdamW on the bfloat16 weights of so many blocks of each kind.
 
@@ -259,7 +243,7 @@ def optimizers(num_blocks: int = 1) -> dict[str, Any]:
     length of the latter.
     """
     with settings_of("all weights, 8-bit states") as config, quiet():
-        outline = build(config).policy.outline()
+        outline = new_module(config).policy.outline()
     kinds = {"transformer_blocks": num_blocks, "single_transformer_blocks": num_blocks}
     named = [(name, block) for name, block in blocks(outline) if int(name.split(".")[1]) < kinds[name.split(".")[0]]]
     shapes = [parameter.shape for _, block in named for parameter in block.parameters()]
@@ -277,12 +261,6 @@ def optimizers(num_blocks: int = 1) -> dict[str, Any]:
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     return found
-
-
-def distance(updates: list[Tensor], reference: list[Tensor]) -> float:
-    """The norm of the difference over the norm of the reference."""
-    difference = sum(float((a - b).square().sum()) for a, b in zip(updates, reference, strict=True))
-    return (difference / sum(float(b.square().sum()) for b in reference)) ** 0.5
 
 
 def new_parameters(shapes: list[torch.Size], dtype: torch.dtype) -> list[torch.nn.Parameter]:

@@ -38,11 +38,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.cli import QUIET
-from srpo_lightning.config.arguments import read_config
+from srpo_lightning.config.arguments import new_module, read_config
 from srpo_lightning.config.classes import of_class
 from srpo_lightning.jobs.estimate.job import POLICY, local_files
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
-from srpo_lightning.jobs.estimate.prediction import build, eager, fake_conditions, make_fake, quiet, without_weights
+from srpo_lightning.jobs.estimate.prediction import eager, fake_conditions, make_fake, quiet, without_weights
 from srpo_lightning.jobs.estimate.step import (
     AVERAGING,
     BACKWARD,
@@ -147,7 +147,7 @@ def on_device(conditions: Conditions, device: torch.device) -> Conditions:
 
 def load(config: Namespace, device: torch.device, geometry: str) -> SRPOModule:
     """The configured module; of FLUX.1 the architecture alone is there."""
-    module = build(config)
+    module = new_module(config)
     with quiet(), without_weights(str(device)) if geometry == "flux" else nullcontext():
         module.configure_model()
     return module.to(device)
@@ -158,7 +158,7 @@ def model_flops(config: Namespace) -> Mapping[str, float]:
     config = config.clone()
     eager(config)
     config[f"{POLICY}.gradient_checkpointing"] = config[f"{POLICY}.vae_checkpointing"] = False
-    module = build(config)
+    module = new_module(config)
     with quiet(), without_weights():
         module.configure_model()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker("", {}):

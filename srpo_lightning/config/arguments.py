@@ -132,6 +132,14 @@ def encoder_of(module: SRPOModule) -> Callable[[Encoding], Encoder]:
     return module.policy.encoder
 
 
+def new_module(settings: Namespace) -> SRPOModule:
+    """The module of a configuration, its models not yet loaded."""
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(SRPOModule, "model")
+    module: SRPOModule = parser.instantiate_classes(Namespace(model=settings.model.clone())).model
+    return module
+
+
 def new_policy(settings: Namespace) -> Policy:
     """The policy of a configuration, without weights."""
     parser = LightningArgumentParser()

@@ -95,12 +95,11 @@ def check_options(arguments: Sequence[str], known: Set[str] | None) -> None:
     Raises:
         ValueError: naming the option and the nearest one.
     """
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        option, _, value = word.partition("=")
+    for option, value in _options(arguments):
         if option.startswith("--") and len(option) > len("--"):
             name = option.removeprefix("--").removesuffix("+")
             _check_name(name, known)
-            _check_class(name, value or following)
+            _check_class(name, value)
 
 
 def check_files(arguments: Sequence[str], known: Set[str] | None) -> None:
@@ -109,14 +108,20 @@ def check_files(arguments: Sequence[str], known: Set[str] | None) -> None:
     Raises:
         ValueError: naming the setting and the nearest one.
     """
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        option, _, value = word.partition("=")
+    for option, value in _options(arguments):
         if option in ("-c", "--config"):
-            settings = _mapping(value or following)
+            settings = _mapping(value)
             for name in _names_of(settings, "", known or ()):
                 _check_name(name, known)
             for name, text in _texts("", settings, set()):
                 _check_class(name, text)
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each word, and the value that is its own behind `=`, or the word that follows."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        option, _, value = word.partition("=")
+        yield option, value or following
 
 
 def _check_name(name: str, known: Set[str] | None) -> None:

@@ -115,14 +115,9 @@ class Lora:
         Raises:
             ValueError: listing the names that there are, if one of `target_modules` is the end of none.
         """
-        linear = [
-            (f"{prefix}.{name}", name)
-            for prefix, block in blocks
-            for name, layer in block.named_modules()
-            if isinstance(layer, nn.Linear)
-        ]
+        linear = _linear_layers(blocks)
         if self.target_modules is None:
-            return [full for full, name in linear if not any(p.startswith(LEFT_ALONE) for p in name.split("."))]
+            return [full for full, name in linear if _is_projection(name)]
         found: dict[str, None] = {}
         for end in self.target_modules:
             own = [full for full, _ in linear if f".{full}".endswith(f".{end}")]
@@ -138,10 +133,23 @@ class Lora:
 
 def ends(blocks: Iterable[tuple[str, nn.Module]]) -> list[str]:
     """The layers of `Lora.targets` by default, as short as names go: to_q for each attn.to_q of a block."""
-    blocks = list(blocks)
-    inner = {name.removeprefix(f"{prefix}.") for name in Lora().targets(blocks) for prefix, _ in blocks
-             if name.startswith(f"{prefix}.")}  # fmt: skip
+    inner = {name for _, name in _linear_layers(blocks) if _is_projection(name)}
     return sorted({name.partition(".")[2] or name for name in inner})
+
+
+def _linear_layers(blocks: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, str]]:
+    """The linear layers of blocks, by their names in the model and in the block."""
+    return [
+        (f"{prefix}.{name}", name)
+        for prefix, block in blocks
+        for name, layer in block.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+
+
+def _is_projection(name: str) -> bool:
+    """Whether a linear layer, by its name in a block, is one of attention or MLP."""
+    return not any(part.startswith(LEFT_ALONE) for part in name.split("."))
 
 
 def add(transformer: Any, lora: Lora, blocks: Iterable[tuple[str, nn.Module]]) -> None:

@@ -13,12 +13,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from srpo_lightning.cli import main
-from srpo_lightning.config.arguments import read_config
+from srpo_lightning.config.arguments import new_module, read_config
 from srpo_lightning.jobs.estimate import job
 from srpo_lightning.jobs.estimate.devices import num_devices
 from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
-from srpo_lightning.jobs.estimate.prediction import build, fake_conditions, predict, quiet, without_weights
+from srpo_lightning.jobs.estimate.prediction import fake_conditions, predict, quiet, without_weights
 from srpo_lightning.jobs.estimate.published import PUBLISHED
 from srpo_lightning.jobs.estimate.step import (
     BACKWARD,
@@ -300,5 +300,5 @@ def test_a_size_without_a_unit_is_refused():
 
 def test_of_several_sizes_of_pictures_the_one_with_the_most_pixels_is_estimated(small):
     config = changed(small, data__sizes=[(64, 16), (16, 96), (32, 32)])
-    assert fake_conditions(config, build(config).policy, 2).size == (96, 16)
-    assert fake_conditions(changed(small), build(config).policy, 2).size is None
+    assert fake_conditions(config, new_module(config).policy, 2).size == (96, 16)
+    assert fake_conditions(changed(small), new_module(config).policy, 2).size is None

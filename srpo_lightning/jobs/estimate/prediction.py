@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.callbacks.tracking import RewardTracking
+from srpo_lightning.config.arguments import new_module
 from srpo_lightning.config.classes import of_class
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.files import pretrained as reading
@@ -42,7 +43,6 @@ from srpo_lightning.jobs.estimate.devices import is_sharded
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.stand_ins import EightBitStates, keep_in_4_bits
 from srpo_lightning.jobs.estimate.step import CASTS, FROZEN, ROLLOUT, TRAINED, evaluate, train
-from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import adapters, flow_policy, loading
 from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.rewards.base import Reward
@@ -128,7 +128,7 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
             class_path=f"{EightBitStates.__module__}.EightBitStates", init_args=Namespace()
         )
     eager(config)
-    module = build(config)
+    module = new_module(config)
     ema = next((EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)), None)
     if hasattr(module.objective, "num_rollout_steps"):
         module.objective.num_rollout_steps = 1  # no more at a time, however many there are
@@ -169,14 +169,6 @@ def eager(config: Namespace) -> None:
     for setting, value in (("compile", False), ("attention", None)):
         if setting in policy:
             policy[setting] = value
-
-
-def build(config: Namespace) -> SRPOModule:
-    """The configured module, its models not yet loaded."""
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(SRPOModule, "model")
-    module: SRPOModule = parser.instantiate_classes(Namespace(model=config.model.clone())).model
-    return module
 
 
 @contextmanager

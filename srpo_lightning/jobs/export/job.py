@@ -7,10 +7,9 @@ from typing import Literal, TypeVar
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 
 from srpo_lightning.callbacks.lora import PREFIX
-from srpo_lightning.config.arguments import new_data, read_config
+from srpo_lightning.config.arguments import new_data, new_module, read_config
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.files.checkpoints import check_whole, complete_or_absent_folder
 from srpo_lightning.jobs.export import usage
@@ -79,7 +78,7 @@ def export(
     settings = read_config(config)
     run = RunFolder.of_config(config, settings.trainer.default_root_dir)
     checkpoint = whole_checkpoint(run, ckpt_path, settings)
-    module = new_module(settings)
+    module = exported_module(settings)
     policy = module.policy
     assert isinstance(policy, FlowPolicy)
     check_format(format, policy)
@@ -142,7 +141,7 @@ def compare(
     Raises:
         ValueError: if the code fails, or the pictures differ by more than rounding explains.
     """
-    module = new_module(settings)
+    module = exported_module(settings)
     policy = module.policy
     assert isinstance(policy, FlowPolicy)
     policy.dtype = policy.vae_dtype = written.dtype
@@ -169,18 +168,16 @@ def compare(
     return found
 
 
-def new_module(settings: Namespace) -> SRPOModule:
+def exported_module(settings: Namespace) -> SRPOModule:
     """The run's module without weights; a base that was kept in 4 bits is taken as it was before.
 
     Raises:
         ValueError: if its policy is none that could be exported.
     """
-    own = settings.model.clone()
-    if own.policy.init_args.get("quantize"):
-        own.policy.init_args.quantize = "none"
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(SRPOModule, "model")
-    module: SRPOModule = parser.instantiate_classes(Namespace(model=own)).model
+    own = settings.clone()
+    if own.model.policy.init_args.get("quantize"):
+        own.model.policy.init_args.quantize = "none"
+    module = new_module(own)
     if not isinstance(module.policy, FlowPolicy):
         raise ValueError(f"export writes transformers of diffusers, and model.policy is {type(module.policy).__name__}")
     return module
