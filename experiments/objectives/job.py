@@ -1,17 +1,19 @@
 """The command: tries learning rates, runs all seeds, reports."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
 from experiments.objectives.claims import claims
+from experiments.objectives.conditions import write_conditions
 from experiments.objectives.figure import draw, show
-from experiments.objectives.plan import Plan, Row, Run, Settings
-from experiments.objectives.processes import Runner, is_done
+from experiments.objectives.plan import Condition, Plan, Row, Run, Settings, file_name, merged, rates_to_try
+from experiments.objectives.processes import Runner
 from experiments.objectives.report import Report, write
-from experiments.objectives.results import Curve, Results, read_curve
+from experiments.objectives.results import Archive, Curve, Results
 from srpo_lightning.callbacks.tracking import RewardTracking
 from srpo_lightning.config.classes import is_class
 
@@ -27,7 +29,9 @@ def benchmark(
     target: float,
     seeds: list[int],
     evaluations: PositiveInt = 3,
+    conditions: dict[str, Condition] | None = None,
     folder: str = "runs/benchmark",
+    archive: str | None = None,
     num_workers: PositiveInt = 2,
     quick: bool = False,
     report_only: bool = False,
@@ -35,21 +39,25 @@ def benchmark(
 ) -> None:
     """Train by every objective at equal compute, and compare what came of it.
 
-    Each row is trained at several learning rates from the first seed; the one with the best held-out judge at the end
-    is run from all seeds. What is done is never done again: a second call goes on where the first was stopped. Writes
-    `table.md`, `results.json`, `curves.png` and `pictures.png` into the folder.
+    Each row is trained from the first seed at learning rates around the best, which is the one with the best held-out
+    judge at the end; that is run from all seeds. What is done is never done again: a second call goes on where the
+    first was stopped. Writes `table.md`, `results.json`, `curves.png` and `pictures.png` into the folder, or into one
+    for each condition, and of several conditions `conditions.md` and `conditions.png`.
 
     Args:
         fit: Settings of `fit` that all runs share, with RewardTracking among its callbacks.
         rows: Rows that are compared, by name.
-        learning_rates: Learning rates tried for every row that names no others.
+        learning_rates: Learning rates to choose from, for every row that names no others.
         forwards: Number of forward passes of the policy, on one sample, that each run may spend; a backward pass counts
             as two.
         label: Label of RewardTracking's that is wanted.
         target: Score of the judge whose first time is reported.
         seeds: Seeds of the runs. The first one chooses the learning rates, and where there are others it is in no mean.
         evaluations: Number of evaluations of each run, at equal distances.
+        conditions: Settings under which all rows are compared one after the other, by name; null compares them once.
         folder: Folder of all runs and of the report.
+        archive: File that keeps the curves of all runs that are done, and from which another machine goes on; null is
+            `runs.jsonl` in the folder.
         num_workers: Number of runs at a time.
         quick: Whether a quarter of the compute is spent, with one evaluation, one seed and the middle learning rate, in
             a folder of its own.
@@ -65,15 +73,39 @@ def benchmark(
     if quick:
         plan = plan._replace(seeds=seeds[:1], forwards=forwards // QUICK, evaluations=1, folder=Path(f"{folder}_quick"))
         plan = plan._replace(rows={name: untried(row, learning_rates) for name, row in plan.rows.items()})
-    runner = Runner(num_workers)
     labels = labels_of(plan.fit)
-    results, sweeps = carry_out(plan, runner, labels, trains=not report_only)
-    report = Report(results, sweeps, label, target, claims(results, labels) if check_claims else [])
-    print(write(report, plan.folder))
-    print(draw(report, plan.folder / "curves.png", [name for name, row in plan.rows.items() if not row.curve]))
-    print(show(results, plan.folder / "pictures.png"))
+    runner = Runner(
+        num_workers, Archive(Path(archive) if archive and not quick else plan.folder / "runs.jsonl", labels)
+    )
+    conditions = conditions or {}
+    plans = {name: under(plan, name, condition) for name, condition in conditions.items()} or {"": plan}
+    results, sweeps = carry_out(plans, runner, conditions, trains=not report_only)
+    if not any(results.values()):
+        raise ValueError(f"nothing in {plan.folder} to report on: leave --report_only out")
+    for name, own in plans.items():
+        if results[name]:
+            held = claims(results[name], labels) if check_claims else []
+            report = Report(results[name], sweeps[name], label, target, held)
+            print(write(report, own.folder))
+            print(draw(report, own.folder / "curves.png", [row for row in own.rows if not own.rows[row].curve]))
+            print(show(results[name], own.folder / "pictures.png"))
+    if conditions:
+        print(
+            write_conditions(
+                conditions, results, label, [name for name, row in rows.items() if row.is_reference], plan.folder
+            )
+        )
     if runner.failed:
         raise ValueError(f"{len(runner.failed)} runs failed, the table is without them; the same command tries again")
+
+
+def under(plan: Plan, name: str, condition: Condition) -> Plan:
+    """The plan under a condition, in a folder of its own."""
+    return plan._replace(
+        fit=merged(plan.fit, condition.settings.values),
+        seeds=plan.seeds[: 1 + condition.num_seeds] if condition.num_seeds else plan.seeds,
+        folder=plan.folder / file_name(name),
+    )
 
 
 def check_filled(**settings: Any) -> None:
@@ -87,29 +119,85 @@ def check_filled(**settings: Any) -> None:
             raise ValueError(f"{name} is empty: give at least one, or there is nothing to compare")
 
 
-def carry_out(plan: Plan, runner: Runner, labels: Sequence[str], trains: bool) -> tuple[Results, Results]:
-    """Run what is not done, if anything is to be trained; returns the curves of all rows and of the sweeps."""
-    bases = {seed: plan.base(seed) for seed in plan.seeds}
-    tried = {name: plan.tried(name) for name in plan.rows}
+def carry_out(
+    plans: Mapping[str, Plan], runner: Runner, conditions: Mapping[str, Condition], trains: bool
+) -> tuple[dict[str, Results], dict[str, Results]]:
+    """Run what is not done, if anything is to be trained; returns the curves and the sweeps of each condition."""
     if trains:
-        runner(bases.values(), {})
-        if runner.failed:
-            raise ValueError("the weights before training could not be evaluated: see the log above")
-        runner((run for runs in tried.values() for run in runs), bases)
-    sweeps = {name: curves for name, runs in tried.items() if (curves := of_done(runs, labels))}
-    runs = {name: of_seeds(plan, name, rate) for name, rate in choose(plan, sweeps).items()}
-    if trains:
+        sweep_all(plans, runner, conditions)
+        chosen = [runs for plan in plans.values() for runs in chosen_runs(plan, runner.archive).values()]
         # Seed by seed, so that a benchmark that is stopped has whole tables of fewer seeds.
-        runner((own[i] for i in range(len(plan.seeds)) for own in runs.values() if i < len(own)), bases)
-    results = {"base": of_done((bases[seed] for seed in plan.measured_seeds), labels)}
-    if not results["base"]:
-        raise ValueError(f"nothing in {plan.folder} to report on: leave --report_only out")
-    return results | {name: curves for name, own in runs.items() if (curves := of_done(own, labels))}, sweeps
+        runner(run for of_seed in zip_longest(*chosen) for run in of_seed if run is not None)
+    return (
+        {name: results_of(plan, runner.archive) for name, plan in plans.items()},
+        {name: swept(plan, runner.archive) for name, plan in plans.items()},
+    )
 
 
-def of_done(runs: Iterable[Run], labels: Sequence[str]) -> list[Curve]:
-    """The curves of those runs that have come to their end."""
-    return [read_curve(run, labels) for run in runs if is_done(run)]
+def sweep_all(plans: Mapping[str, Plan], runner: Runner, conditions: Mapping[str, Condition]) -> None:
+    """Find each row's learning rate under each condition; a search begins with the choice under the one before."""
+    chosen: dict[str, dict[str, float]] = {}
+    starts: dict[str, float] = {}
+    for name, plan in plans.items():
+        between = conditions[name].between if conditions else None
+        rates = {row: plan.rates(row) for row in plan.rows}
+        for row in rates if between else ():
+            found = [chosen[other][row] for other in between or () if row in chosen[other]]
+            rates[row] = [rate for rate in rates[row] if not found or min(found) <= rate <= max(found)]
+        sweep(plan, runner, rates, starts)
+        starts = chosen[name] = choose(plan, runner.archive)
+
+
+def sweep(plan: Plan, runner: Runner, rates: Mapping[str, list[float]], starts: Mapping[str, float]) -> None:
+    """Try learning rates until the best of each row is bracketed."""
+    while True:
+        judged = {
+            row: {curve.run.learning_rate: curve.last["judge"] for curve in curves}
+            for row, curves in swept(plan, runner.archive).items()
+        }
+        tried = [
+            plan.run(row, rate, plan.seeds[0])
+            for row in plan.rows
+            for rate in rates_to_try(rates[row], judged.get(row, {}), starts.get(row))
+        ]
+        wanted = [run for run in tried if run not in runner.failed]
+        if not wanted:
+            return
+        runner(wanted)
+
+
+def swept(plan: Plan, archive: Archive) -> dict[str, list[Curve]]:
+    """The curves of each row at the learning rates that were tried."""
+    found = {row: archive.curves(plan.run(row, rate, plan.seeds[0]) for rate in plan.rates(row)) for row in plan.rows}
+    return {row: curves for row, curves in found.items() if curves}
+
+
+def choose(plan: Plan, archive: Archive) -> dict[str, float]:
+    """The learning rate of each row: that of the best judge at the end."""
+    best = {
+        name: max(curves, key=lambda curve: curve.last["judge"]).run.learning_rate
+        for name, curves in swept(plan, archive).items()
+    }
+    return best | {
+        name: best[row.learning_rate_of]
+        for name, row in plan.rows.items()
+        if row.learning_rate_of and row.learning_rate_of in best
+    }
+
+
+def chosen_runs(plan: Plan, archive: Archive) -> dict[str, list[Run]]:
+    """The runs of each row's means."""
+    return {
+        row: [plan.run(row, rate, seed) for seed in plan.measured_seeds[: plan.rows[row].num_seeds]]
+        for row, rate in choose(plan, archive).items()
+    }
+
+
+def results_of(plan: Plan, archive: Archive) -> Results:
+    """The curves of each row, and of the base."""
+    found = {"base": archive.curves(plan.base(seed) for seed in plan.measured_seeds)}
+    found |= {row: archive.curves(runs) for row, runs in chosen_runs(plan, archive).items()}
+    return {row: curves for row, curves in found.items() if curves}
 
 
 def present(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -139,20 +227,3 @@ def labels_of(fit: Mapping[str, Any]) -> list[str]:
     raise ValueError(
         "fit.trainer.callbacks has no RewardTracking, which measures what is compared: add it, with labels"
     )
-
-
-def choose(plan: Plan, sweeps: Results) -> dict[str, float]:
-    """The learning rate of each row: that of the best judge at the end."""
-    best = {
-        name: max(curves, key=lambda curve: curve.last["judge"]).run.learning_rate for name, curves in sweeps.items()
-    }
-    return best | {
-        name: best[row.learning_rate_of]
-        for name, row in plan.rows.items()
-        if row.learning_rate_of and row.learning_rate_of in best
-    }
-
-
-def of_seeds(plan: Plan, row: str, learning_rate: float) -> list[Run]:
-    """A row's runs."""
-    return [plan.run(row, learning_rate, seed) for seed in plan.measured_seeds[: plan.rows[row].num_seeds]]

@@ -1,7 +1,8 @@
 """What a benchmark runs: rows, each at several learning rates and from several seeds, as configurations of `fit`."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveFloat, register_type
+from jsonargparse.typing import PositiveFloat, PositiveInt, register_type
 
 from experiments.objectives.forwards import Forwards, count_forwards
 from srpo_lightning.files.checkpoints import complete_or_absent
@@ -41,12 +42,13 @@ class Row:
     Args:
         objective: Objective by `class_path` and `init_args`, as in model.objective.
         settings: Settings, in their nesting, that differ from the common ones; null changes none.
-        learning_rates: Learning rates tried from the first seed; null takes the benchmark's.
+        learning_rates: Learning rates to choose from; null takes the benchmark's.
         learning_rate_of: Row whose choice of a learning rate is taken over, instead of trying any.
         num_seeds: Number of seeds that are run at the chosen learning rate; null runs all.
         compute: Factor of the benchmark's compute that the row may spend.
         needs: Path without which the row is left out.
         curve: Whether the figure shows the row.
+        is_reference: Whether every other row is compared with this one over the conditions.
     """
 
     objective: Settings
@@ -57,6 +59,24 @@ class Row:
     compute: PositiveFloat = 1.0
     needs: str | None = None
     curve: bool = True
+    is_reference: bool = False
+
+
+@dataclass
+class Condition:
+    """Settings under which all rows are compared.
+
+    Args:
+        settings: Settings of `fit`, in their nesting, that differ from the common ones.
+        strength: Number that the figure over conditions shows it at; null shows it beside the others.
+        between: Conditions before it, between whose choices of a learning rate a row chooses; null tries all.
+        num_seeds: Number of seeds that are run at the chosen learning rates; null runs all.
+    """
+
+    settings: Settings
+    strength: float | None = None
+    between: list[str] | None = None
+    num_seeds: PositiveInt | None = None
 
 
 class Run(NamedTuple):
@@ -71,6 +91,7 @@ class Run(NamedTuple):
         every: Number of steps from one evaluation to the next.
         forwards: Number of the policy's forward passes per step, over all samples (counted by forwards.py).
         settings: Settings of `fit`.
+        base: Evaluation of the weights before training; None for itself.
     """
 
     row: str
@@ -81,6 +102,13 @@ class Run(NamedTuple):
     every: int
     forwards: float
     settings: dict[str, Any]
+    base: "Run | None" = None
+
+    @property
+    def key(self) -> str:
+        """A hash of all settings, wherever the run lies."""
+        settings = merged(self.settings, {"trainer": {"default_root_dir": None}})
+        return hashlib.sha256(json.dumps([self.steps, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Plan(NamedTuple):
@@ -89,7 +117,7 @@ class Plan(NamedTuple):
     Args:
         fit: Settings of `fit`, without an objective.
         rows: Rows by name.
-        learning_rates: Learning rates tried for every row that names no others.
+        learning_rates: Learning rates that a row which names no others chooses from.
         seeds: Seeds of the runs. The first one decides on the learning rate, and where there are others it is in no
             mean.
         forwards: Number of the policy's forward passes that each run may spend.
@@ -133,23 +161,36 @@ class Plan(NamedTuple):
                 "enable_model_summary": False,
             },
         }
-        return Run(
-            row, learning_rate, seed, folder, every * self.evaluations, every, forwards, merged(settings, changes)
-        )
+        settings = merged(settings, changes)
+        steps = every * self.evaluations
+        return Run(row, learning_rate, seed, folder, steps, every, forwards, settings, self.base(seed))
 
-    def tried(self, row: str) -> list[Run]:
-        """The runs that decide on a row's learning rate; none where it is another row's."""
+    def rates(self, row: str) -> list[float]:
+        """The learning rates that a row chooses from, lowest first; none where the choice is another row's."""
         own = self.rows[row]
-        rates = own.learning_rates or self.learning_rates
-        return [] if own.learning_rate_of else [self.run(row, rate, self.seeds[0]) for rate in rates]
+        return [] if own.learning_rate_of else sorted(own.learning_rates or self.learning_rates)
 
     def base(self, seed: int) -> Run:
         """The evaluation of the weights before training, which is the same for all rows."""
-        row = next(iter(self.rows))
-        run = self.run(row, 1.0, seed)
         folder = self.folder / "base" / f"seed-{seed}"
-        settings = merged(run.settings, {"trainer": {"default_root_dir": str(folder)}})
-        return run._replace(row="base", folder=folder, steps=0, settings=settings)
+        settings = merged(self.fit, {"seed_everything": seed, "trainer": {"default_root_dir": str(folder)}})
+        settings["model"]["objective"] = deepcopy(next(iter(self.rows.values())).objective.values)
+        return Run("base", 1.0, seed, folder, 0, 0, 0.0, settings)
+
+
+def rates_to_try(rates: Sequence[float], judged: Mapping[float, float], start: float | None = None) -> list[float]:
+    """The learning rates to try next: those beside the best, until it lies between two others or ends the list.
+
+    Args:
+        rates: Learning rates to choose from, lowest first.
+        judged: Score of each that was tried.
+        start: Learning rate that the search begins at, with both beside it; None: the middle one.
+    """
+    if not rates:
+        return []
+    best = max(judged, key=judged.__getitem__) if judged else start if start in rates else rates[len(rates) // 2]
+    place = rates.index(best)
+    return [rate for rate in rates[max(place - 1, 0) : place + 2] if rate not in judged]
 
 
 def forwards_per_step(settings: Mapping[str, Any], seed: int) -> float:

@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 
 from experiments.objectives.plan import Run, write_config
+from experiments.objectives.results import PEAK, Archive
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.run_folder import RunFolder
 
 PROGRAM = "srpo_lightning.__main__"
-LOG, PEAK = "log.txt", "peak.json"
+PARTS = ("trainer_cli", "policies", "rewards", "objectives", "callbacks")
+PRELOADED = [PROGRAM, *(f"srpo_lightning.{part}" for part in PARTS)]  # which a run would import by itself
+LOG = "log.txt"
 KIB = 1024
 
 
@@ -40,41 +43,54 @@ class Runner:
 
     Args:
         num_workers: Number of runs at a time.
+        archive: Curves of the runs that are done.
     """
 
-    def __init__(self, num_workers: int) -> None:
-        self.num_workers = num_workers
+    def __init__(self, num_workers: int, archive: Archive) -> None:
+        self.num_workers, self.archive = num_workers, archive
         threads = max(1, (os.cpu_count() or 1) // num_workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         self.context = get_context("forkserver")
-        self.context.set_forkserver_preload([PROGRAM])
+        self.context.set_forkserver_preload(PRELOADED)
         self.failed: list[Run] = []
 
-    def __call__(self, runs: Iterable[Run], bases: dict[int, Run]) -> None:
-        """Run them, and add those that failed to `failed`.
+    def __call__(self, runs: Iterable[Run]) -> None:
+        """Run them in their order, after the evaluations of their bases; those that fail are in `failed`.
 
-        Args:
-            runs: Runs in their order.
-            bases: Evaluations of the weights before training, by seed, for runs that train; done before.
+        Raises:
+            ValueError: if weights before training cannot be evaluated.
         """
-        waiting = [run for run in runs if not is_done(run)]
+        runs = list(runs)
+        for run in runs:
+            if run not in self.archive and is_done(run):  # by an earlier version, or killed before it was kept
+                write_config(run)
+                self.finish(run)
+        waiting = [run for run in runs if run not in self.archive]
+        bases = {run.base.folder: run.base for run in waiting if run.base is not None}
+        self.carry_out([base for base in bases.values() if not is_done(base)])
+        if self.failed and not all(map(is_done, bases.values())):
+            raise ValueError("the weights before training could not be evaluated: see the log above")
+        self.carry_out(waiting)
+
+    def carry_out(self, waiting: list[Run]) -> None:
+        """Run them, whether they are done or not."""
         total, busy = len(waiting), dict[ForkServerProcess, Run]()
         with ended_with_this_process(busy):
             while waiting or busy:
                 while waiting and len(busy) < self.num_workers:
                     run = waiting.pop(0)
                     print(f"[{total - len(waiting)}/{total}] {run.folder}", flush=True)
-                    busy[self.start(run, bases.get(run.seed))] = run
+                    busy[self.start(run)] = run
                 time.sleep(0.2)
                 for process in [process for process in busy if not process.is_alive()]:
                     self.finish(busy.pop(process))
 
-    def start(self, run: Run, base: Run | None) -> ForkServerProcess:
+    def start(self, run: Run) -> ForkServerProcess:
         """Start a run, or go on with it from its last checkpoint."""
         config = write_config(run)
         arguments = ["fit" if run.steps else "validate", "--config", str(config)]
-        if base:
-            keep_table(RunFolder(base.folder).base_table, RunFolder(run.folder).base_table)
+        if run.base:
+            keep_table(RunFolder(run.base.folder).base_table, RunFolder(run.folder).base_table)
         if RunFolder(run.folder).checkpoints():
             arguments += ["--ckpt_path", "last"]
         process = self.context.Process(target=command, args=(arguments, run.folder))
@@ -84,6 +100,7 @@ class Runner:
     def finish(self, run: Run) -> None:
         """Keep numbers, and no weights."""
         if is_done(run):
+            self.archive.add(run)
             RunFolder(run.folder).discard_checkpoints()
             return
         self.failed.append(run)

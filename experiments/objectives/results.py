@@ -11,10 +11,13 @@ from typing import NamedTuple
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments.objectives.plan import Run
-from experiments.objectives.processes import PEAK
 from srpo_lightning.evaluation.comparison import summary
 from srpo_lightning.evaluation.metrics import Interval
+from srpo_lightning.files import records
 from srpo_lightning.run_folder import RunFolder
+
+PEAK = "peak.json"
+DIGITS = 6  # of the numbers that are kept
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """The 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom."""
@@ -82,6 +85,57 @@ def read_curve(run: Run, labels: Sequence[str]) -> Curve:
     points = [Point(step * run.forwards, step * seconds, numbers) for step, numbers in sorted(records.items())]
     peak = run.folder / PEAK
     return Curve(run, points, json.loads(peak.read_text())["bytes"] if peak.is_file() else None)
+
+
+class Archive:
+    """The curves of runs that have come to their end, a line of JSON each: a run in it is never made again.
+
+    The file can be carried to another machine, where a benchmark then goes on.
+
+    Args:
+        path: File of the curves.
+        labels: Labels that pictures are told apart by.
+    """
+
+    def __init__(self, path: Path, labels: Sequence[str]) -> None:
+        self.path, self.labels = path, labels
+        self._lines = {line["key"]: line for line in records.read(path)}
+
+    def __contains__(self, run: Run) -> bool:
+        """Whether a run with all of these settings is done."""
+        return run.key in self._lines
+
+    def add(self, run: Run) -> None:
+        """Keep the curve of a run."""
+        curve = read_curve(run, self.labels)
+        line = {
+            "step": run.steps,
+            "key": run.key,
+            "folder": str(run.folder),
+            "peak_bytes": curve.peak_bytes,
+            "points": [
+                {"forwards": p.forwards, "seconds": rounded(p.seconds)} | {n: rounded(v) for n, v in p.numbers.items()}
+                for p in curve.points
+            ],
+        }
+        records.append(self.path, line)
+        self._lines[run.key] = line
+
+    def curves(self, runs: Iterable[Run]) -> list[Curve]:
+        """The curves of those runs that are done."""
+        return [self.curve(run) for run in runs if run in self]
+
+    def curve(self, run: Run) -> Curve:
+        """The curve of a run that is done; numbers that were not known are NaN."""
+        line = self._lines[run.key]
+        known = [{n: math.nan if v is None else v for n, v in point.items()} for point in line["points"]]
+        points = [Point(own.pop("forwards"), own.pop("seconds"), own) for own in known]
+        return Curve(run, points, line["peak_bytes"])
+
+
+def rounded(value: float) -> float:
+    """A number to the digits that are kept."""
+    return float(f"{value:.{DIGITS}g}")
 
 
 def training_seconds(folder: Path) -> dict[int, float]:

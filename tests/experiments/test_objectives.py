@@ -13,8 +13,9 @@ import yaml
 
 from experiments.objectives.__main__ import main
 from experiments.objectives.claims import BASELINES, COMBINED, LATE, at_end, claims
+from experiments.objectives.conditions import crossing
 from experiments.objectives.forwards import count_forwards
-from experiments.objectives.plan import Plan, Row, Run, Settings, merged
+from experiments.objectives.plan import Plan, Row, Run, Settings, merged, rates_to_try
 from experiments.objectives.results import Curve, Point, difference, mean_over_seeds
 from srpo_lightning import cli
 from srpo_lightning.objectives import (
@@ -87,8 +88,26 @@ def test_a_run_spends_the_compute_in_as_many_steps_as_that_allows():
         4 * 31,
         2 * accumulated.every,
     )
-    assert [run.learning_rate for run in plan().tried("a")] == [1e-3, 1e-4]
-    assert plan(learning_rate_of="b").tried("a") == []
+    assert plan().rates("a") == [1e-4, 1e-3]
+    assert plan(learning_rate_of="b").rates("a") == []
+
+
+@pytest.mark.parametrize("start", [None, 1, 16, 3])
+@pytest.mark.parametrize("best", [1, 4, 16])
+def test_learning_rates_are_tried_until_the_best_lies_between_two_others_or_ends_the_list(start, best):
+    rates = [1, 2, 4, 8, 16]
+    judged: dict[float, float] = {}
+    while wanted := rates_to_try(rates, judged, start):
+        judged |= {rate: -abs(math.log(rate / best)) for rate in wanted}
+    place = rates.index(best)
+    assert judged.keys() >= set(rates[max(place - 1, 0) : place + 2])
+    assert start is not None or best != 4 or len(judged) == 3  # no rate is tried for nothing
+
+
+def test_a_row_is_ahead_from_where_its_gap_rises_through_zero_for_good():
+    assert crossing([(0, -1), (1, 1), (2, -0.5), (3, 0.5), (4, 2)]) == "2.5"
+    assert crossing([(0, 0.1), (3, 1)]) == "the start"
+    assert crossing([(0, 1), (3, -1)]) == "nowhere"
 
 
 def test_the_interval_is_students():
@@ -192,7 +211,7 @@ def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models
     result = json.loads((folder / "results.json").read_text())
     assert {name: len(curves) for name, curves in result["rows"].items()} == {"base": 2, "SRPO": 2, "ReFL": 1}
     assert {run["seed"] for run in result["rows"]["SRPO"]} == {1, 2}  # the seed that chose the rate is not in the mean
-    assert [run["learning_rate"] for run in result["sweeps"]["SRPO"]] == [1e-3, 1e-4]
+    assert [run["learning_rate"] for run in result["sweeps"]["SRPO"]] == [1e-4, 1e-3]
     for curves in (result["rows"]["SRPO"], result["rows"]["ReFL"]):
         for run in curves:
             assert [point["forwards"] for point in run["points"]] == [0, 16, 32]
@@ -210,19 +229,51 @@ def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models
     again = processes.start([*arguments, "--report_only", "true"], program=PROGRAM)
     assert again.returncode == 0, again.output
     assert (folder / "table.md").read_text() == text
-    for part in ("srpo/lr-0.001-seed-1", "refl"):
-        for lost in folder.glob(f"{part}/**/metrics.jsonl"):
-            lost.unlink()
+    for lost in folder.glob("refl/**/metrics.jsonl"):
+        lost.unlink()
+    archive = folder / "runs.jsonl"
+    kept = [line for line in archive.read_text().splitlines() if "/refl/" not in line]
+    assert len(kept) == 3 + 2 + 2  # bases, the sweep, SRPO
+    archive.write_text("\n".join(kept) + "\n")
     third = processes.start(arguments, program=PROGRAM)
     assert third.returncode == 0, third.output
-    assert third.output.count("seed-") <= 3
-    assert json.loads((folder / "results.json").read_text())["rows"].keys() == result["rows"].keys()
+    assert third.output.count("seed-") == 1
+    elsewhere = processes.start(
+        [*arguments, "--folder", str(tmp_path / "there"), "--archive", str(archive)], program=PROGRAM
+    )
+    assert elsewhere.returncode == 0, elsewhere.output
+    assert "seed-" not in elsewhere.output  # what another machine has done is not done again
+    assert (tmp_path / "there" / "table.md").read_text() == (folder / "table.md").read_text()
 
     config.write_text(config.read_text().replace("num_sample_steps: 2", "num_sample_steps: 3"))
-    (folder / "base/seed-0/tables/base.safetensors").unlink()
     changed = processes.start(arguments, program=PROGRAM)
     assert changed.returncode != 0
     assert "was run with other settings: delete it" in changed.output
+
+
+def test_conditions_are_compared_beside_each_other(models, features, tmp_path):
+    config = write_benchmark(models, features, tmp_path)
+    settings = yaml.safe_load(config.read_text())
+    settings |= {"seeds": [0], "evaluations": 1, "learning_rates": [1e-4, 1e-3, 1e-2]}
+    settings["rows"] = {
+        "SRPO": settings["rows"]["SRPO"] | {"learning_rates": [1e-3]},
+        "other": settings["rows"]["SRPO"] | {"is_reference": True},
+    }
+    decays = [{"model": {"optimizer": {"init_args": {"weight_decay": decay}}}} for decay in (0.1, 0.2)]
+    settings["conditions"] = {
+        "weak": {"strength": 1, "settings": decays[0]},
+        "strong": {"settings": decays[1], "between": ["weak"]},
+    }
+    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    done = processes.start(["--config", str(config), "--num_workers", "1"], program=PROGRAM)
+    assert done.returncode == 0, done.output
+    folder = tmp_path / "benchmark"
+    assert "|  | weak | strong | ahead from |" in (folder / "conditions.md").read_text()
+    assert (folder / "conditions.png").is_file()
+    tried = [json.loads((folder / name / "results.json").read_text())["sweeps"]["other"] for name in ("weak", "strong")]
+    best = max(tried[0], key=lambda curve: curve["points"][-1]["judge"])
+    assert len(tried[0]) >= 2
+    assert [curve["learning_rate"] for curve in tried[1]] == [best["learning_rate"]]
 
 
 def test_a_benchmark_that_is_terminated_takes_its_runs_with_it(models, features, tmp_path):
