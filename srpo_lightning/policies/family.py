@@ -8,12 +8,14 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeAlias
 
+import diffusers
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Size, Text
+from srpo_lightning.files.pretrained import load_whole
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.policies.packing import CELL, VAE_FACTOR, pack, unpack
 from srpo_lightning.policies.single_file import SingleFile
@@ -48,6 +50,7 @@ class Family(Policy):
     hub_tag: ClassVar[str] = "flow-matching"
     """The family's tag on model cards."""
 
+    pretrained: str
     size: Size
     resolution_shift: bool | None
     configs: dict[str, dict[str, Any]]
@@ -68,6 +71,10 @@ class Family(Policy):
     @abstractmethod
     def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
         """The shape of one sample's latents."""
+
+    def read_vae(self, dtype: torch.dtype) -> Any:
+        """The VAE with its weights, which encodes and decodes pictures [B, 3, H, W] in [-1, 1]."""
+        return load_whole(getattr(diffusers, self.vae_class), self.pretrained, "vae", torch_dtype=dtype)
 
     @abstractmethod
     def to_vae(self, vae: Any, latents: Latents, size: Size) -> Tensor:

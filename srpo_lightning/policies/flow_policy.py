@@ -18,7 +18,7 @@ from torch import Tensor
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Size, Text
 from srpo_lightning.encoding import Encoder, Encoding
-from srpo_lightning.files.pretrained import load_whole, read_json, safetensors_files, same_files
+from srpo_lightning.files.pretrained import read_json, safetensors_files, same_files
 from srpo_lightning.policies import adapters, loading
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Shard
@@ -148,10 +148,6 @@ class FlowPolicy(Family):
         """From configurations alone."""
         length = wanted.max_sequence_length or self.text_encoder.longest(self.pretrained)
         return self.text_encoder.shapes_of(self.pretrained, length)
-
-    def read_vae(self, dtype: torch.dtype) -> Any:
-        """The VAE with its weights."""
-        return load_whole(getattr(diffusers, self.vae_class), self.pretrained, "vae", torch_dtype=dtype)
 
     def load(self, shard: Shard | None = None) -> None:
         """Read transformer and VAE, once; only the transformer is trained, or its adapters."""
