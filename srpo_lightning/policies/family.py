@@ -41,6 +41,9 @@ class Family(Policy):
     cell: ClassVar[int] = CELL
     """Pixels that the sides of a picture are a multiple of."""
 
+    masks_text: ClassVar[bool] = False
+    """Whether attention leaves the padding of texts out by a mask, which some kernels do not take."""
+
     num_rounded: ClassVar[int] = 0
     """How many leading inputs of the module `time_text_embed`, level and guidance, autocast would round."""
 
@@ -102,8 +105,12 @@ class Family(Policy):
         dynamic = self.resolution_shift
         if dynamic is None:
             dynamic = scheduler.get("use_dynamic_shifting", False)
+        return self.dynamic_shift(size) if dynamic else float(scheduler["shift"])
+
+    def dynamic_shift(self, size: Size) -> float:
+        """The shift that depends on the resolution."""
         tokens = (size[0] // self.cell) * (size[1] // self.cell)
-        return resolution_dependent_shift(tokens, scheduler) if dynamic else float(scheduler["shift"])
+        return resolution_dependent_shift(tokens, self.configs["scheduler"])
 
     def schedule(self, num_steps: int, size: Size) -> Float[Tensor, " N"]:
         """The levels of the pipeline's sampler, `num_steps + 1` from 1 to 0, in float64."""

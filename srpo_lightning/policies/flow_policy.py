@@ -117,7 +117,7 @@ class FlowPolicy(Family):
                     "init_args.adapter, for instance {rank: 32}, or set quantize to none"
                 )
         if self.attention is not None:
-            check_attention(self.attention)
+            check_attention(self.attention, masks=self.masks_text)
         if self.compiles_blocks:
             loading.check_compiled(self.adapter, self.rollout_cache)
         if self.exact_conditioning and not self.num_rounded:
@@ -184,7 +184,7 @@ class FlowPolicy(Family):
 
     def outline(self) -> Any:
         """The transformer on the meta device: the names, shapes and dtypes of its weights and of its adapters'."""
-        transformer = self.empty_transformer().to(self.dtype)
+        transformer = loading.cast(self.empty_transformer(), self.dtype)
         if self.adapter is not None:
             adapters.add(transformer, self.adapter, loading.blocks(transformer))
         return transformer
