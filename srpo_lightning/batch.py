@@ -34,6 +34,13 @@ class Text(NamedTuple):
         positions = torch.arange(self.tensors[name].shape[1], device=self.lengths.device)
         return positions < self.lengths[:, None]
 
+    def rows(self, name: str) -> list[Tensor]:
+        """Each prompt's own rows of a sequence, without padding; lengths on a GPU are waited for."""
+        tensor = self.tensors[name]
+        if self.lengths is None:
+            return list(tensor)
+        return [own[:length] for own, length in zip(tensor, self.lengths.tolist(), strict=True)]
+
     def each(self, change: Callable[[Tensor], Tensor]) -> "Text":
         """The same change of every tensor, lengths included."""
         lengths = None if self.lengths is None else change(self.lengths)

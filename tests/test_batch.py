@@ -55,5 +55,8 @@ def test_sequences_of_each_prompts_own_length_are_padded_with_zeros_and_have_a_m
     assert text.lengths.tolist() == [3, 1]
     assert text.tensors["rows"][1, 1:].eq(0).all()
     assert text.mask("rows").tolist() == [[True, True, True], [True, False, False]]
+    assert all(torch.equal(own, item["rows"]) for own, item in zip(text.rows("rows"), items, strict=True))
     assert torch.equal(text.tensors["whole"], torch.stack([item["whole"] for item in items]))
-    assert Text.collate(items[:1]).mask("rows") is None
+    whole = Text.collate(items[:1])
+    assert whole.mask("rows") is None
+    assert torch.equal(whole.rows("rows")[0], items[0]["rows"])

@@ -8,12 +8,14 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeAlias
 
+import diffusers
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Size, Text
+from srpo_lightning.files.pretrained import load_whole
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.policies.packing import CELL, VAE_FACTOR, pack, unpack
 from srpo_lightning.policies.single_file import SingleFile
@@ -39,6 +41,9 @@ class Family(Policy):
     cell: ClassVar[int] = CELL
     """Pixels that the sides of a picture are a multiple of."""
 
+    masks_text: ClassVar[bool] = False
+    """Whether attention leaves the padding of texts out by a mask, which some kernels do not take."""
+
     num_rounded: ClassVar[int] = 0
     """How many leading inputs of the module `time_text_embed`, level and guidance, autocast would round."""
 
@@ -48,6 +53,7 @@ class Family(Policy):
     hub_tag: ClassVar[str] = "flow-matching"
     """The family's tag on model cards."""
 
+    pretrained: str
     size: Size
     resolution_shift: bool | None
     configs: dict[str, dict[str, Any]]
@@ -68,6 +74,10 @@ class Family(Policy):
     @abstractmethod
     def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
         """The shape of one sample's latents."""
+
+    def read_vae(self, dtype: torch.dtype) -> Any:
+        """The VAE with its weights, which encodes and decodes pictures [B, 3, H, W] in [-1, 1]."""
+        return load_whole(getattr(diffusers, self.vae_class), self.pretrained, "vae", torch_dtype=dtype)
 
     @abstractmethod
     def to_vae(self, vae: Any, latents: Latents, size: Size) -> Tensor:
@@ -95,8 +105,12 @@ class Family(Policy):
         dynamic = self.resolution_shift
         if dynamic is None:
             dynamic = scheduler.get("use_dynamic_shifting", False)
+        return self.dynamic_shift(size) if dynamic else float(scheduler["shift"])
+
+    def dynamic_shift(self, size: Size) -> float:
+        """The shift that depends on the resolution."""
         tokens = (size[0] // self.cell) * (size[1] // self.cell)
-        return resolution_dependent_shift(tokens, scheduler) if dynamic else float(scheduler["shift"])
+        return resolution_dependent_shift(tokens, self.configs["scheduler"])
 
     def schedule(self, num_steps: int, size: Size) -> Float[Tensor, " N"]:
         """The levels of the pipeline's sampler, `num_steps + 1` from 1 to 0, in float64."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Size, Text
 from srpo_lightning.encoding import Encoder, Encoding
-from srpo_lightning.files.pretrained import load_whole, read_json, safetensors_files, same_files
+from srpo_lightning.files.pretrained import read_json, safetensors_files, same_files
 from srpo_lightning.policies import adapters, loading
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Shard
@@ -117,7 +117,7 @@ class FlowPolicy(Family):
                     "init_args.adapter, for instance {rank: 32}, or set quantize to none"
                 )
         if self.attention is not None:
-            check_attention(self.attention)
+            check_attention(self.attention, masks=self.masks_text)
         if self.compiles_blocks:
             loading.check_compiled(self.adapter, self.rollout_cache)
         if self.exact_conditioning and not self.num_rounded:
@@ -148,10 +148,6 @@ class FlowPolicy(Family):
         """From configurations alone."""
         length = wanted.max_sequence_length or self.text_encoder.longest(self.pretrained)
         return self.text_encoder.shapes_of(self.pretrained, length)
-
-    def read_vae(self, dtype: torch.dtype) -> Any:
-        """The VAE with its weights."""
-        return load_whole(getattr(diffusers, self.vae_class), self.pretrained, "vae", torch_dtype=dtype)
 
     def load(self, shard: Shard | None = None) -> None:
         """Read transformer and VAE, once; only the transformer is trained, or its adapters."""
@@ -188,7 +184,7 @@ class FlowPolicy(Family):
 
     def outline(self) -> Any:
         """The transformer on the meta device: the names, shapes and dtypes of its weights and of its adapters'."""
-        transformer = self.empty_transformer().to(self.dtype)
+        transformer = loading.cast(self.empty_transformer(), self.dtype)
         if self.adapter is not None:
             adapters.add(transformer, self.adapter, loading.blocks(transformer))
         return transformer

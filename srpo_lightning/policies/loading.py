@@ -64,6 +64,15 @@ def empty(cls: Any, config: dict[str, Any]) -> Any:
         return cls.from_config(config)
 
 
+def cast(transformer: Any, dtype: torch.dtype) -> Any:
+    """The transformer in a dtype, in place, but for what diffusers keeps in float32 when it reads weights."""
+    kept = set(transformer._keep_in_fp32_modules or ())
+    for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
+    return transformer
+
+
 def read(policy: Loaded) -> Any:
     """The transformer with all its weights, those of its blocks in 4 bits if so asked."""
     transformer: Any = load_whole(policy.diffusers_class, *policy.start_place, torch_dtype=policy.dtype)
@@ -78,8 +87,19 @@ def read(policy: Loaded) -> Any:
 
 
 def stream(policy: Loaded, shard: Shard) -> Any:
-    """The transformer divided over the ranks, each of which reads its own part only."""
+    """The transformer divided over the ranks, each of which reads its own part only.
+
+    Raises:
+        ValueError: naming the cure, if its trained weights are of several dtypes, which FSDP2 does not divide.
+    """
     transformer = policy.outline()
+    trained = {parameter.dtype for parameter in transformer.parameters() if parameter.requires_grad}
+    if len(trained) > 1:
+        raise ValueError(
+            f"dtype is {str(policy.dtype)[6:]}, of which {type(transformer).__name__} keeps its norms in float32, and "
+            "ShardedStrategy divides trained weights of one dtype alone: set model.policy.init_args.dtype to float32, "
+            "or give an adapter"
+        )
     _prepare_blocks(policy, transformer)
     shard(transformer, [block for _, block in blocks(transformer)])
     fill(policy, transformer)

@@ -23,6 +23,9 @@ The others have none (sage, _flash_3) or a wrong one (_native_cudnn), are for ot
 wait for the device in every call (_varlen), or are fetched from the hub as compiled code (_hub).
 """
 
+WITHOUT_MASKS = ("_native_flash", "flash")
+"""Those that attend to everything."""
+
 
 def leave_cudnn_attention_alone() -> None:
     """Take cuDNN's kernel from those that torch chooses attention from, in the whole process.
@@ -35,17 +38,21 @@ def leave_cudnn_attention_alone() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def check_attention(name: str) -> None:
+def check_attention(name: str, *, masks: bool = False) -> None:
     """Refuse a kernel that blocks could not be trained with.
+
+    Args:
+        name: of the kernel.
+        masks: whether the blocks leave the padding of texts out by a mask.
 
     Raises:
         ValueError: listing the ones whose packages are here.
     """
-    usable = [known for known in ATTENTION if _is_installed(known)]
+    usable = [known for known in ATTENTION if _is_installed(known) and not (masks and known in WITHOUT_MASKS)]
     if name not in usable:
         raise ValueError(
-            f"attention is {name!r}, which is no attention kernel of diffusers that has a gradient and is installed: "
-            f"choose from {', '.join(usable)}"
+            f"attention is {name!r}, which is no attention kernel of diffusers that has a gradient"
+            f"{', takes the masks of this model' if masks else ''} and is installed: choose from {', '.join(usable)}"
         )
 
 

@@ -1,5 +1,6 @@
 """A transformer in one file, by the names of the repository that published it, which ComfyUI reads."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -15,16 +16,18 @@ class SingleFile(NamedTuple):
     """The names of a family's tensors in original single files, from diffusers' and back.
 
     Args:
-        outer: layers outside the blocks.
+        outer: layers and single parameters outside the blocks.
         blocks: by diffusers' name of a list of blocks: their name of it, and the layers of each block.
         swapped: prefixes of their names of layers that hold shift, then scale, where diffusers has scale, then shift.
         scales: ends of their names of layers whose weight is called scale.
+        flat: ends of their names of parameters that are one row, where diffusers has several below each other.
     """
 
     outer: Layers
     blocks: Mapping[str, tuple[str, Layers]]
     swapped: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
+    flat: tuple[str, ...] = ()
 
     def sources(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Their name of each tensor, and diffusers' names of those that it consists of, in order.
@@ -39,10 +42,10 @@ class SingleFile(NamedTuple):
         found: dict[str, list[str]] = {}
         for ours, theirs, layers in self._tables(known):
             for layer, parts in layers.items():
-                for kind in ("weight", "bias"):
-                    own = [f"{ours}{part}.{kind}" for part in parts]
+                for kind in ("", ".weight", ".bias"):
+                    own = [f"{ours}{part}{kind}" for part in parts]
                     if known.issuperset(own):
-                        found[f"{theirs}{layer}.{'scale' if layer.endswith(self.scales) else kind}"] = own
+                        found[f"{theirs}{layer}{'.scale' if layer.endswith(self.scales) else kind}"] = own
         left = sorted(known.difference(*found.values()))
         if left:
             raise ValueError(
@@ -53,10 +56,18 @@ class SingleFile(NamedTuple):
 
     def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """Their tensor of that name, from those of diffusers."""
-        return self._turned(name, torch.cat(list(parts)))
+        tensor = self._turned(name, torch.cat(list(parts)))
+        return tensor.flatten() if name.endswith(self.flat) else tensor
+
+    def shape(self, name: str, parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of `joined`, from those of its parts."""
+        shape = sum(rows for rows, *_ in parts), *parts[0][1:]
+        return (math.prod(shape),) if name.endswith(self.flat) else shape
 
     def divided(self, name: str, tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
         """Undo `joined`, for parts with so many rows."""
+        if name.endswith(self.flat):
+            tensor = tensor.view(sum(rows), -1)
         return list(self._turned(name, tensor).split(list(rows)))
 
     def _turned(self, name: str, tensor: Tensor) -> Tensor:
@@ -65,7 +76,7 @@ class SingleFile(NamedTuple):
 
     def _tables(self, names: set[str]) -> list[tuple[str, str, Layers]]:
         """Prefixes of diffusers' names and of theirs, and the layers that follow these."""
-        numbered = (re.match(r"(\w+)\.(\d+)\.", name) for name in sorted(names))
+        numbered = (re.match(r"([\w.]+?)\.(\d+)\.", name) for name in sorted(names))
         blocks = {found[0]: found for found in numbered if found and found[1] in self.blocks}
         inner = [
             (prefix, f"{self.blocks[found[1]][0]}.{found[2]}.", self.blocks[found[1]][1])

@@ -116,9 +116,14 @@ class PipelineTextEncoder(ABC):
             models: text encoders, on the device.
         """
 
+    def templated(self, prompt: str) -> str:
+        """A prompt as its encoder reads it, which may have been trained on conversations."""
+        return prompt
+
     def num_tokens(self, prompts: list[str]) -> list[int]:
         """How many tokens each prompt is, its end included; what exceeds `max_sequence_length` is cut off."""
-        return [len(ids) for ids in self.tokenizers[self.counting](prompts).input_ids]
+        texts = [self.templated(prompt) for prompt in prompts]
+        return [len(ids) for ids in self.tokenizers[self.counting](texts).input_ids]
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[dict[str, Tensor]]:

@@ -72,7 +72,7 @@ def without_weights(device: str = "meta") -> Iterator[None]:
 
     def of_diffusers(cls: Any, /, pretrained: str, *, subfolder: str, torch_dtype: torch.dtype, **own: Any) -> Any:
         with torch.device(device), default_dtype(torch_dtype):
-            model = cls.from_config(cls.load_config(pretrained, subfolder=subfolder)).to(torch_dtype).eval()
+            model = loading.cast(cls.from_config(cls.load_config(pretrained, subfolder=subfolder)), torch_dtype).eval()
         return (model, nothing_missing) if own.get("output_loading_info") else model
 
     def of_transformers(cls: Any, /, pretrained: str, *, dtype: torch.dtype, **own: Any) -> Any:

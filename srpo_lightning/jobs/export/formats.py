@@ -167,9 +167,8 @@ class SingleFile(Whole):
 
         tensors = {}
         for name, parts in self.names.sources(self.whole).items():
-            shapes = [self.whole[own].shape for own in parts]
-            rows = sum(shape[0] for shape in shapes)
-            tensors[name] = Stored((rows, *shapes[0][1:]), partial(read, name, parts))
+            shape = self.names.shape(name, [self.whole[own].shape for own in parts])
+            tensors[name] = Stored(shape, partial(read, name, parts))
         with tqdm(total=len(tensors), desc="weights", unit="tensor") as progress:
             write_file(folder / self.file, tensors, self.dtype, progress)
 

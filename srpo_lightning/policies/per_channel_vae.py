@@ -1,0 +1,92 @@
+"""A VAE of videos for pictures, with a mean and a deviation per channel of its latents: Qwen-Image's and Krea 2's.
+
+Source: diffusers' AutoencoderKLQwenImage; `_unpack_latents` and the decoding of QwenImagePipeline and Krea2Pipeline.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from srpo_lightning.batch import Size
+from srpo_lightning.policies.family import Images, Latents, PackedFamily
+from srpo_lightning.policies.packing import Spatial, pack, unpack
+
+
+class Encoded(NamedTuple):
+    """What diffusers' VAEs of pictures encode to."""
+
+    latent_dist: DiagonalGaussianDistribution
+
+
+class PictureVAE(nn.Module):
+    """A VAE of videos that takes pictures, each a video of one frame, by the methods of diffusers' AutoencoderKL.
+
+    Args:
+        video: AutoencoderKLQwenImage, or a VAE of the same parts.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, video: Any) -> None:
+        super().__init__()
+        self.video = video
+        for name in ("mean", "std"):
+            values = torch.tensor(video.config[f"latents_{name}"]).view(-1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def encode(self, pixels: Images) -> Encoded:
+        """Pictures in [-1, 1] to the posterior of their latents."""
+        posterior = self.video.encode(pixels[:, :, None]).latent_dist
+        return Encoded(DiagonalGaussianDistribution(posterior.parameters[:, :, 0]))
+
+    def decode(self, z: Spatial, return_dict: bool = False) -> tuple[Images]:
+        """Latents to pictures around [-1, 1], with gradient.
+
+        The cache that the VAE hands from frame to frame would hold every activation of the only frame once more.
+        """
+        assert not return_dict, "of pictures there is a tuple"
+        frames = z[:, :, None]
+        if self.video.use_tiling:
+            decoded = self.video.decode(frames, return_dict=False)[0]
+        else:
+            decoded = self.video.decoder(self.video.post_quant_conv(frames))
+        return (decoded[:, :, 0],)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block of the decoder in the backward pass, for which diffusers has no switch here."""
+        for block in (self.video.decoder.mid_block, *self.video.decoder.up_blocks):
+            block.forward = partial(_recomputed, block.forward)
+
+    def enable_tiling(self) -> None:
+        """Decode large pictures tile by tile."""
+        self.video.enable_tiling()
+
+
+def _recomputed(forward: Callable[[Tensor], Tensor], x: Tensor, *_: Any) -> Tensor:
+    """Without the cache of the frames before, of which there are none."""
+    found: Tensor = checkpoint(forward, x, use_reentrant=False)
+    return found
+
+
+class PerChannelFamily(PackedFamily):
+    """A family that reads 2 x 2 cells of a video VAE's latents as tokens, each channel with a scale of its own."""
+
+    vae_class = "AutoencoderKLQwenImage"
+
+    def read_vae(self, dtype: torch.dtype) -> PictureVAE:
+        """The VAE with its weights, of pictures."""
+        return PictureVAE(super().read_vae(dtype))
+
+    def to_vae(self, vae: PictureVAE, latents: Latents, size: Size) -> Spatial:
+        """Unpacked, with the VAE's deviations and means."""
+        return unpack(latents, size) * vae.std + vae.mean
+
+    def from_vae(self, vae: PictureVAE, z: Spatial) -> Latents:
+        """Normalised and packed."""
+        return pack((z - vae.mean) / vae.std)
