@@ -68,7 +68,7 @@ class ZImagePolicy(SpatialFamily, FlowPolicy):
     def network(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
         """The transformer is told how clean the latents are, and predicts the way to the picture, of one frame.
 
-        In thousandths, as the pipeline computes it: float32 rounds 1 - sigma otherwise, and the embedding shows it.
+        In thousandths, as the pipeline counts: 1 - sigma is rounded otherwise, by 3e-8, which pictures show at 3e-5.
         """
         clean = (1000 - 1000 * sigma) / 1000
         predicted = self.transformer(list(x[:, :, None]), clean, text.rows("prompt_embeds"), return_dict=False)[0]
