@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
 
+from srpo_lightning.policies import Krea2Policy
 from srpo_lightning.policies.krea2 import BEFORE
+from srpo_lightning.policies.packing import unpack
 from tests.families import qwen
 
 
@@ -47,3 +49,42 @@ def write(folder: Path, is_distilled: bool = False, **changes: Any) -> Path:
         is_distilled=is_distilled,
     ).save_pretrained(folder)
     return folder
+
+
+class WrongSign(Krea2Policy):
+    def network(self, *arguments):
+        return -super().network(*arguments)
+
+
+class ToldThousands(Krea2Policy):
+    def network(self, x, sigma, *arguments):
+        return super().network(x, 1000 * sigma, *arguments)
+
+
+class WithoutMask(Krea2Policy):
+    def network(self, x, sigma, text, *arguments):
+        return super().network(x, sigma, text._replace(lengths=None), *arguments)
+
+
+class Turbo(Krea2Policy):
+    is_distilled = True
+
+
+class WithoutStatistics(Krea2Policy):
+    def to_vae(self, vae, latents, size):
+        return unpack(latents, size)
+
+
+class PipelinesScale(Krea2Policy):
+    def guide(self, conditional, unconditional, guidance):
+        return super().guide(conditional, unconditional, guidance - 1)
+
+
+MISTAKES = {
+    "sign": WrongSign,
+    "level": ToldThousands,
+    "mask": WithoutMask,
+    "schedule": Turbo,
+    "statistics": WithoutStatistics,
+    "guidance": PipelinesScale,
+}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
+from srpo_lightning.policies import ZImagePolicy
 from tests.families import qwen
 
 
@@ -45,3 +46,37 @@ def write(folder: Path, **changes: Any) -> Path:
         transformer=qwen.noisy(ZImageTransformer2DModel(**size | changes)),
     ).save_pretrained(folder)
     return folder
+
+
+class WrongSign(ZImagePolicy):
+    def network(self, *arguments):
+        return -super().network(*arguments)
+
+
+class ToldTheNoise(ZImagePolicy):
+    def network(self, x, sigma, *arguments):
+        return super().network(x, 1 - sigma, *arguments)
+
+
+class PaddedText(ZImagePolicy):
+    def network(self, x, sigma, text, *arguments):
+        return super().network(x, sigma, text._replace(lengths=None), *arguments)
+
+
+class Unshifted(ZImagePolicy):
+    def shift_for(self, num_steps, size):
+        return 1.0
+
+
+class PipelinesScale(ZImagePolicy):
+    def guide(self, conditional, unconditional, guidance):
+        return super().guide(conditional, unconditional, guidance - 1)
+
+
+MISTAKES = {
+    "sign": WrongSign,
+    "level": ToldTheNoise,
+    "padding": PaddedText,
+    "shift": Unshifted,
+    "guidance": PipelinesScale,
+}
