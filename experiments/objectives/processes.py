@@ -123,14 +123,15 @@ def ended_with_this_process(processes: Collection[ForkServerProcess]) -> Iterato
 
 def command(arguments: list[str], folder: Path) -> None:
     """`python -m srpo_lightning ARGUMENTS` in this process; what it prints and its peak of memory go to `folder`."""
-    with (folder / LOG).open("a", buffering=1, encoding="utf-8") as stream:
+    with (folder / LOG).open("a", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-        sys.stdout = sys.stderr = stream
-        sys.argv = ["srpo_lightning", *arguments]
-        import_module(PROGRAM).main()
-        with complete_or_absent(folder / PEAK) as partial:
-            partial.write_text(json.dumps({"bytes": peak_bytes()}), encoding="utf-8")
+    # Open to the end of the process, which says last why it failed.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, encoding="utf-8") for number in (1, 2))
+    sys.argv = ["srpo_lightning", *arguments]
+    import_module(PROGRAM).main()
+    with complete_or_absent(folder / PEAK) as partial:
+        partial.write_text(json.dumps({"bytes": peak_bytes()}), encoding="utf-8")
 
 
 def peak_bytes() -> int:

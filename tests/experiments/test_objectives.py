@@ -251,6 +251,17 @@ def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models
     assert "was run with other settings: delete it" in changed.output
 
 
+def test_a_run_that_is_refused_says_why(models, features, tmp_path):
+    config = write_benchmark(models, features, tmp_path)
+    settings = yaml.safe_load(config.read_text())
+    settings["fit"]["model"]["policy"]["init_args"]["depth"] = 3
+    config.write_text(yaml.safe_dump(settings))
+    done = processes.start(["--config", str(config), "--num_workers", "1"], program=PROGRAM)
+    assert done.returncode != 0
+    assert "depth: there is no such setting" in done.output
+    assert "the weights before training could not be evaluated" in done.output
+
+
 def test_conditions_are_compared_beside_each_other(models, features, tmp_path):
     config = write_benchmark(models, features, tmp_path)
     settings = yaml.safe_load(config.read_text())
@@ -268,7 +279,7 @@ def test_conditions_are_compared_beside_each_other(models, features, tmp_path):
     done = processes.start(["--config", str(config), "--num_workers", "1"], program=PROGRAM)
     assert done.returncode == 0, done.output
     folder = tmp_path / "benchmark"
-    assert "|  | weak | strong | ahead from |" in (folder / "conditions.md").read_text()
+    assert "| | weak | strong | ahead from |" in (folder / "conditions.md").read_text()
     assert (folder / "conditions.png").is_file()
     tried = [json.loads((folder / name / "results.json").read_text())["sweeps"]["other"] for name in ("weak", "strong")]
     best = max(tried[0], key=lambda curve: curve["points"][-1]["judge"])
