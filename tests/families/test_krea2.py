@@ -74,3 +74,15 @@ def test_trained_weights_of_two_dtypes_are_not_divided(pipeline):
 def test_kernels_that_take_no_mask_are_refused(pipeline):
     with pytest.raises(ValueError, match=r"'_native_flash', which is .*, takes the masks .*: choose from native, "):
         Krea2Policy(str(pipeline), 32, 32, attention="_native_flash")
+
+
+def test_a_blocks_modulation_is_one_row_in_a_single_file(pipeline):
+    """As the file was published; diffusers' converter would read several rows too."""
+    names = Krea2Policy.single_file
+    own = {name: p.shape for name, p in Krea2Policy(str(pipeline), 32, 32).empty_transformer().named_parameters()}
+    parts = names.sources(own)
+    shapes = {name: names.shape(name, [tuple(own[part]) for part in parts[name]]) for name in parts}
+    assert shapes["blocks.0.mod.lin"] == (6 * 16,)
+    assert shapes["last.modulation.lin"] == (2, 16)
+    joined = names.joined("blocks.0.mod.lin", [torch.zeros(own["transformer_blocks.0.scale_shift_table"])])
+    assert joined.shape == shapes["blocks.0.mod.lin"]

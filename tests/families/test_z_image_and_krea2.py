@@ -1,0 +1,270 @@
+"""Z-Image and Krea 2 against their pipelines in diffusers, and through every way of training."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils._pytree import tree_leaves
+
+from srpo_lightning import flow
+from srpo_lightning.batch import Conditions, Text
+from srpo_lightning.cli import main
+from srpo_lightning.draws import Draws, sample_noise
+from srpo_lightning.encoding import Encoding
+from srpo_lightning.objectives import GRPO, SRPO, ControlWords, DirectAlign, DRaFT, LeapAlign
+from srpo_lightning.policies import Krea2Policy, ZImagePolicy, loading, parallel
+from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.rewards import Reward
+from srpo_lightning.run_folder import RunFolder
+from tests import tiny
+from tests.families import tiny_krea2, tiny_z_image
+from tests.ranks.test_sharded import config as config_of_ranks
+from tests.ranks.test_sharded import fit, whole
+
+PROMPTS = ["a cat", "3 dogs, running in the park"]
+SIZES = [(32, 32), (48, 32)]
+GUIDED = 5.0
+
+
+class Case(NamedTuple):
+    """A family in small."""
+
+    policy: type[FlowPolicy]
+    folder: Path
+    mistakes: Mapping[str, type[FlowPolicy]]
+
+    def new(self, size=SIZES[0], **settings) -> FlowPolicy:
+        policy = self.policy(str(self.folder), *size, **settings)
+        policy.load()
+        return policy
+
+
+@pytest.fixture(scope="module", params=["z_image", "krea2"])
+def case(request, tmp_path_factory) -> Case:
+    policy, tiny_family = {"z_image": (ZImagePolicy, tiny_z_image), "krea2": (Krea2Policy, tiny_krea2)}[request.param]
+    return Case(policy, tiny_family.write(tmp_path_factory.mktemp(request.param)), tiny_family.MISTAKES)
+
+
+@pytest.fixture(scope="module")
+def conditions(case) -> Conditions:
+    text = case.policy(str(case.folder), *SIZES[0]).encoder(Encoding()).text
+    features, none = (Text.collate(text.encode(own), text.ragged) for own in (PROMPTS, [text.negative]))
+    return Conditions(PROMPTS, features, torch.arange(2), unconditional=none)
+
+
+@pytest.fixture(scope="module")
+def pipe(case):
+    pipe = getattr(diffusers, case.policy.pipeline_class).from_pretrained(case.folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise_of(policy: FlowPolicy) -> torch.Tensor:
+    return sample_noise(0, [0, 1], policy.latent_shape())
+
+
+@torch.no_grad()
+def drawn(policy: FlowPolicy, conditions: Conditions, guidance: float) -> torch.Tensor:
+    latents = flow.integrate(lambda x, s: policy(x, s, conditions, guidance), noise_of(policy), policy.sigmas(4))
+    return policy.decode(latents)
+
+
+def expected(pipe, policy: FlowPolicy, guidance: float) -> torch.Tensor:
+    length = policy.encoder(Encoding()).text.max_sequence_length
+    return pipe(
+        list(PROMPTS),
+        height=policy.size[0],
+        width=policy.size[1],
+        num_inference_steps=4,
+        latents=noise_of(policy),
+        output_type="pt",
+        **policy.pipeline_arguments(guidance, length),
+    ).images
+
+
+@pytest.mark.parametrize("guidance", [1.0, GUIDED])
+@pytest.mark.parametrize("size", SIZES)
+def test_its_sampler_draws_the_pipelines_pictures(case, conditions, pipe, guidance, size):
+    policy = case.new(size)
+    torch.testing.assert_close(drawn(policy, conditions, guidance), expected(pipe, policy, guidance), rtol=0, atol=1e-5)
+
+
+def test_pictures_show_every_mistake(case, conditions, pipe):
+    right = expected(pipe, case.new(), GUIDED)
+    for name, mistaken in case.mistakes.items():
+        pictures = drawn(case._replace(policy=mistaken).new(), conditions, GUIDED)
+        assert (pictures - right).abs().max() > 1e-2, name
+
+
+def test_features_are_the_pipelines_bit_for_bit_without_padding(case, conditions, pipe):
+    length = case.new().encoder(Encoding()).text.max_sequence_length
+    with torch.no_grad():
+        embeds, other = pipe.encode_prompt(list(PROMPTS), max_sequence_length=length)
+    is_padded = isinstance(embeds, torch.Tensor)
+    theirs = [rows[own] for rows, own in zip(embeds, other, strict=True)] if is_padded else embeds
+    ours = conditions.text.rows("prompt_embeds")
+    assert len(ours[0]) < len(ours[1])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_padded_batch_equals_its_samples_alone(case, conditions):
+    policy, x, sigma = case.new(), torch.randn(2, *case.new().latent_shape()), torch.tensor([0.8, 0.7])
+    with torch.no_grad():
+        together = policy(x, sigma, conditions, GUIDED)
+        for row, rows in enumerate(conditions.text.rows("prompt_embeds")):
+            text = Text.collate([{"prompt_embeds": rows}], {"prompt_embeds"})
+            alone = Conditions(PROMPTS[row : row + 1], text, torch.arange(1), unconditional=conditions.unconditional)
+            own = slice(row, row + 1)
+            torch.testing.assert_close(policy(x[own], sigma[own], alone, GUIDED)[0], together[row], rtol=0, atol=1e-5)
+
+
+def step_of(policy: FlowPolicy, conditions: Conditions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A velocity, and the gradient of its square."""
+    x = torch.randn(2, *policy.latent_shape(), generator=torch.Generator().manual_seed(0))
+    velocity = policy(x, torch.tensor([0.8, 0.7]), conditions, 1.0)
+    velocity.square().mean().backward()
+    return velocity.detach(), {name: p.grad for name, p in policy.transformer.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:`torch.jit")
+@pytest.mark.parametrize(
+    "settings", [{"gradient_checkpointing": True}, {"compile": True}], ids=lambda own: next(iter(own))
+)
+def test_recomputed_and_compiled_blocks_have_the_same_gradients_of_every_weight(
+    case, conditions, monkeypatch, settings
+):
+    monkeypatch.setattr(loading, "compile_blocks", lambda blocks: parallel.compile_blocks(blocks, backend="aot_eager"))
+    torch._dynamo.reset()
+    (velocity, gradients), (plain, same) = (step_of(case.new(**own), conditions) for own in (settings, {}))
+    torch._dynamo.reset()
+    assert all(gradient is not None for gradient in same.values())
+    torch.testing.assert_close((velocity, gradients), (plain, same), rtol=1e-5, atol=1e-7)
+
+
+class Red(Reward):
+    """How red a picture is, more so under some texts."""
+
+    def forward(self, images, texts):
+        likes = torch.tensor([2.0 if text.startswith("red") else 1.0 for text in texts])
+        return likes * images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
+
+
+OBJECTIVES = {
+    "srpo": SRPO(ControlWords(["red"], ["grey"]), num_rollout_steps=3, guidance=GUIDED),
+    "leap": LeapAlign(num_steps=3, guidance=GUIDED),
+    "draft-lv": DRaFT(num_steps=3, num_variants=2, guidance=GUIDED),
+    "grpo": GRPO(num_steps=3, group_size=8, guidance=1.0),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_objectives_raise_a_reward(case, conditions, objective):
+    policy, reward, draws = case.new(), Red(), Draws(0)
+    before = reward(drawn(policy, conditions, 1.0), PROMPTS).mean()
+    optimizer = torch.optim.AdamW(policy.transformer.parameters(), lr=3e-3)
+    for _ in range(9):
+        rollout = objective.rollout(policy, conditions, draws)
+        optimizer.zero_grad()
+        objective.loss(policy, reward, conditions, rollout, draws).loss.backward()
+        optimizer.step()
+    assert reward(drawn(policy, conditions, 1.0), PROMPTS).mean() > before + 5e-3
+
+
+def test_the_surrogates_gradient_is_that_of_plain_autograd(case, conditions):
+    """Through one step, the VAE and the reward at once."""
+    objective, policy, draws = DirectAlign(margin=9.0, guidance=1.0), case.new(), Draws(0, 3)
+    x0, noise = torch.randn(2, 2, *policy.latent_shape(), generator=torch.Generator().manual_seed(0))
+    objective.num_rollout_steps = 1
+    rollout = objective.rollout(policy, conditions, draws)._replace(x0=x0, noise=noise)
+    loss = objective.loss(policy, Red(), conditions, rollout, draws).loss
+    weights = list(policy.transformer.parameters())
+    found = torch.autograd.grad(loss, weights)
+    a, b, _ = objective.branches(objective.positions(2, draws), flow.schedule(50, 3.0)).to(x0)
+    x = flow.inject(x0, noise, a)
+    x0_hat = flow.recover(flow.step(x, policy(x, a, conditions, 1.0), a, b), noise, b)
+    plain = torch.relu(9.0 - Red()(policy.decode(x0_hat), PROMPTS)).mean()
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, weights), rtol=1e-4, atol=1e-7)
+
+
+def test_a_single_file_goes_through_diffusers_converter_and_comes_back_the_same(case, tmp_path):
+    policy, names = case.new(), case.policy.single_file
+    own = {name: p.detach() for name, p in policy.transformer.named_parameters()}
+    file = {name: names.joined(name, [own[part] for part in parts]) for name, parts in names.sources(own).items()}
+    for name, parts in names.sources(own).items():
+        assert names.shape(name, [tuple(own[part].shape) for part in parts]) == tuple(file[name].shape)
+        divided = names.divided(name, file[name], [len(own[part]) for part in parts])
+        assert all(torch.equal(a, own[part]) for a, part in zip(divided, parts, strict=True))
+    save_file({name: tensor.clone() for name, tensor in file.items()}, tmp_path / "file.safetensors")
+    theirs = policy.diffusers_class.from_single_file(
+        str(tmp_path / "file.safetensors"), config=str(case.folder), subfolder="transformer", torch_dtype=torch.float32
+    )
+    assert file.keys() != own.keys()
+    assert all(torch.equal(p, own[name]) for name, p in theirs.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"rollout_cache": 0.1}, {"exact_conditioning": True}], ids=lambda own: next(iter(own))
+)
+def test_what_it_cannot_do_is_refused_with_the_cure(case, setting):
+    with pytest.raises(ValueError, match=rf"^{next(iter(setting))} is .*: set it to (null|false)$"):
+        case.policy(str(case.folder), 32, 32, **setting)
+
+
+def write_config(case: Case, models: tiny.Models, run: Path, folder: Path, *, ranks: int = 1, **policy) -> Path:
+    path = config_of_ranks(models, folder / "features", run, ranks)
+    settings = json.loads(path.read_text())
+    settings["model"]["policy"] = {
+        "class_path": f"srpo_lightning.policies.{case.policy.__name__}",
+        "init_args": {"pretrained": str(case.folder), "height": 32, "width": 32, **policy},
+    }
+    settings["model"]["objective"]["init_args"]["rollout_guidance"] = GUIDED
+    settings["model"]["sample_guidance"] = GUIDED
+    if "quantize" in policy:
+        settings["model"]["optimizer"] = {
+            "class_path": "bitsandbytes.optim.AdamW8bit",
+            "init_args": {"lr": 1e-3, "min_8bit_size": 32},
+        }
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def test_an_adapter_beside_four_bits_is_trained_with_states_of_eight_resumed_and_exported_by_the_command_line(
+    case, models, tmp_path, capsys
+):
+    """The export draws with the pipeline what the checkpoint draws, by the code of its model card."""
+    policy = {"adapter": {"rank": 4}, "quantize": "nf4"}
+    unbroken, broken = (write_config(case, models, tmp_path / name, tmp_path, **policy) for name in ("whole", "broken"))
+    main(["estimate", "--config", str(unbroken)])
+    assert "fits a device of" in capsys.readouterr().out
+    main(["fit", "--config", str(unbroken)])
+    main(["fit", "--config", str(broken), "--trainer.max_steps", "2"])
+    main(["fit", "--config", str(broken), "--ckpt_path", "last"])
+    ends = [torch.load(RunFolder(tmp_path / run).checkpoint(4), weights_only=True) for run in ("whole", "broken")]
+    states = [t for t in tree_leaves(ends[0]["optimizer_states"]) if isinstance(t, torch.Tensor)]
+    assert any(state.dtype == torch.uint8 for state in states)
+    weights, resumed = (end["state_dict"] for end in ends)
+    assert weights.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
+    arguments = ["--config", str(tmp_path / "whole" / "config.yaml"), "--dtype", "float32"]
+    main(["export", *arguments, "--format", "lora", "--output", str(tmp_path / "lora")])
+    assert f"{case.policy.pipeline_class}.from_pretrained" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_two_sharded_ranks_train_what_one_trains_and_both_exports_open_in_diffusers(case, models, tmp_path):
+    """The export compares what diffusers reads bit for bit, and its picture with the checkpoint's."""
+    main(["fit", "--config", str(write_config(case, models, tmp_path / "one", tmp_path))])
+    fit(write_config(case, models, tmp_path / "two", tmp_path, ranks=2))
+    one, two = (whole(tmp_path / run, 4)["state_dict"] for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():  # Adam divides rounding of small gradients by their size; a step is 1e-3
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+    arguments = ["--config", str(tmp_path / "two" / "config.yaml"), "--dtype", "float32", "--weights", "policy"]
+    for form in ("diffusers", "single-file"):
+        main(["export", *arguments, "--format", form, "--output", str(tmp_path / form)])
+        assert "allowed mean" in (tmp_path / form / "README.md").read_text()
