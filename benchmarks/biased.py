@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from srpo_lightning.evaluation.metrics import saturation
+from srpo_lightning.picture_statistics import saturation
 from srpo_lightning.rewards import ClipReward, Reward
 
 

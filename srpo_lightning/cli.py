@@ -19,6 +19,7 @@ JOBS = {
     "convert": "srpo_lightning.jobs.convert",
     "estimate": "srpo_lightning.jobs.estimate.job",
     "export": "srpo_lightning.jobs.export.job",
+    "reward-bias": "srpo_lightning.jobs.reward_bias",
 }
 """The commands that are a function of the command's name, and its module."""
 

@@ -34,10 +34,11 @@ from srpo_lightning.evaluation.exchange import (
     Weights,
     callbacks_that,
 )
-from srpo_lightning.evaluation.metrics import FEW_GROUPS, PICTURE_STATISTICS, SampleTable, Table, is_in_top, most_like
+from srpo_lightning.evaluation.metrics import FEW_GROUPS, SampleTable, Table, is_in_top, most_like
 from srpo_lightning.files.fingerprint import fingerprint
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.reward_forms import RewardForm
+from srpo_lightning.picture_statistics import PICTURE_STATISTICS
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.run_folder import RunFolder

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file, save
 
 from srpo_lightning.evaluation.metrics import (
-    PICTURE_STATISTICS,
     QUANTILES,
     Interval,
     Table,
@@ -25,6 +24,7 @@ from srpo_lightning.evaluation.metrics import (
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import escaped, markdown_table
 from srpo_lightning.files.strict_json import strict_json
+from srpo_lightning.picture_statistics import PICTURE_STATISTICS
 
 BASE = "base"
 """The name of the weights before training, beside `policy` and `ema`."""

@@ -4,7 +4,7 @@ Shapes: B images, T texts, E features, N samples, G groups (prompts).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 
-LUMA = (0.2126, 0.7152, 0.0722)
-"""Weights of red, green and blue. Source: ITU-R BT.709."""
-
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 """Width of the kernel, and a factor for people. Source: arXiv 2401.09603, section 4."""
 
@@ -23,60 +20,6 @@ FEW_GROUPS = 12
 """Below so many groups an interval by resampling is too narrow."""
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-
-def saturation(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
-    """Mean HSV saturation of each image in [0, 1]: (max - min) / max over the channels, 0 for black."""
-    high, low = images.amax(1), images.amin(1)
-    return torch.where(high <= 0, torch.zeros_like(high), (high - low) / high.clamp(min=1e-8)).mean((-2, -1))
-
-
-def brightness(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
-    """Mean luma of each image in [0, 1], of the pixels' values as they are stored."""
-    return luma(images).mean((-2, -1))
-
-
-def high_frequency(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
-    """The share in [0, 1] of the luma's variance that is finer than four pixels: noise, grain, grid patterns.
-
-    Of the power spectrum without the mean, what lies beyond 1/4 cycle per pixel in either direction; 0 for one colour.
-    """
-    power = torch.fft.fft2(luma(images)).abs().square()
-    rows, columns = (torch.fft.fftfreq(side, device=images.device).abs() for side in images.shape[-2:])
-    fine = (rows[:, None] > 0.25) | (columns > 0.25)
-    power[:, 0, 0] = 0
-    total = power.sum((-2, -1))
-    return (power * fine).sum((-2, -1)) / total.clamp(min=1e-12)
-
-
-class Statistic(NamedTuple):
-    """A number of every evaluation picture, logged by its name.
-
-    Args:
-        measure: Numbers [B] of images [B, 3, H, W] in [0, 1]; the first line of its docstring says what they are.
-        is_compared: Whether more is better, so that samples win against the base's by it.
-    """
-
-    measure: Callable[[Tensor], Tensor]
-    is_compared: bool = False
-
-    @property
-    def meaning(self) -> str:
-        """What the number is, in one line."""
-        return (self.measure.__doc__ or "").partition("\n")[0].rstrip(".")
-
-
-PICTURE_STATISTICS = {
-    "saturation": Statistic(saturation),
-    "brightness": Statistic(brightness),
-    "high_frequency": Statistic(high_frequency),
-}
-"""What is measured on every evaluation picture, by the name of its column: a function and a line here make one more."""
-
-
-def luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B H W"]:
-    """Brightness of every pixel."""
-    return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
 
 
 def is_in_top(scores: Float[Tensor, "B T"], truth: Int[Tensor, " B"], k: int) -> Float[Tensor, " B"]:

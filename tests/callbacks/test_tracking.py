@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import RewardTracking, RunCheckpoint
-from srpo_lightning.evaluation.metrics import saturation
 from srpo_lightning.objectives import Plain
+from srpo_lightning.picture_statistics import saturation
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.rewards import ClipReward, Reward, Term, WeightedReward

@@ -10,20 +10,16 @@ import pytest
 import torch
 
 from srpo_lightning.evaluation.metrics import (
-    PICTURE_STATISTICS,
     SampleTable,
-    Statistic,
     bootstrap_mean,
-    brightness,
     cmmd,
     diversity,
-    high_frequency,
     is_in_top,
     most_like,
     prompt_diversity,
-    saturation,
     wins,
 )
+from srpo_lightning.picture_statistics import PICTURE_STATISTICS, Statistic, brightness, high_frequency, saturation
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -200,7 +196,7 @@ def test_every_statistic_of_pictures_says_what_it_is_and_is_a_number_of_each_pic
 def test_a_statistic_of_pictures_is_a_column_and_is_compared_if_it_says_so(monkeypatch):
     """A function and a line are all that a new one needs."""
     added = {"red": Statistic(lambda images: images[:, 0].mean((-2, -1)), is_compared=True)}
-    monkeypatch.setattr("srpo_lightning.evaluation.metrics.PICTURE_STATISTICS", PICTURE_STATISTICS | added)
+    monkeypatch.setattr("srpo_lightning.picture_statistics.PICTURE_STATISTICS", PICTURE_STATISTICS | added)
     names = ["srpo_lightning.evaluation.comparison", "srpo_lightning.callbacks.tracking"]
     comparison, tracking = (run_path(import_module(name).__file__, run_name=name) for name in names)
     assert "red" not in comparison["NOT_WON"]
