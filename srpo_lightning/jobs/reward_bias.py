@@ -269,7 +269,8 @@ def report(bias: Bias, count: int, output: str | None) -> None:
         print(f"{name:>44}  {shown(interval)}")
     print("\nleft of the gradient  in all texts alike          of the prompt's subject")
     for name in bias.common:
-        print(f"{name:20}  {shown(bias.common[name])}    {shown(bias.subject[name])}")
+        left = shown(bias.common[name]) if bias.gradient.low > 0 else "there is none".ljust(22)
+        print(f"{name:20}  {left}    {shown(bias.subject[name])}")
     print(f"\n{bias.advice}")
     if output:
         record = {"num_pictures": count, "advice": bias.advice} | {
