@@ -21,9 +21,9 @@ originals: venv $(ORIGINALS:tests/parity/originals/%.txt=.originals/%/installed)
 	.venv/bin/pip install --quiet --no-deps --target .originals/$* --requirement $<
 	touch $@
 
-demo: venv ## SRPO on the built-in model: numbers and pictures before and after, in minutes
-	rm -rf runs/emoji_srpo
-	$(RUN) -m srpo_lightning fit --config configs/emoji_srpo.yaml
+demo: venv ## training of the built-in model: numbers and pictures before and after, in minutes
+	rm -rf runs/emoji_demo
+	$(RUN) -m srpo_lightning fit --config configs/emoji_demo.yaml
 
 test: originals ## run the whole test suite
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder  # tests/conftest.py has the order

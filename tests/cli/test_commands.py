@@ -216,3 +216,16 @@ def test_every_configuration_file_parses(file, capsys, monkeypatch):
     parsed = yaml.safe_load(capsys.readouterr().out)
     assert parsed["model"]["policy"]["class_path"] == "srpo_lightning.policies.FluxPolicy"
     assert parsed["weights_only"] is True  # no code is read from a checkpoint
+
+
+@pytest.mark.parametrize("recipe", ["flux_srpo", "flux_srpo_qlora"])
+def test_the_form_with_other_prompts_goes_beside_any_recipe(recipe, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    files = ["--config", f"configs/{recipe}.yaml", "--config", "configs/forms/other_prompts.yaml"]
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", *files, "--print_config"])
+    assert exit_status.value.code == 0
+    objective = yaml.safe_load(capsys.readouterr().out)["model"]["objective"]
+    assert objective["class_path"] == "srpo_lightning.objectives.DirectAlign"
+    form = objective["init_args"]["form"]["init_args"]
+    assert (form["others"], form["control_words"]["negative"], form["extra_weight"]) == (4, [], 0.0)

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.processes import LIMIT_S
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_the_emoji_configuration_trains_two_steps_and_reports(tmp_path):
+@pytest.mark.parametrize("config", ["emoji_srpo", "emoji_demo"])
+def test_the_emoji_configurations_train_two_steps_and_report(config, tmp_path):
     run = tmp_path / "run"
     flags = {
         "--trainer.default_root_dir": run,
@@ -24,7 +27,7 @@ def test_the_emoji_configuration_trains_two_steps_and_reports(tmp_path):
         "--model.num_sample_steps": 2,
         "--model.objective.init_args.num_rollout_steps": 2,
     }
-    command = [sys.executable, "-m", "srpo_lightning", "fit", "--config", "configs/emoji_srpo.yaml"]
+    command = [sys.executable, "-m", "srpo_lightning", "fit", "--config", f"configs/{config}.yaml"]
     command += [str(part) for flag in flags.items() for part in flag]
     done = subprocess.run(
         command,
