@@ -12,7 +12,7 @@ from PIL import Image
 
 from srpo_lightning.evaluation.comparison import BASE, compare, write_comparison
 from srpo_lightning.evaluation.exchange import Evaluations, ReadsEvaluations
-from srpo_lightning.evaluation.pictures import contact_sheet, picture_if_whole
+from srpo_lightning.evaluation.pictures import contact_sheet, picture_if_whole, record_if_whole
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import markdown_table
 from srpo_lightning.files.provenance import software
@@ -78,13 +78,19 @@ class Report(Callback, ReadsEvaluations):
         if all(map(any, rows.values())):
             shown = [i for i in range(self.num_columns) if any(row[i] for row in rows.values())]
             rows = {name: [row[i] for i in shown] for name, row in rows.items()}
+            prompts = [self._prompt(run, columns.values(), i) for i in shown]
             with complete_or_absent(run.sheet) as partial:
-                contact_sheet(rows, self.scale).save(partial, format="PNG")
+                contact_sheet(rows, self.scale, prompts).save(partial, format="PNG")
             print(f"pictures: {run.sheet}")
 
     def _pictures(self, run: RunFolder, record: Record) -> list[Image.Image | None]:
         step, weights = int(record["step"]), str(record["weights"])
         return [picture_if_whole(run.samples.picture(step, weights, index)) for index in range(self.num_columns)]
+
+    def _prompt(self, run: RunFolder, kept: Iterable[Record], index: int) -> str:
+        paths = [run.samples.picture(int(record["step"]), str(record["weights"]), index) for record in kept]
+        found = filter(None, map(record_if_whole, paths))
+        return next((str(record["prompt"]) for record in found), "")
 
 
 def in_order(weights: Iterable[str]) -> list[str]:

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from srpo_lightning.evaluation.pictures import LABEL_PX
 from tests.processes import LIMIT_S
 
 REPOSITORY = Path(__file__).parents[2]
@@ -42,7 +44,8 @@ def test_the_emoji_configurations_train_two_steps_and_report(config, tmp_path):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {record["step"] for record in records} == {0, 2}
     assert (run / "checkpoints" / "step-00000002.ckpt").is_file()
-    assert (run / "before_after.png").is_file()
+    with Image.open(run / "before_after.png") as sheet:
+        assert sheet.height == LABEL_PX + 3 * (2 * 64 + LABEL_PX)  # prompts over three rows with a name each
     assert "seconds per step" in done.stdout
 
 
