@@ -6,6 +6,7 @@ Shapes: B samples, `latent` the shape of one sample's latents as the transformer
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
 import diffusers
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Size, Text
-from srpo_lightning.files.pretrained import load_whole
+from srpo_lightning.files.pretrained import load_whole, read_json
 from srpo_lightning.policies.base import Policy
 from srpo_lightning.policies.packing import CELL, VAE_FACTOR, pack, unpack
 from srpo_lightning.policies.single_file import SingleFile
@@ -58,6 +59,11 @@ class Family(Policy):
     resolution_shift: bool | None
     configs: dict[str, dict[str, Any]]
     transformer: Any
+
+    @cached_property
+    def is_distilled(self) -> bool:
+        """Whether the pipeline says that its transformer was distilled to draw in few steps."""
+        return bool(read_json(self.pretrained, "", "model_index.json").get("is_distilled", False))
 
     @abstractmethod
     def network(self, x: Latents, sigma: Float[Tensor, " B"], text: Text, size: Size, told: list[Tensor]) -> Latents:
@@ -105,10 +111,10 @@ class Family(Policy):
         dynamic = self.resolution_shift
         if dynamic is None:
             dynamic = scheduler.get("use_dynamic_shifting", False)
-        return self.dynamic_shift(size) if dynamic else float(scheduler["shift"])
+        return self.dynamic_shift(num_steps, size) if dynamic else float(scheduler["shift"])
 
-    def dynamic_shift(self, size: Size) -> float:
-        """The shift that depends on the resolution."""
+    def dynamic_shift(self, num_steps: int, size: Size) -> float:
+        """The shift that depends on the resolution, and in some families on the number of steps."""
         tokens = (size[0] // self.cell) * (size[1] // self.cell)
         return resolution_dependent_shift(tokens, self.configs["scheduler"])
 

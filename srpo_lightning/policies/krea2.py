@@ -7,7 +7,6 @@ Source: diffusers' Krea2Transformer2DModel and Krea2Pipeline; names of single fi
 import hashlib
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -114,14 +113,9 @@ class Krea2Policy(PerChannelFamily, FlowPolicy):
         )[0]
         return velocity
 
-    @cached_property
-    def is_distilled(self) -> bool:
-        """Whether the pipeline says that its transformer draws in few steps, as Turbo's does."""
-        return bool(read_json(self.pretrained, "", "model_index.json").get("is_distilled", False))
-
-    def dynamic_shift(self, size: Size) -> float:
-        """Of a distilled model one for all sizes."""
-        return math.exp(DISTILLED_MU) if self.is_distilled else super().dynamic_shift(size)
+    def dynamic_shift(self, num_steps: int, size: Size) -> float:
+        """Of a distilled model, as Turbo is, one for all sizes."""
+        return math.exp(DISTILLED_MU) if self.is_distilled else super().dynamic_shift(num_steps, size)
 
     def pipeline_arguments(self, guidance: float, max_sequence_length: int) -> Mapping[str, Any]:
         """The pipeline counts guidance from 0, which is none."""

@@ -79,9 +79,9 @@ def qwen3_vl(num_tokens: int, num_layers: int) -> Qwen3VLModel:
     return noisy(Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)))
 
 
-def noisy(model: nn.Module) -> Any:
+def noisy(model: nn.Module, deviation: float = 0.1) -> Any:
     """With noise on all weights, norms and zeros too, so that none of them can be left out unseen."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.add_(torch.randn_like(parameter), alpha=deviation)
     return model.eval()

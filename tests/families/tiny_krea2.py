@@ -10,6 +10,7 @@ from srpo_lightning.policies import Krea2Policy
 from srpo_lightning.policies.krea2 import BEFORE
 from srpo_lightning.policies.packing import unpack
 from tests.families import qwen
+from tests.families.case import Case
 
 
 def write(folder: Path, is_distilled: bool = False, **changes: Any) -> Path:
@@ -80,11 +81,16 @@ class PipelinesScale(Krea2Policy):
         return super().guide(conditional, unconditional, guidance - 1)
 
 
-MISTAKES = {
-    "sign": WrongSign,
-    "level": ToldThousands,
-    "mask": WithoutMask,
-    "schedule": Turbo,
-    "statistics": WithoutStatistics,
-    "guidance": PipelinesScale,
-}
+CASE = Case(
+    Krea2Policy,
+    write,
+    {
+        "sign": WrongSign,
+        "level": ToldThousands,
+        "mask": WithoutMask,
+        "schedule": Turbo,
+        "statistics": WithoutStatistics,
+        "guidance": PipelinesScale,
+    },
+    refused={"rollout_cache": (0.1, "null"), "exact_conditioning": (True, "false")},
+)

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 
 from srpo_lightning.policies import ZImagePolicy
 from tests.families import qwen
+from tests.families.case import Case
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -73,10 +74,15 @@ class PipelinesScale(ZImagePolicy):
         return super().guide(conditional, unconditional, guidance - 1)
 
 
-MISTAKES = {
-    "sign": WrongSign,
-    "level": ToldTheNoise,
-    "padding": PaddedText,
-    "shift": Unshifted,
-    "guidance": PipelinesScale,
-}
+CASE = Case(
+    ZImagePolicy,
+    write,
+    {
+        "sign": WrongSign,
+        "level": ToldTheNoise,
+        "padding": PaddedText,
+        "shift": Unshifted,
+        "guidance": PipelinesScale,
+    },
+    refused={"rollout_cache": (0.1, "null"), "exact_conditioning": (True, "false")},
+)

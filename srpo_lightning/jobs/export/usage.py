@@ -35,7 +35,7 @@ def python(written: Format, module: SRPOModule, folder: Path, prompt: str, max_s
         "if torch.cuda.is_available():",
         "    pipe.enable_model_cpu_offload()  # one model at a time on the GPU",
         "picture = pipe(",
-        f"    {prompt!a},",
+        f"    prompt={prompt!a},",
         f"    height={height},",
         f"    width={width},",
         f"    num_inference_steps={module.num_sample_steps},",

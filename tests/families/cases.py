@@ -1,0 +1,10 @@
+"""The families that the common tests are run for."""
+
+from tests.families import tiny_flux2, tiny_krea2, tiny_z_image
+from tests.families.case import Case
+
+CASES: dict[str, Case] = {
+    "flux2_klein": tiny_flux2.CASE,
+    "krea2": tiny_krea2.CASE,
+    "z_image": tiny_z_image.CASE,
+}
