@@ -27,7 +27,10 @@ from srpo_lightning.rewards import Reward
 from srpo_lightning.training.devices import chosen_device
 
 SHARE = 0.5
-"""The share of the gradient that all texts have in common, above which the plain form is advised against."""
+"""The share of the gradient that all texts have in common, above which the plain form is advised against.
+
+On the built-in model the plain form is as good as any at 0, and ruins pictures at .92; in between it is not measured.
+"""
 
 RESAMPLES = 2000
 
