@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +19,7 @@ from srpo_lightning.policies.packing import Spatial, pack, unpack
 class Encoded(NamedTuple):
     """What diffusers' VAEs of pictures encode to."""
 
-    latent_dist: DiagonalGaussianDistribution
+    latent_dist: Any
 
 
 class PictureVAE(nn.Module):
@@ -42,6 +41,8 @@ class PictureVAE(nn.Module):
 
     def encode(self, pixels: Images) -> Encoded:
         """Pictures in [-1, 1] to the posterior of their latents."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # only a loaded VAE needs it
+
         posterior = self.video.encode(pixels[:, :, None]).latent_dist
         return Encoded(DiagonalGaussianDistribution(posterior.parameters[:, :, 0]))
 

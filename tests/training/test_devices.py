@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from srpo_lightning.encoding import Encoding
-from srpo_lightning.policies import FluxPolicy, flow_policy, text_encoder
+from srpo_lightning.policies import FluxPolicy, family, text_encoder
 from srpo_lightning.training.devices import chosen_device
 from tests import tiny
 from tests.refusals import refused
@@ -13,7 +13,7 @@ CURE = "is meta, with which nothing can be computed here .*: set it to cpu, or t
 
 @pytest.fixture(autouse=True)
 def _nothing_is_read(monkeypatch):
-    for module in (text_encoder, flow_policy):
+    for module in (text_encoder, family):
         monkeypatch.setattr(module, "load_whole", lambda *_, **__: pytest.fail("weights were read"))
 
 
