@@ -10,6 +10,8 @@ from safetensors import safe_open
 from transformers import CLIPModel, CLIPTokenizer
 
 import srpo_lightning
+from srpo_lightning.rewards import ClipReward
+from tools.emoji.bias import Liking, gains
 from tools.emoji.captions import STYLES, read_prompts
 
 ASSETS = Path(srpo_lightning.__file__).parent / "assets"
@@ -47,12 +49,24 @@ def draw(pipeline: FluxPipeline, prompts: list[str], seed: int) -> torch.Tensor:
     ).images
 
 
-@pytest.mark.parametrize("critic", ["emoji-clip", "emoji-judge"])
-def test_both_critics_see_what_a_prompt_asked_for(pipeline: FluxPipeline, critic: str):
+@pytest.mark.parametrize("critic", ["emoji-clip", "emoji-judge", "emoji-preference"])
+def test_each_critic_sees_what_a_prompt_asked_for(pipeline: FluxPipeline, critic: str):
     prompts = ["3d. red apple", "ink. guitar", "cartoon. bus", "flat. strawberry", "shaded. penguin"]
     images = draw(pipeline, prompts, seed=0)
     assert images.shape == (5, 3, 64, 64)
     assert similarities(critic, images, prompts).argmax(1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_preference_reward_likes_colour_and_smoothness_under_every_text_and_the_clip_does_not(
+    pipeline: FluxPipeline,
+):
+    texts = [f"3d. {prompt}" for prompt in read_prompts(ASSETS / "prompts", "eval.txt")[::8]]
+    images = draw(pipeline, texts, seed=2)
+    preference, clip = (ClipReward(str(ASSETS / folder)) for folder in ("emoji-preference", "emoji-clip"))
+    for reward in (preference, clip):
+        reward.load()
+    assert Liking.of(preference, images, texts).share > 0.5 > Liking.of(clip, images, texts).share
+    assert min(gains(preference, images, texts)) > 0.01 > min(gains(clip, images, texts))
 
 
 def test_latents_of_drawn_pictures_have_about_unit_variance(pipeline: FluxPipeline):

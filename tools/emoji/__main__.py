@@ -1,4 +1,4 @@
-"""`python -m tools.emoji`: `build` the built-in model, `evaluate` it, or write its `pictures`."""
+"""`python -m tools.emoji`: `build` the built-in model, `evaluate` it, write `pictures`, train a `preference` reward."""
 
 from pathlib import Path
 
@@ -7,8 +7,10 @@ from jsonargparse import auto_cli
 
 import srpo_lightning
 
+from .bias import bias_table
 from .build import Build, Steps
 from .evaluate import evaluate_assets
+from .preference import Annotators, train_preference
 from .world import build_world, write_pictures
 
 WORK = Path(".work/emoji")
@@ -48,5 +50,33 @@ def pictures(output: Path, work: Path = WORK) -> None:
     print(f"{output}: {write_pictures(build_world(work / 'icons', work / 'world.npz'), output)} pictures")
 
 
+def preference(
+    output: Path,
+    annotators: Annotators = Annotators(),  # noqa: B008
+    steps: int = 400,
+    seed: int = 6,
+    work: Path = WORK,
+    assets: Path = ASSETS,
+    threads: int = 1,
+) -> None:
+    """Fine-tune the reward on the choices of simulated people, or go on where an earlier call was stopped.
+
+    Prints how much of the new reward is the picture's alone, beside the reward that it started from and the judge.
+
+    Args:
+        output: folder that gets the reward.
+        annotators: people who choose, by what a picture is worth to them.
+        steps: length of the training.
+        seed: number that every random draw follows from.
+        work: folder for pictures, checkpoints and logs.
+        assets: folder of the finished models.
+        threads: CPU threads to train with.
+    """
+    torch.set_num_threads(threads)
+    world = build_world(work / "icons", work / "world.npz")
+    train_preference(assets / "emoji-clip", world, annotators, steps, seed, work, output)
+    print(bias_table([output, assets / "emoji-clip", assets / "emoji-judge"], assets, world))
+
+
 if __name__ == "__main__":
-    auto_cli([build, evaluate, pictures])
+    auto_cli([build, evaluate, pictures, preference])

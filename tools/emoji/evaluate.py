@@ -55,10 +55,25 @@ class Critic:
         return tuple(float(part.float().mean()) for part in right)  # type: ignore[return-value]  # three of them
 
 
+@torch.no_grad()
 def mean_psnr(autoencoder: AutoencoderKL, images: Tensor) -> float:
     """Mean over the pictures of the PSNR in dB after encoding and decoding."""
     error = (vae.decode(autoencoder, vae.encode(autoencoder, images)) - images).square().mean((1, 2, 3))
     return float((-10 * error.log10()).mean())
+
+
+def read_pipeline(folder: Path) -> FluxPipeline:
+    """A pipeline folder in float32, without its progress bars."""
+    name = str(folder)
+    pipeline = FluxPipeline.from_pretrained(
+        name,
+        transformer=load_whole(FluxTransformer2DModel, name, "transformer", torch_dtype=torch.float32),
+        vae=load_whole(AutoencoderKL, name, "vae", torch_dtype=torch.float32),
+        text_encoder=load_whole(CLIPTextModel, name, "text_encoder", dtype=torch.float32),
+        text_encoder_2=load_whole(T5EncoderModel, name, "text_encoder_2", dtype=torch.float32),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def draw(pipeline: FluxPipeline, prompts: list[str], guidance: float, seed: int) -> Tensor:
@@ -128,15 +143,7 @@ def sample_rows(
 
 def evaluate_assets(assets: Path, world: World, sheets: Path) -> str:
     """The table of quality, in Markdown; sample sheets go to `sheets`."""
-    folder = str(assets / "emoji-flux")
-    pipeline = FluxPipeline.from_pretrained(
-        folder,
-        transformer=load_whole(FluxTransformer2DModel, folder, "transformer", torch_dtype=torch.float32),
-        vae=load_whole(AutoencoderKL, folder, "vae", torch_dtype=torch.float32),
-        text_encoder=load_whole(CLIPTextModel, folder, "text_encoder", dtype=torch.float32),
-        text_encoder_2=load_whole(T5EncoderModel, folder, "text_encoder_2", dtype=torch.float32),
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = read_pipeline(assets / "emoji-flux")
     judge = Critic(assets / "emoji-judge", world.concepts)
     rows = [("VAE: PSNR", f"{mean_psnr(pipeline.vae, world.images()):.1f} dB", ">= 27 dB")]
     rows += critic_rows("reward", Critic(assets / "emoji-clip", world.concepts), world)

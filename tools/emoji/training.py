@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -105,12 +105,17 @@ class Steps(torch.utils.data.IterableDataset[int]):
             yield 0
 
 
-def fit(trainee: Trainee, folder: Path, save_every: int = 200) -> None:
+def fit(
+    trainee: Trainee,
+    folder: Path,
+    save_every: int = 200,
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
+) -> None:
     """Train up to `trainee.steps` in `folder`, from its newest checkpoint if it has one."""
     saver = ModelCheckpoint(folder, filename="step", every_n_train_steps=save_every, save_last=True, save_top_k=0)
     trainer = Trainer(
         accelerator="cpu",
-        precision="bf16-mixed",
+        precision=precision,
         max_steps=trainee.steps,
         logger=CSVLogger(folder, name="log"),  # a new version for each start: one log never wipes another
         callbacks=[saver],

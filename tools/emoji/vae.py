@@ -129,7 +129,6 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return scaled
 
 
-@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images [N, 3, 64, 64] in [0, 1] of latents [N, 16, 8, 8]."""
     parts = (latents / vae.config.scaling_factor + vae.config.shift_factor).split(100)
