@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from srpo_lightning.evaluation.metrics import high_frequency, saturation
+from srpo_lightning.picture_statistics import high_frequency, saturation
 from srpo_lightning.rewards import ClipReward, Reward
 
 from . import vae

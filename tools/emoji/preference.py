@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from srpo_lightning.evaluation.metrics import high_frequency, saturation
 from srpo_lightning.files.pretrained import load_whole
+from srpo_lightning.picture_statistics import high_frequency, saturation
 
 from .augment import Augmentation, augment, uniform
 from .build import replace
