@@ -29,6 +29,9 @@ SYNONYMS = {"train": "fit", "eval": "validate", "evaluate": "validate", "sample"
 GONE = {"benchmark": "python -m experiments.objectives"}
 """What commands of older versions are now."""
 
+SEVERAL = "Configuration file that `fit` would get. Given again, it changes what the one before it says."
+"""Help of `--config` of a command that reads a run's."""
+
 QUIET = (
     "Found .* in eval mode",  # frozen parts stay in evaluation mode on purpose
     "`isinstance\\(treespec, LeafSpec\\)`",  # Lightning 2.6 on torch 2.13
@@ -134,9 +137,14 @@ def run_job(job: Callable[..., None], name: str, args: list[str]) -> None:
     without_progress_bars()
     own = signature(job).parameters
     parser = Parser(prog=name, description=(job.__doc__ or "").partition("\n")[0])
-    if "config" not in own:
+    takes_several = "config" in own and own["config"].annotation == list[str]
+    if takes_several:
+        parser.add_argument("--config", action="append", required=True, help=SEVERAL)
+    elif "config" not in own:
         parser.add_argument("--config", action=ActionConfigFile, help="File with the arguments below.")
-    parser.add_function_arguments(job, as_positional=False, sub_configs=True)
+    parser.add_function_arguments(
+        job, as_positional=False, skip={"config"} if takes_several else set(), sub_configs=True
+    )
     values = parser.instantiate_classes(parser.parse_args(args))
     job(**{argument: values[argument] for argument in own})
 

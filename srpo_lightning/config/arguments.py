@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any, NoReturn
 
 import jsonargparse
-from jsonargparse import Namespace
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # it is public and documented
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -161,13 +161,17 @@ def new_data(settings: Namespace, policy: Policy) -> PromptData:
     return PromptData(encoder=policy.encoder, **vars(values))
 
 
-def read_config(path: str) -> Namespace:
+def read_config(*paths: str) -> Namespace:
     """What `fit --config` would read; a run's own config.yaml, which `fit` has written, as well.
 
+    Args:
+        paths: Configuration files; each changes what those before it say.
+
     Raises:
-        ValueError: if the file is missing, or `fit` would not take it.
+        ValueError: if a file is missing, or `fit` would not take it.
     """
     parser = Parser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_argument("--ckpt_path", type=str | None)
     parser.add_argument("--weights_only", type=bool | None)
@@ -176,11 +180,11 @@ def read_config(path: str) -> Namespace:
     parser.add_lightning_class_args(PromptData, "data")
     add_project_arguments(parser)
     try:
-        values = parser.parse_path(path)
+        values = parser.parse_args([word for path in paths for word in ("--config", path)])
     except (jsonargparse.ArgumentError, TypeError) as error:
         told = explain(str(error), parser.settings)
-        raise ValueError(told if path in told else f"{path}: {told}") from error
-    check_settings(values.as_dict())
+        raise ValueError(told if any(path in told for path in paths) else f"{', '.join(paths)}: {told}") from error
+    del values["config"]
     return values
 
 

@@ -53,11 +53,13 @@ class Work(NamedTuple):
         return sum(len(group) for group in self.groups)
 
 
-def cache(config: str, num_processes: PositiveInt | None = None, device: str = "auto", prune: bool = False) -> None:
+def cache(
+    config: list[str], num_processes: PositiveInt | None = None, device: str = "auto", prune: bool = False
+) -> None:
     """Encode all prompts and pictures of a configuration that are not encoded yet; after a kill it goes on.
 
     Args:
-        config: Configuration file that `fit` will get.
+        config: Configuration files that `fit` will get; each changes what those before it say.
         num_processes: Number of processes that encode; null means one for each GPU, or one without any.
         device: Device that encodes: auto, cuda or cpu; auto takes a GPU if there is one.
         prune: Whether to delete files that hold no prompt or picture of this configuration.
@@ -92,9 +94,9 @@ def cache(config: str, num_processes: PositiveInt | None = None, device: str = "
         )
 
 
-def read_data(config: str) -> PromptData:
-    """The data module of a configuration file."""
-    settings = read_config(config)
+def read_data(config: Sequence[str]) -> PromptData:
+    """The data module of configuration files."""
+    settings = read_config(*config)
     return new_data(settings, new_policy(settings))
 
 

@@ -213,8 +213,8 @@ class GRPO(TrajectoryObjective):
         if self.guidance != 1 and not policy.trains_as_it_samples:
             raise ValueError(
                 f"guidance is {self.guidance}, by which rollouts are drawn but no step is trained, so that their "
-                "probabilities do not compare: set model.policy.init_args.trained_guidance to detached, or guidance "
-                "to 1"
+                "probabilities do not compare: set model.policy.init_args.trained_guidance to detached, without "
+                "guidance_every and guided_steps, or guidance to 1"
             )
         if self.kl_weight and not policy.has_reference:
             raise ValueError(

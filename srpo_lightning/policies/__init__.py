@@ -1,6 +1,7 @@
 """What is trained."""
 
 from srpo_lightning.policies.adapters import Lora as Lora
+from srpo_lightning.policies.auto import AutoPolicy as AutoPolicy
 from srpo_lightning.policies.base import Policy as Policy
 from srpo_lightning.policies.flux import FluxPolicy as FluxPolicy
 from srpo_lightning.policies.flux2 import Flux2Policy as Flux2Policy

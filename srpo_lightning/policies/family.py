@@ -5,7 +5,7 @@ Shapes: B samples, `latent` the shape of one sample's latents as the transformer
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
@@ -47,6 +47,9 @@ class Family(Policy):
 
     num_rounded: ClassVar[int] = 0
     """How many leading inputs of the module `time_text_embed`, level and guidance, autocast would round."""
+
+    published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
+    """The small files of published models by hub id and path, by which memory is predicted without their files."""
 
     tied: ClassVar[tuple[str, ...]] = ("in_channels",)
     """Numbers of the transformer's configuration that another transformer to start from must share."""
@@ -127,6 +130,20 @@ class Family(Policy):
         return unconditional + guidance * (conditional - unconditional)
 
 
+def families(above: type[Family] = Family) -> Iterator[type[Family]]:
+    """Every family whose file has been imported, those that others are made from first."""
+    for cls in above.__subclasses__():
+        if "transformer_class" in vars(cls):
+            yield cls
+        yield from families(cls)
+
+
+def family_of(transformer: Mapping[str, Any]) -> type[Family] | None:
+    """The family of a transformer with this configuration; None: no file here knows it, or it does not say."""
+    name = transformer.get("_class_name")
+    return next((family for family in families() if family.transformer_class == name), None)
+
+
 class SpatialFamily(Family):
     """A family that reads a scaled VAE's latents as they are: [c, h, w], h = H / 8."""
 
@@ -189,6 +206,26 @@ def resolution_dependent_shift(num_tokens: int, scheduler: Mapping[str, Any]) ->
     few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
+
+
+def check_family(family: type[Family], transformer: Mapping[str, Any], pretrained: str) -> None:
+    """Refuse another family's model.
+
+    Raises:
+        ValueError: naming the class that fits it.
+    """
+    found = transformer.get("_class_name", family.transformer_class)
+    if found != family.transformer_class:
+        right = family_of(transformer)
+        cure = (
+            f"set model.policy.class_path to {right.__name__}, or to AutoPolicy, which chooses by itself"
+            if right
+            else "give a model of its family"
+        )
+        raise ValueError(
+            f"pretrained is {pretrained}, whose transformer is a {found}, and {family.__name__} reads a "
+            f"{family.transformer_class}: {cure}"
+        )
 
 
 def check_size(size: Size, cell: int) -> None:

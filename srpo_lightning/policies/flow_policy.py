@@ -5,30 +5,31 @@ Shapes: B samples, `latent` the shape of one sample's latents as the transformer
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal
 
 import diffusers
 import torch
 from jaxtyping import Float
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from srpo_lightning import flow
-from srpo_lightning.batch import Conditions, Size, Text
+from srpo_lightning.batch import Size
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.pretrained import read_json, safetensors_files, same_files
 from srpo_lightning.policies import adapters, loading
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Shard
-from srpo_lightning.policies.family import Family, Images, Latents, check_size
+from srpo_lightning.policies.family import Images, Latents, check_family, check_size
+from srpo_lightning.policies.guided import Guided, SparseGuidance
 from srpo_lightning.policies.image_encoder import VAEEncoder
 from srpo_lightning.policies.parallel import check_attention
 from srpo_lightning.training.nf4 import check_bitsandbytes
 
 
-class FlowPolicy(Family):
+class FlowPolicy(Guided):
     """A flow transformer, trained, between its frozen VAE and its scheduler's noise levels.
 
     Args:
@@ -64,6 +65,10 @@ class FlowPolicy(Family):
         trained_guidance: what classifier-free guidance does in a trained step. With conditional the step costs one
             pass, of the prompt alone; with detached the pass without a prompt joins it, without a gradient. Rollouts
             and samples are always guided. For models without an embedded guidance.
+        guidance_every: steps of a training's rollout from one pass without a prompt to the next; steps between take
+            over the last one's difference to the pass with the prompt. 1 makes both passes at each.
+        guided_steps: number of the first steps of a training's rollout that are guided by a second pass; the others
+            cost one pass. Null guides all.
     """
 
     def __init__(
@@ -86,6 +91,8 @@ class FlowPolicy(Family):
         rollout_cache: PositiveFloat | None = None,
         transformer: str | None = None,
         trained_guidance: Literal["conditional", "detached"] = "conditional",
+        guidance_every: PositiveInt = 1,
+        guided_steps: NonNegativeInt | None = None,
     ) -> None:
         super().__init__()
         self.pretrained, self.start = pretrained, transformer
@@ -98,6 +105,7 @@ class FlowPolicy(Family):
         self.adapter, self.quantize = adapter, quantize
         self.compiles_blocks, self.attention, self.rollout_cache = compile, attention, rollout_cache
         self.trained_guidance = trained_guidance
+        self.sparse_guidance = SparseGuidance(guidance_every, guided_steps)
         check_size(self.size, self.cell)
         self.configs = {
             "transformer": loading.transformer_config(pretrained, transformer, self.tied),
@@ -107,6 +115,7 @@ class FlowPolicy(Family):
         self.transformer: Any = None
 
     def _check_settings(self) -> None:
+        check_family(type(self), self.configs["transformer"], self.pretrained)
         if self.adapter is not None:
             self.adapter.check(loading.blocks(self.empty_transformer()))
         if self.quantize != "none":
@@ -129,6 +138,11 @@ class FlowPolicy(Family):
             raise ValueError(
                 f"trained_guidance is detached, but {type(self).__name__} makes one pass, without a text to move away "
                 "from: set it to conditional"
+            )
+        if self.sparse_guidance != SparseGuidance() and not self.has_negative:
+            raise ValueError(
+                f"guidance_every or guided_steps is set, but {type(self).__name__} makes one pass, without a text to "
+                "move away from: leave both out"
             )
         if self.rollout_cache is not None and not hasattr(self.diffusers_class, "enable_cache"):
             raise ValueError(f"rollout_cache is set, but {self.transformer_class} has no cache: set it to null")
@@ -196,59 +210,6 @@ class FlowPolicy(Family):
             loading.fill(self, self.transformer)
         else:
             adapters.start(self.transformer, self.adapter)
-
-    def forward(self, x: Latents, sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float) -> Latents:
-        """The velocity at `x`, guided: by the model's embedding, or by a second pass, of no prompt, without gradient.
-
-        Under autocast the level and the guidance that are told are rounded to its dtype, unless `exact_conditioning`.
-        """
-        assert self.transformer is not None, "load() comes first"
-        conditional = self._pass(x, sigma, conditions.text, conditions.size, guidance, "prompt")
-        is_alone = torch.is_grad_enabled() and self.trained_guidance == "conditional"
-        if not self.has_negative or guidance == 1 or is_alone:
-            return conditional
-        assert conditions.unconditional is not None, "data encodes the text that guidance moves away from"
-        with torch.no_grad():
-            none = conditions.unconditional.expand(conditions.batch_size)
-            unconditional = self._pass(x.detach(), sigma, none, conditions.size, guidance, "no prompt")
-        return self.guide(conditional, unconditional, guidance)
-
-    def _pass(self, x: Latents, sigma: Tensor, text: Text, size: Size | None, guidance: float, kind: str) -> Latents:
-        if self.quantize_timesteps:
-            sigma = (sigma * 1000).trunc() / 1000
-        told = [sigma, torch.full_like(sigma, guidance)] if self.guided else [sigma]
-        text = Text({name: tensor.to(x.dtype) for name, tensor in text.tensors.items()}, text.lengths)
-        unrounded = loading.unrounded(self.transformer, told) if self.exact_conditioning else nullcontext()
-        with loading.own_cache(self.transformer, kind), unrounded:
-            return self.network(x, sigma, text, size or self.size, told).to(x.dtype)
-
-    @property
-    def guided(self) -> bool:
-        """Whether the model embeds a distilled guidance (FLUX.1-dev does, FLUX.1-schnell does not)."""
-        return bool(self.configs["transformer"].get("guidance_embeds", False))
-
-    @property
-    def has_negative(self) -> bool:  # type: ignore[override]  # a constant of other policies
-        """Whether guidance takes a second pass: where no guidance is embedded and the family has a negative text."""
-        return self.text_encoder.negative is not None and not self.guided
-
-    @property
-    def trains_as_it_samples(self) -> bool:  # type: ignore[override]  # a constant of other policies
-        """Unless the pass of no prompt is left out of trained steps."""
-        return not self.has_negative or self.trained_guidance == "detached"
-
-    @contextmanager
-    def rolling_out(self) -> Iterator[None]:
-        """With the cache of features, if there is to be one."""
-        if self.rollout_cache is None:
-            yield
-            return
-        assert self.transformer is not None, "load() comes first"
-        self.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=self.rollout_cache))
-        try:
-            yield
-        finally:
-            self.transformer.disable_cache()
 
     @property
     def has_reference(self) -> bool:  # type: ignore[override]  # a constant of other policies

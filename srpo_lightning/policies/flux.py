@@ -13,6 +13,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies.family import Latents, PackedFamily
 from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.policies.geometries import kl_vae
 from srpo_lightning.policies.packing import image_ids
 from srpo_lightning.policies.single_file import SingleFile
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
@@ -50,6 +51,27 @@ class FluxTextEncoder(PipelineTextEncoder):
         return ids.to(self.device)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "transformer/config.json": {
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "vae/config.json": kl_vae(0.3611, 0.1159),
+    "scheduler/scheduler_config.json": {"shift": 3.0, "use_dynamic_shifting": True},
+    "text_encoder/config.json": {"hidden_size": 768},
+    "text_encoder_2/config.json": {"d_model": 4096},
+    "tokenizer_2/tokenizer_config.json": {"model_max_length": 512},
+}
+
+
 class FluxPolicy(PackedFamily, FlowPolicy):
     """FLUX.1."""
 
@@ -58,6 +80,7 @@ class FluxPolicy(PackedFamily, FlowPolicy):
     num_rounded = 2  # 1000 sigma and 1000 guidance
     tied = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
     hub_tag = "flux"
+    published: ClassVar = {"black-forest-labs/FLUX.1-dev": PUBLISHED, "black-forest-labs/FLUX.1-Krea-dev": PUBLISHED}
 
     def network(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
         """Level and guidance are told as they are; text has the position 0."""

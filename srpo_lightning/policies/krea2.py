@@ -99,6 +99,16 @@ class Krea2Policy(PerChannelFamily, FlowPolicy):
     masks_text = True
     tied = ("in_channels", "text_hidden_dim", "num_text_layers")
     hub_tag = "krea-2"
+    published: ClassVar = {
+        "krea/Krea-2-Raw": {
+            "model_index.json": {"is_distilled": False, "text_encoder_select_layers": LAYERS},
+            "transformer/config.json": {"_class_name": "Krea2Transformer2DModel"},
+            "vae/config.json": {"_class_name": "AutoencoderKLQwenImage"},
+            "scheduler/scheduler_config.json": {"use_dynamic_shifting": True, "max_image_seq_len": 6400},
+            "text_encoder/config.json": {"text_config": {"hidden_size": 2560}},
+            "tokenizer/tokenizer_config.json": {"model_max_length": 262144},
+        }
+    }
 
     def network(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
         """Text has the position 0; attention leaves its padding out."""

@@ -14,6 +14,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies.family import Latents, SpatialFamily
 from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.policies.geometries import kl_vae
 from srpo_lightning.policies.single_file import SingleFile
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
 
@@ -64,6 +65,15 @@ class ZImagePolicy(SpatialFamily, FlowPolicy):
     masks_text = True
     tied = ("in_channels", "cap_feat_dim")
     hub_tag = "z-image"
+    published: ClassVar = {
+        "Tongyi-MAI/Z-Image": {
+            "transformer/config.json": {"_class_name": "ZImageTransformer2DModel"},
+            "vae/config.json": kl_vae(0.3611, 0.1159),
+            "scheduler/scheduler_config.json": {"shift": 6.0},
+            "text_encoder/config.json": {"hidden_size": 2560},
+            "tokenizer/tokenizer_config.json": {"model_max_length": 131072},
+        }
+    }
 
     def network(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
         """The transformer is told how clean the latents are, and predicts the way to the picture, of one frame.

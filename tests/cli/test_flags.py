@@ -75,7 +75,7 @@ FLAGS = {
     FlowDiffusion: "a",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
     "resolution_shift quantize_timesteps exact_conditioning adapter quantize compile attention "
-    "rollout_cache transformer trained_guidance",
+    "rollout_cache transformer trained_guidance guidance_every guided_steps",
     Lora: "rank alpha target_modules dropout dora rslora seed pretrained",
     ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",
     PickScore: "pretrained processor logit_scale_divisor clamp dtype cache_size",

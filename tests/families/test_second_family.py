@@ -143,6 +143,51 @@ def test_grpo_trains_the_steps_that_it_has_drawn_or_refuses(pipeline, models, ki
     assert float(outcome.scalars["ratio_error"]) < 1e-4
 
 
+def test_grpo_refuses_rollouts_that_leave_guidance_out_of_some_steps(pipeline):
+    policy = AuraFlowPolicy(str(pipeline), 32, 32, trained_guidance="detached", guidance_every=2)
+    with pytest.raises(ValueError, match="without guidance_every and guided_steps, or guidance to 1"):
+        GRPO(num_steps=4, group_size=2, guidance=4.0).check_policy(policy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "second"),
+    [({}, "cccc"), ({"guidance_every": 2}, "ckck"), ({"guided_steps": 2}, "cc--"), ({"guided_steps": 0}, "----")],
+    ids=str,
+)
+def test_a_rollout_takes_the_second_pass_at_the_steps_that_ask_for_it(pipeline, settings, second):
+    """c: it is computed, k: its difference is kept from the step before, -: the step is not guided."""
+    policy = AuraFlowPolicy(str(pipeline), 32, 32, **settings)
+    policy.load()
+    text = policy.encoder(Encoding()).text
+    conditions = Conditions(["a"], Text.collate(text.encode(["a"]), text.ragged), torch.arange(1))
+    none = conditions._replace(text=Text.collate(text.encode([""]), text.ragged))
+    conditions = conditions._replace(unconditional=none.text)
+    passes = []
+    policy.transformer.register_forward_hook(lambda *_: passes.append(1))
+    sigma = torch.tensor([0.7])
+    with torch.no_grad():
+        for _ in range(2):  # the second rollout begins anew
+            kept = None
+            with policy.rolling_out():
+                for kind in second:
+                    x = torch.randn(1, *policy.latent_shape())
+                    passes.clear()
+                    found = policy(x, sigma, conditions, 4.0)
+                    assert len(passes) == (2 if kind == "c" else 1)
+                    alone, without = policy(x, sigma, conditions, 1.0), policy(x, sigma, none, 1.0)
+                    kept = alone - without if kind == "c" else kept
+                    expected = alone if kind == "-" else alone + 3.0 * kept
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        passes.clear()
+        policy(x, sigma, conditions, 4.0)
+        assert len(passes) == 2, "samples are guided at each step"
+
+
+def test_what_is_left_out_of_guidance_is_refused_where_there_is_no_second_pass(models):
+    with pytest.raises(ValueError, match="guided_steps is set, but FluxPolicy makes one pass, .*: leave both out"):
+        FluxPolicy(str(models.pipeline), 32, 32, guided_steps=3)
+
+
 class GuidedFluxEncoder(FluxTextEncoder):
     negative = ""
 

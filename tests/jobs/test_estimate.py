@@ -19,7 +19,6 @@ from srpo_lightning.jobs.estimate.devices import num_devices
 from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.prediction import fake_conditions, predict, quiet, without_weights
-from srpo_lightning.jobs.estimate.published import PUBLISHED
 from srpo_lightning.jobs.estimate.step import (
     BACKWARD,
     BATCH,
@@ -257,7 +256,7 @@ def run(capsys, *arguments):
 
 def test_flux_is_estimated_without_any_of_its_files(capsys, monkeypatch):
     """With one block of each kind, which is faster; everything else as published."""
-    flux = PUBLISHED["black-forest-labs/FLUX.1-dev"]
+    flux = FluxPolicy.published["black-forest-labs/FLUX.1-dev"]
     small = flux["transformer/config.json"] | {"num_layers": 1, "num_single_layers": 1}
     monkeypatch.setitem(flux, "transformer/config.json", small)
     printed = run(capsys, "--config", FLUX)

@@ -18,7 +18,7 @@ from srpo_lightning.config.classes import of_class
 from srpo_lightning.jobs.estimate.devices import devices_per_node, is_sharded, num_devices
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
-from srpo_lightning.jobs.estimate.published import PUBLISHED, write_small_files
+from srpo_lightning.jobs.estimate.published import small_files, write_small_files
 from srpo_lightning.jobs.estimate.step import CASTS, LASTING
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.training.optimizers import is_eight_bit
@@ -41,9 +41,9 @@ def local_files(config: Namespace) -> Iterator[list[str]]:
                 return {key: visit(own) for key, own in value.items()}
             elif isinstance(value, str):
                 name = "xswu/HPSv2" if Path(value).name.startswith("HPS_v2") and value.endswith(".pt") else value
-                if name in PUBLISHED:
+                if files := small_files(name):
                     used.append(name)
-                    return str(write_small_files(name, Path(folder)))
+                    return str(write_small_files(name, files, Path(folder)))
             return value
 
         visit(config.model)
@@ -231,7 +231,7 @@ def parse_bytes(text: str) -> int:
 
 
 def estimate(
-    config: str,
+    config: list[str],
     devices: PositiveInt | None = None,
     device_memory: str = "80GiB",
     reserve: str = "2GiB",
@@ -241,7 +241,7 @@ def estimate(
     """Predict the memory of training, per device, without a GPU and without weights.
 
     Args:
-        config: Configuration file that `fit` would get.
+        config: Configuration files that `fit` would get; each changes what those before it say.
         devices: Number of devices instead of the configuration's; with ShardedStrategy they share one copy.
         device_memory: Memory of one device, such as 80GiB or 24GB.
         reserve: Share of the memory kept free for the CUDA context, kernels' workspaces and fragmentation.
@@ -252,7 +252,7 @@ def estimate(
         ValueError: with the cure, if the configuration cannot be read or asks for a model whose shape is not known.
     """
     memory, kept_free = parse_bytes(device_memory), parse_bytes(reserve)
-    settings = read_config(config)
+    settings = read_config(*config)
     if devices is not None:
         use_devices(settings, devices)
     choose_strategy(settings, devices_per_node(settings.trainer))

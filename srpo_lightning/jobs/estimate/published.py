@@ -10,38 +10,7 @@ from typing import Any
 
 from transformers import CLIPConfig, CLIPTokenizer
 
-FLUX: dict[str, dict[str, Any]] = {
-    "transformer/config.json": {
-        "_class_name": "FluxTransformer2DModel",
-        "in_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": True,
-        "axes_dims_rope": [16, 56, 56],
-    },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "norm_num_groups": 32,
-        "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "scheduler/scheduler_config.json": {"shift": 3.0, "use_dynamic_shifting": True},
-    "text_encoder/config.json": {"hidden_size": 768},
-    "text_encoder_2/config.json": {"d_model": 4096},
-    "tokenizer_2/tokenizer_config.json": {"model_max_length": 512},
-}
+from srpo_lightning.policies.family import families
 
 
 def _clip(text: Mapping[str, Any], vision: Mapping[str, Any], activation: str, projection_dim: int) -> dict[str, Any]:
@@ -66,8 +35,7 @@ def _tower(width: int, layers: int, heads: int) -> dict[str, int]:
 VIT_H_14 = _clip(_tower(1024, 24, 16), _tower(1280, 32, 16), "gelu", 1024)
 VIT_L_14 = _clip(_tower(768, 12, 12), _tower(1024, 24, 16), "quick_gelu", 768)
 
-PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
-    "black-forest-labs/FLUX.1-dev": FLUX,
+REWARDS: dict[str, dict[str, dict[str, Any]]] = {
     "xswu/HPSv2": VIT_H_14,
     "yuvalkirstain/PickScore_v1": VIT_H_14,
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": VIT_H_14,
@@ -75,10 +43,15 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def write_small_files(name: str, parent: Path) -> Path:
-    """A folder in `parent` with the small files of a model in `PUBLISHED`, and a tokenizer of single letters."""
+def small_files(name: str) -> Mapping[str, Mapping[str, Any]] | None:
+    """The small files of a published model by path: of a reward, or of a policy as its family's file has them."""
+    return REWARDS.get(name) or next((own.published[name] for own in families() if name in own.published), None)
+
+
+def write_small_files(name: str, files: Mapping[str, Mapping[str, Any]], parent: Path) -> Path:
+    """A folder in `parent` with the small files of a model of that name, and a tokenizer of single letters."""
     folder = parent / name.replace("/", "--")
-    for path, content in PUBLISHED[name].items():
+    for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content))
     letters = [chr(number) for number in range(33, 127)]
