@@ -68,7 +68,7 @@ def cache(
         ValueError: naming the cure, if a source or a model cannot be read, or the cache is a remote one.
     """
     kind = chosen_device(device)
-    data = read_data(config)
+    data = read_data(*config)
     if data.cache.remote:
         raise ValueError(
             f"data.cache_dir is {data.cache.parent}, from where features are only read: encode into a folder here, and "
@@ -94,7 +94,7 @@ def cache(
         )
 
 
-def read_data(config: Sequence[str]) -> PromptData:
+def read_data(*config: str) -> PromptData:
     """The data module of configuration files."""
     settings = read_config(*config)
     return new_data(settings, new_policy(settings))

@@ -184,7 +184,7 @@ def test_a_rollout_takes_the_second_pass_at_the_steps_that_ask_for_it(pipeline, 
 
 
 def test_what_is_left_out_of_guidance_is_refused_where_there_is_no_second_pass(models):
-    with pytest.raises(ValueError, match="guided_steps is set, but FluxPolicy makes one pass, .*: leave both out"):
+    with pytest.raises(ValueError, match=r"guided_steps is set, but FluxPolicy makes one pass, .*: leave both out"):
         FluxPolicy(str(models.pipeline), 32, 32, guided_steps=3)
 
 
