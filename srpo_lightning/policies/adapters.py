@@ -79,8 +79,12 @@ class Lora:
             "rslora": self.rslora,
         }
 
-    def check(self, blocks: Iterable[tuple[str, nn.Module]]) -> None:
+    def check(self, blocks: Iterable[tuple[str, nn.Module]], idle: tuple[str, ...] = ()) -> None:
         """Refuse what could not be added to a model with these named blocks; they may be on the meta device.
+
+        Args:
+            blocks: by name.
+            idle: beginnings of the names of layers that no gradient reaches.
 
         Raises:
             ValueError: with the command that installs peft, with the names that there are, or with the settings that
@@ -89,7 +93,7 @@ class Lora:
         if find_spec("peft") is None:
             raise ValueError("an adapter needs peft: pip install 'srpo-lightning[lora]'")
         blocks = list(blocks)
-        targets = self.targets(blocks)
+        targets = self.targets(blocks, idle)
         if self.pretrained is not None:
             layers = {f"{prefix}.{name}": layer for prefix, block in blocks for name, layer in block.named_modules()}
             self._check_pretrained({name: layers[name] for name in targets})
@@ -109,13 +113,13 @@ class Lora:
                 f"{expected.get(odd[0])}; set rank, dora and target_modules as they were when it was trained"
             )
 
-    def targets(self, blocks: Iterable[tuple[str, nn.Module]]) -> list[str]:
-        """The names of the linear layers that get an adapter.
+    def targets(self, blocks: Iterable[tuple[str, nn.Module]], idle: tuple[str, ...] = ()) -> list[str]:
+        """The names of the linear layers that get an adapter, idle ones left out.
 
         Raises:
             ValueError: listing the names that there are, if one of `target_modules` is the end of none.
         """
-        linear = _linear_layers(blocks)
+        linear = [(full, name) for full, name in _linear_layers(blocks) if not full.startswith(idle)]
         if self.target_modules is None:
             return [full for full, name in linear if _is_projection(name)]
         found: dict[str, None] = {}
@@ -152,13 +156,13 @@ def _is_projection(name: str) -> bool:
     return not any(part.startswith(LEFT_ALONE) for part in name.split("."))
 
 
-def add(transformer: Any, lora: Lora, blocks: Iterable[tuple[str, nn.Module]]) -> None:
+def add(transformer: Any, lora: Lora, blocks: Iterable[tuple[str, nn.Module]], idle: tuple[str, ...] = ()) -> None:
     """Give a transformer adapters in float32, on the meta device where it is there, and freeze the rest."""
     peft: Any = importlib.import_module("peft")
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=float(lora.alpha or lora.rank),
-        target_modules=lora.targets(blocks),
+        target_modules=lora.targets(blocks, idle),
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         use_rslora=lora.rslora,
@@ -210,10 +214,13 @@ def _in_file(name: str) -> str:
     return name.replace(f".{NAME}.weight", "" if ".lora_magnitude_vector." in name else ".weight")
 
 
-def base_parameters(transformer: nn.Module) -> dict[str, Tensor]:
-    """The parameters by the names that they have without adapters, and without the adapters' own."""
-    named = transformer.named_parameters()
-    return {name.replace(".base_layer.", "."): p for name, p in named if ".lora_" not in name}
+def base_tensors(transformer: nn.Module) -> dict[str, Tensor]:
+    """The parameters and kept buffers by the names that they have without adapters, and without the adapters' own."""
+    named = {name: p for name, p in transformer.named_parameters() if ".lora_" not in name}
+    for prefix, module in transformer.named_modules():
+        kept = module._buffers.keys() - module._non_persistent_buffers_set  # torch tells by no public name
+        named |= {f"{prefix}.{name}": buffer for name in kept if (buffer := module._buffers[name]) is not None}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in named.items()}
 
 
 @torch.no_grad()

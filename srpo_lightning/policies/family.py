@@ -51,6 +51,9 @@ class Family(Policy):
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     """The small files of published models by hub id and path, by which memory is predicted without their files."""
 
+    rounded_unit: ClassVar[float] = 1000.0
+    """What level and guidance are multiplied by before that module reads them."""
+
     tied: ClassVar[tuple[str, ...]] = ("in_channels",)
     """Numbers of the transformer's configuration that another transformer to start from must share."""
 
@@ -67,6 +70,11 @@ class Family(Policy):
     def is_distilled(self) -> bool:
         """Whether the pipeline says that its transformer was distilled to draw in few steps."""
         return bool(read_json(self.pretrained, "", "model_index.json").get("is_distilled", False))
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Beginnings of the names of weights that no gradient reaches, and which are not trained."""
+        return ()
 
     @abstractmethod
     def network(self, x: Latents, sigma: Float[Tensor, " B"], text: Text, size: Size, told: list[Tensor]) -> Latents:
@@ -122,8 +130,15 @@ class Family(Policy):
         return resolution_dependent_shift(tokens, self.configs["scheduler"])
 
     def schedule(self, num_steps: int, size: Size) -> Float[Tensor, " N"]:
-        """The levels of the pipeline's sampler, `num_steps + 1` from 1 to 0, in float64."""
-        return flow.schedule(num_steps, self.shift_for(num_steps, size))
+        """The levels of the pipeline's sampler, `num_steps + 1` from 1 to 0, in float64.
+
+        A scheduler with a `shift_terminal` has them stretched, so that this is the last one above 0.
+        """
+        levels = flow.schedule(num_steps, self.shift_for(num_steps, size))
+        terminal = self.configs["scheduler"].get("shift_terminal")
+        if terminal:
+            levels[:-1] = 1 - (1 - levels[:-1]) * (1 - terminal) / (1 - levels[-2])
+        return levels
 
     def guide(self, conditional: Latents, unconditional: Latents, guidance: float) -> Latents:
         """U + g (c - u): classifier-free guidance (arXiv 2207.12598) in diffusers' convention, where 1 is none."""

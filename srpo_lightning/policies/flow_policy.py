@@ -117,7 +117,7 @@ class FlowPolicy(Guided):
     def _check_settings(self) -> None:
         check_family(type(self), self.configs["transformer"], self.pretrained)
         if self.adapter is not None:
-            self.adapter.check(loading.blocks(self.empty_transformer()))
+            self.adapter.check(loading.blocks(self.empty_transformer()), self.idle)
         if self.quantize != "none":
             check_bitsandbytes()
             if self.adapter is None:
@@ -175,7 +175,7 @@ class FlowPolicy(Guided):
         vae = self.read_vae(self.vae_dtype)
         transformer = loading.read(self) if shard is None else loading.stream(self, shard)
         if self.adapter is None:
-            transformer.requires_grad_(True)
+            self._choose_trained(transformer)
         else:
             adapters.start(transformer, self.adapter)
         self.transformer = transformer.train()
@@ -186,6 +186,10 @@ class FlowPolicy(Guided):
             self.vae.enable_gradient_checkpointing()
         if self.vae_tiling:
             self.vae.enable_tiling()
+
+    def _choose_trained(self, transformer: Any) -> None:
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(not name.startswith(self.idle))
 
     @property
     def diffusers_class(self) -> Any:
@@ -199,8 +203,9 @@ class FlowPolicy(Guided):
     def outline(self) -> Any:
         """The transformer on the meta device: the names, shapes and dtypes of its weights and of its adapters'."""
         transformer = loading.cast(self.empty_transformer(), self.dtype)
+        self._choose_trained(transformer)
         if self.adapter is not None:
-            adapters.add(transformer, self.adapter, loading.blocks(transformer))
+            adapters.add(transformer, self.adapter, loading.blocks(transformer), self.idle)
         return transformer
 
     def restart(self) -> None:

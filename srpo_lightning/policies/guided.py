@@ -84,7 +84,8 @@ class Guided(Family):
             sigma = (sigma * 1000).trunc() / 1000
         told = [sigma, torch.full_like(sigma, guidance)] if self.guided else [sigma]
         text = Text({name: tensor.to(x.dtype) for name, tensor in text.tensors.items()}, text.lengths)
-        unrounded = loading.unrounded(self.transformer, told) if self.exact_conditioning else nullcontext()
+        exact = [number.float() * self.rounded_unit for number in told]
+        unrounded = loading.unrounded(self.transformer, exact) if self.exact_conditioning else nullcontext()
         with loading.own_cache(self.transformer, kind), unrounded:
             return self.network(x, sigma, text, size or self.size, told).to(x.dtype)
 

@@ -36,6 +36,10 @@ class Loaded(Protocol):
         """The transformer's class."""
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """Beginnings of the names of weights that no gradient reaches."""
+
+    @property
     def start_place(self) -> tuple[str, str]:
         """Where the transformer's weights are."""
 
@@ -81,7 +85,7 @@ def read(policy: Loaded) -> Any:
             keep_in_4_bits(block, double=policy.quantize == "nf4-double")
         transformer.is_loaded_in_4bit = True  # peft asks
     if policy.adapter is not None:
-        adapters.add(transformer, policy.adapter, blocks(transformer))
+        adapters.add(transformer, policy.adapter, blocks(transformer), policy.idle)
     _prepare_blocks(policy, transformer)
     return transformer
 
@@ -108,7 +112,7 @@ def stream(policy: Loaded, shard: Shard) -> Any:
 
 def fill(policy: Loaded, transformer: Any) -> None:
     """Put the weights before training in their place, adapters left alone."""
-    stream_into(adapters.base_parameters(transformer), safetensors_files(*policy.start_place, STEM))
+    stream_into(adapters.base_tensors(transformer), safetensors_files(*policy.start_place, STEM))
 
 
 def _prepare_blocks(policy: Loaded, transformer: Any) -> None:
@@ -129,11 +133,11 @@ def unrounded(transformer: Any, told: list[Tensor]) -> Iterator[None]:
     """Give the embedding of level and guidance what was told, in place of what the transformer rounded.
 
     The transformer casts both to the dtype of its first activations before it embeds them (diffusers,
-    FluxTransformer2DModel.forward); in thousandths, as there.
+    FluxTransformer2DModel.forward).
     """
 
     def replace(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (*(number.float() * 1000 for number in told), *arguments[len(told) :])
+        return (*told, *arguments[len(told) :])
 
     handle = transformer.time_text_embed.register_forward_pre_hook(replace)
     try:

@@ -21,13 +21,15 @@ class SingleFile(NamedTuple):
         swapped: prefixes of their names of layers that hold shift, then scale, where diffusers has scale, then shift.
         scales: ends of their names of layers whose weight is called scale.
         flat: ends of their names of parameters that are one row, where diffusers has several below each other.
+        keeps_names: whether all others are called as in diffusers.
     """
 
-    outer: Layers
-    blocks: Mapping[str, tuple[str, Layers]]
+    outer: Layers = {}
+    blocks: Mapping[str, tuple[str, Layers]] = {}
     swapped: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
+    keeps_names: bool = False
 
     def sources(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Their name of each tensor, and diffusers' names of those that it consists of, in order.
@@ -47,7 +49,9 @@ class SingleFile(NamedTuple):
                     if known.issuperset(own):
                         found[f"{theirs}{layer}{'.scale' if layer.endswith(self.scales) else kind}"] = own
         left = sorted(known.difference(*found.values()))
-        if left:
+        if self.keeps_names:
+            found |= {name: [name] for name in left}
+        elif left:
             raise ValueError(
                 f"the original single file has no place for {len(left)} of the transformer's parameters, first "
                 f"{left[0]}: export it with --format diffusers"

@@ -18,8 +18,8 @@ def as_they_are(noise: Tensor, size: Size) -> Tensor:
 def prompt_embeds(pipe: Any, prompts: Sequence[str], length: int) -> list[dict[str, Tensor]]:
     """Each prompt's own rows: `encode_prompt` returns a list of them, or padded rows and a mask."""
     embeds, other = pipe.encode_prompt(list(prompts), max_sequence_length=length)
-    if isinstance(embeds, Tensor) and other.dtype == torch.bool:
-        embeds = [rows[own] for rows, own in zip(embeds, other, strict=True)]
+    if isinstance(embeds, Tensor) and other is not None and other.shape == embeds.shape[:2]:
+        embeds = [rows[own.bool()] for rows, own in zip(embeds, other, strict=True)]
     return [{"prompt_embeds": rows} for rows in embeds]
 
 

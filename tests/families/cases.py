@@ -1,10 +1,12 @@
 """The families that the common tests are run for."""
 
-from tests.families import tiny_flux2, tiny_krea2, tiny_z_image
+from tests.families import tiny_flux2, tiny_krea2, tiny_qwen_image, tiny_sd3, tiny_z_image
 from tests.families.case import Case
 
 CASES: dict[str, Case] = {
     "flux2_klein": tiny_flux2.CASE,
     "krea2": tiny_krea2.CASE,
+    "qwen_image": tiny_qwen_image.CASE,
+    "sd3": tiny_sd3.CASE,
     "z_image": tiny_z_image.CASE,
 }

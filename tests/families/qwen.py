@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -77,6 +85,21 @@ def qwen3_vl(num_tokens: int, num_layers: int) -> Qwen3VLModel:
         "deepstack_visual_indexes": [],
     }
     return noisy(Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)))
+
+
+def qwen2_5_vl(num_tokens: int, num_layers: int) -> Qwen2_5_VLForConditionalGeneration:
+    sizes = {name: value for name, value in LANGUAGE.items() if name != "head_dim"}
+    text = {"vocab_size": num_tokens, "num_hidden_layers": num_layers, **sizes}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "fullatt_block_indexes": [0],
+    }
+    return noisy(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)))
 
 
 def noisy(model: nn.Module, deviation: float = 0.1) -> Any:

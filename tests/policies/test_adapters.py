@@ -208,7 +208,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(models, features, tmp_path):
 def test_a_base_in_4_bits_is_close_to_the_unquantized_one_and_is_the_rounded_one(models, base):
     functional = pytest.importorskip("bitsandbytes.functional")
     policy, rounded = tiny.new_policy(models, **QUANTIZED), tiny.new_policy(models)
-    for name, weight in adapters.base_parameters(policy.transformer).items():
+    for name, weight in adapters.base_tensors(policy.transformer).items():
         if hasattr(weight, "quant_state"):
             rounded.transformer.get_parameter(name).data = functional.dequantize_4bit(weight.data, weight.quant_state)
     torch.testing.assert_close(velocity(policy), velocity(rounded), rtol=0, atol=1e-5)

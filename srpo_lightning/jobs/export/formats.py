@@ -75,9 +75,9 @@ class Format(ABC):
             ValueError: naming the first that differs.
         """
         adapters = list(getattr(pipeline.transformer, "peft_config", {}))
-        parameters = {name: p.cpu() for name, p in pipeline.transformer.named_parameters()}
+        tensors = {name: tensor.cpu() for name, tensor in pipeline.transformer.state_dict().items()}
         for name, stored in tqdm(self.expected.items(), desc="comparing weights", unit="tensor"):
-            found = parameters[name.replace(f".{NAME}.", f".{adapters[0]}.") if adapters else name]
+            found = tensors[name.replace(f".{NAME}.", f".{adapters[0]}.") if adapters else name]
             if not torch.equal(found.float(), as_stored(stored, self.dtype).float()):
                 raise ValueError(
                     f"diffusers has read other weights than were written, first {name}: export again, to another disk"

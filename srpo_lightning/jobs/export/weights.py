@@ -63,10 +63,9 @@ def whole_transformer(policy: FlowPolicy, outline: nn.Module, trained: Mapping[s
 
     A base that was kept in 4 bits is read as it was before.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in adapters.base_parameters(outline).items()}
-    if policy.adapter is None:
-        return {name: trained[name] for name in shapes}
     base, lora = base_transformer(policy, outline), policy.adapter
+    if lora is None:
+        return base | trained  # what no gradient reaches is as it was
 
     def read(name: str) -> Tensor:
         weight = base[name].read()
@@ -74,7 +73,7 @@ def whole_transformer(policy: FlowPolicy, outline: nn.Module, trained: Mapping[s
         own = {other: stored.read() for other, stored in trained.items() if other.startswith(prefix)}
         return adapters.merged(weight, lora, own) if own else weight
 
-    return {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
+    return {name: Stored(stored.shape, partial(read, name)) for name, stored in base.items()}
 
 
 def base_transformer(policy: FlowPolicy, outline: nn.Module) -> dict[str, Stored]:
@@ -86,7 +85,7 @@ def base_transformer(policy: FlowPolicy, outline: nn.Module) -> dict[str, Stored
         stream_into({name: weight}, {name: files[name]})
         return weight
 
-    named = adapters.base_parameters(outline)
+    named = adapters.base_tensors(outline)
     return {name: Stored(tuple(p.shape), partial(read, name, tuple(p.shape))) for name, p in named.items()}
 
 
