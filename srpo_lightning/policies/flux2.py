@@ -28,7 +28,7 @@ class KleinTextEncoder(PipelineTextEncoder):
     model_classes: ClassVar = {"text_encoder": "Qwen3Model"}
     counting, quantized = "tokenizer", "text_encoder"
     unread: ClassVar = {"text_encoder": ("lm_head.",)}
-    negative = ""
+    negative: str | None = ""
     layers: ClassVar = (9, 18, 27)
 
     @classmethod
@@ -68,13 +68,67 @@ class KleinTextEncoder(PipelineTextEncoder):
         return [{"prompt_embeds": rows} for rows in chosen]
 
 
+class DevTextEncoder(KleinTextEncoder):
+    """Three layers of Mistral Small 3, likewise."""
+
+    tokenizer_classes: ClassVar = {"tokenizer": "AutoTokenizer"}  # of the folder's PixtralProcessor
+    model_classes: ClassVar = {"text_encoder": "Mistral3ForConditionalGeneration"}
+    unread: ClassVar = {}
+    negative = None
+    layers: ClassVar = (10, 20, 30)
+
+    def templated(self, prompt: str) -> str:
+        """As a user's turn behind the pipeline's system message; "[IMG]" would stand for a picture."""
+        from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE  # only this model's encoder needs it
+
+        turns = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in (("system", SYSTEM_MESSAGE), ("user", prompt.replace("[IMG]", "")))
+        ]
+        text: str = self.tokenizers["tokenizer"].apply_chat_template(turns, tokenize=False)
+        return text
+
+
+def _published(layers: tuple[int, int], heads: int, width: int, *, is_dev: bool = False) -> dict[str, dict[str, Any]]:
+    text = {"hidden_size": width}
+    return {
+        "model_index.json": {"is_distilled": False},
+        "transformer/config.json": {
+            "_class_name": "Flux2Transformer2DModel",
+            "num_layers": layers[0],
+            "num_single_layers": layers[1],
+            "num_attention_heads": heads,
+            "joint_attention_dim": 3 * width,
+            "guidance_embeds": is_dev,
+        },
+        "vae/config.json": {"_class_name": "AutoencoderKLFlux2"},
+        "scheduler/scheduler_config.json": {"shift": 3.0, "use_dynamic_shifting": True},
+        "text_encoder/config.json": {"text_config": text} if is_dev else text,
+        "tokenizer/tokenizer_config.json": {"model_max_length": 131072},
+    }
+
+
 class Flux2Policy(PackedFamily, FlowPolicy):
     """FLUX.2."""
 
-    transformer_class, vae_class, pipeline_class = "Flux2Transformer2DModel", "AutoencoderKLFlux2", "Flux2KleinPipeline"
-    text_encoder = KleinTextEncoder
+    transformer_class, vae_class = "Flux2Transformer2DModel", "AutoencoderKLFlux2"
     tied = ("in_channels", "joint_attention_dim", "guidance_embeds")
     hub_tag = "flux-2"
+    published: ClassVar = {
+        "black-forest-labs/FLUX.2-klein-base-4B": _published((5, 20), 24, 2560),
+        "black-forest-labs/FLUX.2-klein-base-9B": _published((8, 24), 32, 4096),
+        "black-forest-labs/FLUX.2-dev": _published((8, 48), 48, 5120, is_dev=True),
+    }
+
+    @property
+    def pipeline_class(self) -> str:  # type: ignore[override]  # a constant of other families
+        """Dev's, whose guidance is embedded, or klein's."""
+        return "Flux2Pipeline" if self.guided else "Flux2KleinPipeline"
+
+    @property
+    def text_encoder(self) -> type[PipelineTextEncoder]:  # type: ignore[override]  # a constant of other families
+        """Dev's or klein's."""
+        return DevTextEncoder if self.guided else KleinTextEncoder
 
     @property
     def has_negative(self) -> bool:  # type: ignore[override]  # a constant of other policies

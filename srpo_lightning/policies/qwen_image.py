@@ -66,6 +66,20 @@ class QwenImageTextEncoder(PipelineTextEncoder):
         return [{"prompt_embeds": rows[own][NUM_BEFORE:]} for rows, own in parts]
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "transformer/config.json": {"_class_name": "QwenImageTransformer2DModel"},
+    "vae/config.json": {"_class_name": "AutoencoderKLQwenImage"},
+    "scheduler/scheduler_config.json": {
+        "use_dynamic_shifting": True,
+        "max_image_seq_len": 8192,
+        "max_shift": 0.9,
+        "shift_terminal": 0.02,
+    },
+    "text_encoder/config.json": {"hidden_size": 3584},
+    "tokenizer/tokenizer_config.json": {"model_max_length": 131072},
+}
+
+
 class QwenImagePolicy(PerChannelFamily, FlowPolicy):
     """Qwen-Image."""
 
@@ -75,6 +89,7 @@ class QwenImagePolicy(PerChannelFamily, FlowPolicy):
     num_rounded, rounded_unit = 1, 1.0
     tied = ("in_channels", "joint_attention_dim")
     hub_tag = "qwen-image"
+    published: ClassVar = {"Qwen/Qwen-Image": PUBLISHED, "Qwen/Qwen-Image-2512": PUBLISHED}
     single_file = SingleFile(keeps_names=True)
 
     @property

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ class SingleFile(NamedTuple):
         keeps_names: whether all others are called as in diffusers.
     """
 
-    outer: Layers = {}
-    blocks: Mapping[str, tuple[str, Layers]] = {}
+    outer: Layers = MappingProxyType({})
+    blocks: Mapping[str, tuple[str, Layers]] = MappingProxyType({})
     swapped: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()

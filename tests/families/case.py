@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from srpo_lightning.batch import Size
 from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.policies.text_encoder import PipelineTextEncoder
 
 
 def as_they_are(noise: Tensor, size: Size) -> Tensor:
@@ -47,6 +47,11 @@ class Case(NamedTuple):
     features: Callable[[Any, Sequence[str], int], list[dict[str, Tensor]]] = prompt_embeds
     is_variant: bool = False
     folder: Path = Path()
+
+    @property
+    def encoder(self) -> type[PipelineTextEncoder]:
+        """The class of the text encoder."""
+        return self.policy(str(self.folder), 32, 32).text_encoder
 
     def new(self, size: Size = (32, 32), **settings: Any) -> FlowPolicy:
         """The policy with its weights."""

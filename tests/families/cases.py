@@ -5,6 +5,7 @@ from tests.families.case import Case
 
 CASES: dict[str, Case] = {
     "flux2_klein": tiny_flux2.CASE,
+    "flux2_dev": tiny_flux2.DEV,
     "krea2": tiny_krea2.CASE,
     "qwen_image": tiny_qwen_image.CASE,
     "sd3": tiny_sd3.CASE,

@@ -65,7 +65,7 @@ def whole_transformer(policy: FlowPolicy, outline: nn.Module, trained: Mapping[s
     """
     base, lora = base_transformer(policy, outline), policy.adapter
     if lora is None:
-        return base | trained  # what no gradient reaches is as it was
+        return base | dict(trained)  # what no gradient reaches is as it was
 
     def read(name: str) -> Tensor:
         weight = base[name].read()
