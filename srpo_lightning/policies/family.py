@@ -165,7 +165,7 @@ class SpatialFamily(Family):
     @property
     def latent_channels(self) -> int:
         """Channels of the VAE's latents."""
-        return int(self.configs["transformer"].get("in_channels", 64))
+        return int(self.configs["transformer"]["in_channels"])
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
         """(c, h, w)."""

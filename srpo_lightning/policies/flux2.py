@@ -95,6 +95,7 @@ def _published(layers: tuple[int, int], heads: int, width: int, *, is_dev: bool 
         "model_index.json": {"is_distilled": False},
         "transformer/config.json": {
             "_class_name": "Flux2Transformer2DModel",
+            "in_channels": 128,
             "num_layers": layers[0],
             "num_single_layers": layers[1],
             "num_attention_heads": heads,

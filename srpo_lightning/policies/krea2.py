@@ -102,7 +102,7 @@ class Krea2Policy(PerChannelFamily, FlowPolicy):
     published: ClassVar = {
         "krea/Krea-2-Raw": {
             "model_index.json": {"is_distilled": False, "text_encoder_select_layers": LAYERS},
-            "transformer/config.json": {"_class_name": "Krea2Transformer2DModel"},
+            "transformer/config.json": {"_class_name": "Krea2Transformer2DModel", "in_channels": 64},
             "vae/config.json": {"_class_name": "AutoencoderKLQwenImage"},
             "scheduler/scheduler_config.json": {"use_dynamic_shifting": True, "max_image_seq_len": 6400},
             "text_encoder/config.json": {"text_config": {"hidden_size": 2560}},

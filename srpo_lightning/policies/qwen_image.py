@@ -67,7 +67,7 @@ class QwenImageTextEncoder(PipelineTextEncoder):
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "transformer/config.json": {"_class_name": "QwenImageTransformer2DModel"},
+    "transformer/config.json": {"_class_name": "QwenImageTransformer2DModel", "in_channels": 64},
     "vae/config.json": {"_class_name": "AutoencoderKLQwenImage"},
     "scheduler/scheduler_config.json": {
         "use_dynamic_shifting": True,

@@ -74,7 +74,7 @@ class SD3TextEncoder(PipelineTextEncoder):
 
 
 def _published(**transformer: Any) -> dict[str, dict[str, Any]]:
-    shared = {"_class_name": "SD3Transformer2DModel", "qk_norm": "rms_norm"}
+    shared = {"_class_name": "SD3Transformer2DModel", "in_channels": 16, "qk_norm": "rms_norm"}
     return {
         "transformer/config.json": {**shared, **transformer},
         "vae/config.json": kl_vae(1.5305, 0.0609),

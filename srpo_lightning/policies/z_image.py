@@ -67,7 +67,7 @@ class ZImagePolicy(SpatialFamily, FlowPolicy):
     hub_tag = "z-image"
     published: ClassVar = {
         "Tongyi-MAI/Z-Image": {
-            "transformer/config.json": {"_class_name": "ZImageTransformer2DModel"},
+            "transformer/config.json": {"_class_name": "ZImageTransformer2DModel", "in_channels": 16},
             "vae/config.json": kl_vae(0.3611, 0.1159),
             "scheduler/scheduler_config.json": {"shift": 6.0},
             "text_encoder/config.json": {"hidden_size": 2560},
