@@ -119,7 +119,7 @@ class Lora:
         Raises:
             ValueError: listing the names that there are, if one of `target_modules` is the end of none.
         """
-        linear = [(full, name) for full, name in _linear_layers(blocks) if not full.startswith(idle)]
+        linear = [(full, name) for full, name in _linear_layers(blocks) if not f"{full}.".startswith(idle)]
         if self.target_modules is None:
             return [full for full, name in linear if _is_projection(name)]
         found: dict[str, None] = {}

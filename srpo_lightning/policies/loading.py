@@ -64,8 +64,19 @@ def empty(cls: Any, config: dict[str, Any]) -> Any:
     """A transformer of that configuration on the meta device; buffers have their values."""
     from accelerate import init_empty_weights  # takes long to import
 
-    with init_empty_weights(include_buffers=False):
+    with unfilled(), init_empty_weights(include_buffers=False):  # each weight is on the CPU for a moment
         return cls.from_config(config)
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Without filling memory that nobody reads, as torch does with trainer.deterministic: minutes for FLUX.1."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def cast(transformer: Any, dtype: torch.dtype) -> Any:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from srpo_lightning import flow
 from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
+from srpo_lightning.policies import loading
 from srpo_lightning.policies.family import Latents, SpatialFamily
 from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.policies.geometries import kl_vae
@@ -106,6 +107,16 @@ class SD3Policy(SpatialFamily, FlowPolicy):
             num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192
         ),
     }
+
+    def empty_transformer(self) -> Any:
+        """Without the table of positions, which takes seconds and GiB to compute, and is in the file."""
+        size = self.configs["transformer"].get("pos_embed_max_size", 96)
+        empty = loading.empty(self.diffusers_class, self.configs["transformer"] | {"pos_embed_max_size": 1})
+        empty.register_to_config(pos_embed_max_size=size)
+        patches = empty.pos_embed
+        patches.pos_embed_max_size = size
+        patches.pos_embed = patches.pos_embed.new_empty(1, size * size, patches.pos_embed.shape[-1], device="meta")
+        return empty
 
     def network(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
         """The level is told in thousandths."""

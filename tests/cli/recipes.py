@@ -1,6 +1,7 @@
 """Runs a recipe of configs/ as a user would, with tiny models in the place of the large ones."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from srpo_lightning.run_folder import RunFolder
@@ -9,11 +10,19 @@ from tests import processes, tiny
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run_recipe(name: str, models: tiny.Models, folder: Path, changes: dict[str, int], num_ranks: int = 1) -> Path:
+def run_recipe(
+    name: str,
+    models: tiny.Models,
+    folder: Path,
+    changes: dict[str, int],
+    num_ranks: int = 1,
+    beside: Sequence[Path] = (),
+) -> Path:
     """`fit` for two steps, with paths, sizes and lengths changed and no other line; returns the run folder.
 
     Args:
         changes: further settings by their new values; each must be there.
+        beside: configurations that change the recipe, as they are.
     """
     run = folder / "run"
     text = (REPOSITORY / "configs" / f"{name}.yaml").read_text()
@@ -33,7 +42,8 @@ def run_recipe(name: str, models: tiny.Models, folder: Path, changes: dict[str, 
         assert count, key
     config = folder / "flux.yaml"
     config.write_text(text + "\n")
-    arguments = ["fit", "--config", str(config), "--data.cache_dir", str(folder / "features")]
+    files = [word for path in (config, *beside) for word in ("--config", str(path))]
+    arguments = ["fit", *files, "--data.cache_dir", str(folder / "features")]
     done = processes.start([*arguments, "--trainer.accelerator", "cpu"], num_ranks)
     assert done.returncode == 0, done.output
     assert [(r["step"], r["weights"]) for r in RunFolder(run).read_metrics()] == [
