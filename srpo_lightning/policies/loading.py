@@ -82,9 +82,16 @@ def unfilled() -> Iterator[None]:
 def cast(transformer: Any, dtype: torch.dtype) -> Any:
     """The transformer in a dtype, in place, but for what diffusers keeps in float32 when it reads weights."""
     kept = set(transformer._keep_in_fp32_modules or ())
-    for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
+
+    def own(name: str, tensor: Tensor) -> Tensor:
+        is_kept = not kept.isdisjoint(name.split("."))
+        return tensor.to(torch.float32 if is_kept else dtype) if tensor.is_floating_point() else tensor
+
+    for name, parameter in transformer.named_parameters():
+        parameter.data = own(name, parameter.data)
+    for prefix, module in transformer.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):  # fake tensors cannot be made of a changed one
+            setattr(module, name, own(f"{prefix}.{name}", buffer))
     return transformer
 
 
