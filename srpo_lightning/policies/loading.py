@@ -71,12 +71,13 @@ def empty(cls: Any, config: dict[str, Any]) -> Any:
 @contextmanager
 def unfilled() -> Iterator[None]:
     """Without filling memory that nobody reads, as torch does with trainer.deterministic: minutes for FLUX.1."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    flags: Any = torch.utils.deterministic  # whose type does not tell
+    before = flags.fill_uninitialized_memory
+    flags.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = before
+        flags.fill_uninitialized_memory = before
 
 
 def cast(transformer: Any, dtype: torch.dtype) -> Any:
