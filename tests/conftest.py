@@ -25,13 +25,14 @@ torch.use_deterministic_algorithms(True)
 
 
 LONGEST = (
+    "tests/families/test_families.py",
+    "tests/experiments/test_objectives.py",
     "tests/ranks/test_sharded.py",
     "tests/ranks/test_agreement.py",
     "tests/jobs/test_estimate.py",
     "tests/kill/test_kill.py",
     "tests/ranks/test_two_ranks.py",
     "tests/test_notebooks.py",
-    "tests/experiments/test_objectives.py",
     "tests/kill/test_cache.py",
     "tests/jobs/test_export.py",
     "tests/cli/test_cache.py",

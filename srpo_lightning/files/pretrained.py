@@ -220,13 +220,8 @@ def stream_into(parameters: Mapping[str, Tensor], files: Mapping[str, Path]) -> 
     Raises:
         ValueError: naming the first differences, if the files are another model's, or damaged.
     """
+    check_names(parameters, files)
     source = next(iter(files.values())).parent
-    differences = _differences(parameters.keys() - files.keys(), files.keys() - parameters.keys(), ())
-    if differences:
-        raise ValueError(
-            f"{source} holds other weights than its config.json describes ({differences}): "
-            "copy or download the folder again"
-        )
     for path in dict.fromkeys(files.values()):
         with unreadable_is_refused(str(source)), safe_open(path, "pt") as file:
             for name in (name for name, own in files.items() if own == path):
@@ -239,6 +234,20 @@ def stream_into(parameters: Mapping[str, Tensor], files: Mapping[str, Path]) -> 
                 local, rows = own_part(parameter)
                 if local.numel():
                     local.copy_(stored[rows])
+
+
+def check_names(parameters: Mapping[str, Tensor], files: Mapping[str, Path]) -> None:
+    """Refuse files that hold other tensors than a model has.
+
+    Raises:
+        ValueError: naming the first differences.
+    """
+    differences = _differences(parameters.keys() - files.keys(), files.keys() - parameters.keys(), ())
+    if differences:
+        raise ValueError(
+            f"{next(iter(files.values())).parent} holds other weights than its config.json describes ({differences}): "
+            "copy or download the folder again"
+        )
 
 
 def own_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:

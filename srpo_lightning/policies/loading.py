@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from srpo_lightning.files.pretrained import load_whole, read_json, safetensors_files, stream_into
+from srpo_lightning.files.pretrained import check_names, load_whole, read_json, safetensors_files, stream_into
 from srpo_lightning.policies import adapters
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Shard
@@ -42,6 +42,9 @@ class Loaded(Protocol):
     @property
     def start_place(self) -> tuple[str, str]:
         """Where the transformer's weights are."""
+
+    def empty_transformer(self) -> Any:
+        """The transformer without memory and without adapters."""
 
     def outline(self) -> Any:
         """The transformer without memory."""
@@ -98,15 +101,41 @@ def cast(transformer: Any, dtype: torch.dtype) -> Any:
 
 def read(policy: Loaded) -> Any:
     """The transformer with all its weights, those of its blocks in 4 bits if so asked."""
-    transformer: Any = load_whole(policy.diffusers_class, *policy.start_place, torch_dtype=policy.dtype)
-    if policy.quantize != "none":
-        for _, block in blocks(transformer):
-            keep_in_4_bits(block, double=policy.quantize == "nf4-double")
+    if policy.quantize == "none":
+        transformer: Any = load_whole(policy.diffusers_class, *policy.start_place, torch_dtype=policy.dtype)
+    else:
+        transformer = read_in_4_bits(policy)
         transformer.is_loaded_in_4bit = True  # peft asks
     if policy.adapter is not None:
         adapters.add(transformer, policy.adapter, blocks(transformer), policy.idle)
     _prepare_blocks(policy, transformer)
     return transformer
+
+
+def read_in_4_bits(policy: Loaded) -> Any:
+    """The transformer whose blocks are read, rounded and freed one by one; it is never in memory whole."""
+    transformer = cast(policy.empty_transformer(), policy.dtype).eval()
+    files = safetensors_files(*policy.start_place, STEM)
+    check_names(adapters.base_tensors(transformer), files)
+    for name, part in (*blocks(transformer), ("", transformer)):
+        give_memory(part)
+        tensors = {f"{name}.{own}".strip("."): tensor for own, tensor in adapters.base_tensors(part).items()}
+        wanted = {own: tensor for own, tensor in tensors.items() if own in files}
+        stream_into(wanted, {own: files.pop(own) for own in wanted})
+        if part is not transformer:
+            keep_in_4_bits(part, double=policy.quantize == "nf4-double")
+    return transformer
+
+
+def give_memory(module: nn.Module) -> None:
+    """Put tensors on the CPU, not yet filled, in the place of those on the meta device."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False))
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(owner, name, torch.empty_like(buffer, device="cpu"))
 
 
 def stream(policy: Loaded, shard: Shard) -> Any:

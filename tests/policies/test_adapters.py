@@ -3,14 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import nn
 
 from srpo_lightning.callbacks import EMA, LoraExport, RunCheckpoint
 from srpo_lightning.callbacks import lora as lora_callback
 from srpo_lightning.files.owners import partial_path
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies import FluxPolicy, Lora, adapters
+from srpo_lightning.policies import FluxPolicy, Lora, adapters, loading
 from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.training import nf4
 from tests import tiny
@@ -215,6 +215,31 @@ def test_a_base_in_4_bits_is_close_to_the_unquantized_one_and_is_the_rounded_one
     layers = [layer for layer in policy.transformer.modules() if hasattr(layer, "lora_A")]
     assert {type(layer).__module__ for layer in layers} == {"peft.tuners.lora.bnb"}
     assert 0 < (velocity(policy) - velocity(base)).abs().max() < 0.05 * velocity(base).abs().max()
+
+
+def test_blocks_are_read_and_rounded_one_by_one_to_what_rounding_the_whole_model_gives(models, monkeypatch):
+    """So that the model is never whole in memory; what is outside the blocks is read last."""
+    waiting, round_block = [], loading.keep_in_4_bits
+
+    def recorded(block, double):
+        assert not any(tensor.is_meta for tensor in block.state_dict().values())
+        waiting.append(sum(tensor.is_meta for tensor in adapters.base_tensors(made[0]).values()))
+        round_block(block, double=double)
+
+    made, cast = [], loading.cast
+    monkeypatch.setattr(loading, "cast", lambda *arguments: made.append(cast(*arguments)) or made[-1])
+    monkeypatch.setattr(loading, "keep_in_4_bits", recorded)
+    policy = FluxPolicy(str(models.pipeline), 32, 32, **QUANTIZED)
+    found = loading.read_in_4_bits(policy)
+    outside = len([name for name in adapters.base_tensors(found) if "blocks." not in name])
+    single = len(list(policy.empty_transformer().single_transformer_blocks.parameters()))
+    assert waiting == [outside + single, outside]
+    whole = FluxTransformer2DModel.from_pretrained(models.pipeline, subfolder="transformer")
+    for _, block in loading.blocks(whole):
+        nf4.keep_in_4_bits(block)
+    state, expected = found.state_dict(), whole.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
 
 def test_a_base_in_4_bits_stays_as_it_is_while_its_adapters_learn(models, features, tmp_path):

@@ -39,6 +39,7 @@ from srpo_lightning.config.arguments import new_module
 from srpo_lightning.config.classes import of_class
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.files import pretrained as reading
+from srpo_lightning.files.pretrained import load_whole
 from srpo_lightning.jobs.estimate.devices import is_sharded
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.stand_ins import EightBitStates, keep_in_4_bits
@@ -80,12 +81,18 @@ def without_weights(device: str = "meta") -> Iterator[None]:
             model = cls(cls.config_class.from_pretrained(pretrained)).to(dtype).eval()
         return (model, nothing_missing) if own.get("output_loading_info") else model
 
+    def in_4_bits(policy: loading.Loaded) -> Any:
+        model: Any = load_whole(policy.diffusers_class, *policy.start_place, torch_dtype=policy.dtype)
+        for _, block in loading.blocks(model):
+            (keep_in_4_bits if device == "meta" else nf4.keep_in_4_bits)(block, double=policy.quantize == "nf4-double")
+        return model
+
     with (
         patch.object(ModelMixin, "from_pretrained", classmethod(of_diffusers)),
         patch.object(flow_policy, "safetensors_files", lambda *_: {}),
         patch.object(loading, "safetensors_files", lambda *_: {}),
         patch.object(reading, "safetensors_files", lambda *_: {}),
-        patch.object(loading, "keep_in_4_bits", keep_in_4_bits if device == "meta" else nf4.keep_in_4_bits),
+        patch.object(loading, "read_in_4_bits", in_4_bits),
         patch.object(loading, "stream_into", lambda *_: None),
         patch.object(adapters, "stream_into", lambda *_: None),
         patch.object(PreTrainedModel, "from_pretrained", classmethod(of_transformers)),
