@@ -31,6 +31,7 @@ BASELINES = (
 )
 LATE = {"SRPO, late window": "SRPO", "Direct-Align, late window": "Direct-Align"}
 COMBINED = {"LeapAlign, relative reward": "LeapAlign", "FlowBP-Lagrange, relative reward": "FlowBP-Lagrange"}
+OTHERS = ("Direct-Align, other prompts", "LeapAlign, other prompts")
 SMALL_FRACTION = 0.25
 STEERED = 0.1
 CLOSE = 0.8
@@ -69,6 +70,8 @@ def claims(results: Results, labels: Sequence[str]) -> list[Claim]:
         (f"real pictures bring at least {CLOSE:.0%} of what rollouts bring on the judge", lambda: _real(results)),
         ("the relative reward on LeapAlign's or FlowBP's estimator beats both them and SRPO on the judge",
          lambda: _combined(results)),
+        ("with other prompts in the negative place an estimator beats SRPO and every baseline on the judge",
+         lambda: _others(results)),
     ]  # fmt: skip
     return [Claim(text, *check()) for text, check in checks]
 
@@ -170,6 +173,19 @@ def _combined(results: Results) -> tuple[str, str]:
         for name, plain in COMBINED.items()
     ]
     return _any(pairs), _list(gaps)
+
+
+def _others(results: Results) -> tuple[str, str]:
+    rivals = [name for name in (OURS, *BASELINES) if name in results]
+    if missing := _missing(results, OTHERS) or (not rivals and OURS):
+        return _not_measured(missing)
+    gaps = {
+        f"{name} less {rival}": difference(results[name], results[rival], at_end("judge"))
+        for name in OTHERS
+        for rival in rivals
+    }
+    each = [_all(_sign(gap) for key, gap in gaps.items() if key.startswith(f"{name} less")) for name in OTHERS]
+    return _any(each), _list(gaps)
 
 
 def exploited(curve: Curve) -> float:

@@ -52,8 +52,8 @@ class FlowPolicy(Guided):
         adapter: LoRA that is trained beside the transformer's weights, which then stay as they are; needs the extra
             `lora`. Null trains the weights themselves.
         quantize: bits of the transformer's blocks: nf4 keeps their linear layers in 4.5 bits per weight, nf4-double in
-            4.13 (FLUX.1: 6.8 and 6.2 GB instead of 23.8); with an adapter only. They are rounded on the CPU while
-            loading. Embedders, norms and the last projection keep `dtype`. Needs the extra `quant`.
+            4.13 (FLUX.1: 6.8 and 6.2 GB instead of 23.8); with an adapter only. They are read and rounded on the CPU,
+            one block after the other. Embedders, norms and the last projection keep `dtype`. Needs the extra `quant`.
         compile: whether each transformer block is compiled with torch.compile when it first runs, which takes minutes;
             not with DoRA.
         attention: attention kernel by diffusers' name for it, such as _native_flash or flash; null is torch's choice.
