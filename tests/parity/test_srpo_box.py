@@ -1,4 +1,4 @@
-"""SRPO against a second implementation of the algorithm in README.md: one sample at a time, in plain floats."""
+"""SRPO against a second implementation of the algorithm in docs/algorithm.md: one sample at a time, in plain floats."""
 
 from typing import NamedTuple
 

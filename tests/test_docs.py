@@ -1,0 +1,48 @@
+"""Pages point at what is there, and their commands at settings that are read."""
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from srpo_lightning.cli import JOBS
+from srpo_lightning.config.arguments import read_config
+from srpo_lightning.config.names import COMMANDS
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+COMMAND = re.compile(r"python -m srpo_lightning ((?:[^\n#`]|\\\n)+)")
+
+
+def slug(heading: str) -> str:
+    """As GitHub makes anchors."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            if anchor:
+                headings = re.findall(r"(?m)^#+ (.+)$", file.read_text())
+                assert anchor in map(slug, headings), target
+
+
+def test_commands_name_files_that_fit_takes(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    found = set()
+    for page in (page for page in PAGES if page.name != "CHANGELOG.md"):  # which names what is gone
+        for command in COMMAND.findall(page.read_text()):
+            words = shlex.split(command.replace("\\\n", " "))
+            assert words[0] in {*COMMANDS, *JOBS, "COMMAND"}, command
+            files = tuple(value for word, value in pairwise(words) if word == "--config")
+            if files and all(file.startswith("configs/") for file in files):
+                found.add(files)
+    assert len(found) > 5
+    for files in found:
+        read_config(*files)
