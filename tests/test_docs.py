@@ -13,7 +13,7 @@ from srpo_lightning.config.names import COMMANDS
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
-COMMAND = re.compile(r"python -m srpo_lightning ((?:[^\n#`]|\\\n)+)")
+COMMAND = re.compile(r"python -m srpo_lightning ((?:\\\n|[^\n#`])+)")
 
 
 def slug(heading: str) -> str:
