@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 
+from srpo_lightning import __version__
 from srpo_lightning.config.names import ALWAYS, COMMANDS, callee, check_files, check_options, known_names
 from srpo_lightning.errors import TRACEBACK, one_line
 from srpo_lightning.suggestions import nearest
@@ -55,6 +56,8 @@ def main(args: list[str] | None = None) -> None:
         command = words[0]
         if command in ("-h", "--help"):
             print(overview())
+        elif command == "--version":
+            print(f"srpo-lightning {__version__}")
         elif command in COMMANDS:
             known = known_names(command)
             check_settings(words[1:], known, known)
@@ -97,7 +100,7 @@ def check_command(words: list[str]) -> None:
     known = f"the commands are {', '.join(commands)}; each has its own --help"
     if not words:
         raise ValueError(f"no command: {known}")
-    if words[0].startswith("-") and words[0] not in ("-h", "--help"):
+    if words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         raise ValueError(f"{words[0]} comes before the command, which is first: {known}")
     if not words[0].startswith("-") and words[0] not in commands:
         likely = f"; did you mean {SYNONYMS[words[0]]}?" if words[0] in SYNONYMS else nearest(words[0], commands)

@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from srpo_lightning import __version__
 from srpo_lightning.cli import JOBS
 from srpo_lightning.config.names import ALWAYS, COMMANDS, OWNERS, callee, check_files, check_options, known_names
 from srpo_lightning.suggestions import moved
@@ -44,6 +46,18 @@ def imported(arguments: list[str], names: list[str]) -> tuple[set[str], str]:
     done = subprocess.run(program, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     line = next(line for line in done.stdout.splitlines() if line.startswith("imported:"))
     return set(line.split()[1:]), done.stdout + done.stderr
+
+
+def test_the_console_script_finds_modules_in_the_working_directory(tmp_path):
+    """As `python -m` does; -P leaves the directory out of the path, as a script in a folder of its own has it."""
+    (tmp_path / "my_rewards.py").write_text("")
+    program = "from srpo_lightning.__main__ import program; program(); import my_rewards"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, "--version"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (done.stdout, done.returncode) == (f"srpo-lightning {__version__}\n", 0), done.stderr
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"srpo": "srpo_lightning.__main__:program"}
 
 
 @pytest.mark.parametrize(
