@@ -31,8 +31,8 @@ class SparseGuidance:
     _step: int = field(default=0, compare=False)
     _difference: Tensor | None = field(default=None, compare=False)
 
-    def start(self) -> None:
-        """A rollout begins."""
+    def forget(self) -> None:
+        """Forget the last rollout."""
         self._step, self._difference = 0, None
 
     def unconditional(self, conditional: Latents, compute: Callable[[], Latents]) -> Latents | None:
@@ -109,7 +109,6 @@ class Guided(Family):
     def rolling_out(self) -> Iterator[None]:
         """With the cache of features, if there is to be one, and as few passes without a prompt as asked for."""
         assert self.transformer is not None, "load() comes first"
-        self.sparse_guidance.start()
         self._is_rolling_out = True
         if self.rollout_cache is not None:
             self.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=self.rollout_cache))
@@ -117,5 +116,6 @@ class Guided(Family):
             yield
         finally:
             self._is_rolling_out = False
+            self.sparse_guidance.forget()  # nothing is kept longer
             if self.rollout_cache is not None:
                 self.transformer.disable_cache()
