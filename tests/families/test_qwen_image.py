@@ -1,10 +1,14 @@
 """What Qwen-Image alone has: a text branch that ends unread, a stretched schedule, a level that autocast rounds."""
 
+import json
+
 import diffusers
 import pytest
 import torch
 
+from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Text
+from srpo_lightning.draws import sample_noise
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.policies import Lora, QwenImagePolicy
 from tests.families import tiny_qwen_image
@@ -69,3 +73,48 @@ def test_tokens_are_counted_as_they_are_cut(pipeline):
     rows = [len(own["prompt_embeds"]) for own in encoder.encode(prompts)]
     assert rows == [min(number, encoder.max_sequence_length) for number in encoder.num_tokens(prompts)]
     assert rows[1] < rows[3] == encoder.max_sequence_length
+
+
+def test_words_that_might_follow_are_foretold_of_one_token_alone(pipeline):
+    """Nobody reads them, and there are 152,064 numbers of each."""
+    encoder = QwenImagePolicy(pipeline, 32, 32).encoder(Encoding()).text
+    read = []
+    head = encoder._load()["text_encoder"].lm_head
+    head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].shape))
+    encoder.encode(["a cat", "3 dogs, running in the park"])
+    assert read == [(2, 1, 16)]
+
+
+def test_prompts_are_cut_and_guidance_moves_away_from_one_blank_as_the_pipeline_is_told(pipeline):
+    """The blank is the negative prompt of Qwen-Image's model card; here it does not come from the policy."""
+    policy, guidance, length = QwenImagePolicy(pipeline, 32, 32), 4.0, 24
+    policy.load()
+    text = policy.encoder(Encoding(length)).text
+    (prompt, other), ragged = ("x" * 60, "a cat"), text.ragged
+    rows, none = (text.encode(texts) for texts in ([prompt, other], [text.negative]))
+    conditions = Conditions(
+        [prompt, other], Text.collate(rows, ragged), torch.arange(2), unconditional=Text.collate(none, ragged)
+    )
+    noise = sample_noise(0, [0, 1], policy.latent_shape())
+    with torch.no_grad():
+        x0 = flow.integrate(lambda x, s: policy(x, s, conditions, guidance), noise, policy.sigmas(4))
+        pictures = policy.decode(x0)
+    pipe = diffusers.QwenImagePipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    told = {**policy.pipeline_arguments(guidance, length), "negative_prompt": [" ", " "]}
+    theirs = pipe(
+        [prompt, other], height=32, width=32, num_inference_steps=4, latents=noise, output_type="pt", **told
+    ).images
+    torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
+
+
+def test_kernels_that_take_no_mask_are_refused(pipeline):
+    with pytest.raises(ValueError, match=r"'_native_flash', which is .*, takes the masks .*: choose from native, "):
+        QwenImagePolicy(pipeline, 32, 32, attention="_native_flash")
+
+
+def test_a_transformer_that_reads_other_texts_is_refused(pipeline, tmp_path):
+    own = QwenImagePolicy(pipeline, 32, 32).configs["transformer"]
+    (tmp_path / "config.json").write_text(json.dumps(own | {"joint_attention_dim": 24}))
+    with pytest.raises(ValueError, match="whose joint_attention_dim is 24 where that of pretrained is 16: give "):
+        QwenImagePolicy(pipeline, 32, 32, transformer=str(tmp_path))

@@ -78,6 +78,29 @@ class WithoutRescaling(QwenImagePolicy):
     guide = Family.guide
 
 
+class RescaledAsAWhole(QwenImagePolicy):
+    """With the picture as long as without guidance, not each of its tokens."""
+
+    def guide(self, conditional, unconditional, guidance):
+        guided = Family.guide(self, conditional, unconditional, guidance)
+        lengths = (v.norm(dim=(1, 2), keepdim=True) for v in (conditional, guided))
+        return guided * torch.div(*lengths)
+
+
+class PipelinesScale(QwenImagePolicy):
+    def guide(self, conditional, unconditional, guidance):
+        return super().guide(conditional, unconditional, guidance - 1)
+
+
+class AnotherPacking(QwenImagePolicy):
+    """With the channels of a cell's place together."""
+
+    def to_vae(self, vae, latents, size):
+        batch_size, num_tokens, channels = latents.shape
+        turned = latents.view(batch_size, num_tokens, 4, channels // 4).mT.flatten(2)
+        return super().to_vae(vae, turned, size)
+
+
 class WithoutStatistics(QwenImagePolicy):
     def to_vae(self, vae, latents, size):
         return unpack(latents, size)
@@ -92,6 +115,9 @@ CASE = Case(
         "mask": WithoutMask,
         "schedule": WithoutStretch,
         "rescaling": WithoutRescaling,
+        "whole": RescaledAsAWhole,
+        "guidance": PipelinesScale,
+        "packing": AnotherPacking,
         "statistics": WithoutStatistics,
     },
 )
