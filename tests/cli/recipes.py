@@ -8,6 +8,7 @@ from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 
 REPOSITORY = Path(__file__).parents[2]
+PROMPTS = "srpo_lightning/assets/prompts/photo"
 
 
 def run_recipe(
@@ -30,9 +31,9 @@ def run_recipe(
         "black-forest-labs/FLUX.1-dev": models.pipeline,
         "xswu/HPSv2": models.clip,
         "openai/clip-vit-large-patch14": models.judge,
-        "candidates: [prompts/eval.txt]": f"candidates: [{models.train}, {models.evaluation}]",
-        "prompts/train.txt": models.train,
-        "prompts/eval.txt": models.evaluation,
+        f"candidates: [{PROMPTS}_eval.jsonl]": f"candidates: [{models.train}, {models.evaluation}]",
+        f"{PROMPTS}_train.jsonl": models.train,
+        f"{PROMPTS}_eval.jsonl": models.evaluation,
         f"runs/{name}": run,
     }.items():
         assert old in text, old
