@@ -1,6 +1,6 @@
 """The prompts for photographs that recipes start from: `python -m tools.photo_prompts`.
 
-Each is a scene under one of its kind's lights or views (photo_prompts.yaml). Scenes of the evaluation are not trained on.
+Each is a scene under one of its kind's lights or views (photo_prompts.yaml); the evaluation has scenes of its own.
 """
 
 import json
