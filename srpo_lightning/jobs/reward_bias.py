@@ -29,9 +29,9 @@ from srpo_lightning.training.devices import chosen_device
 SHARE = 0.25
 """The share of the gradient that all texts have in common, above which the plain form is advised against.
 
-On the built-in model LeapAlign with `others` is ahead of the plain form by -.005 +- .027 on the judge where the share is 0,
-.070 +- .048 at .56 and .164 +- .051 at .92 (docs/bias.md). On the line between, the gain at .25 is as large as the interval
-at 0. SRPO's published form is ahead of the plain one from about .55.
+On the built-in model LeapAlign with `others` is ahead of the plain form by -.005 +- .027 on the judge where the share
+is 0, .070 +- .048 at .56 and .164 +- .051 at .92 (docs/bias.md). On the line between, the gain at .25 is as large as
+the interval at 0. SRPO's published form is ahead of the plain one from about .55.
 """
 
 RESAMPLES = 2000
