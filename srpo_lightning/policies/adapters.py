@@ -219,7 +219,9 @@ def base_tensors(transformer: nn.Module) -> dict[str, Tensor]:
     named = {name: p for name, p in transformer.named_parameters() if ".lora_" not in name}
     for prefix, module in transformer.named_modules():
         kept = module._buffers.keys() - module._non_persistent_buffers_set  # torch tells by no public name
-        named |= {f"{prefix}.{name}": buffer for name in kept if (buffer := module._buffers[name]) is not None}
+        for name in kept:
+            if (buffer := module._buffers[name]) is not None:
+                named[f"{prefix}.{name}".removeprefix(".")] = buffer
     return {name.replace(".base_layer.", "."): tensor for name, tensor in named.items()}
 
 

@@ -119,7 +119,7 @@ def read_in_4_bits(policy: Loaded) -> Any:
     check_names(adapters.base_tensors(transformer), files)
     for name, part in (*blocks(transformer), ("", transformer)):
         give_memory(part)
-        tensors = {f"{name}.{own}".strip("."): tensor for own, tensor in adapters.base_tensors(part).items()}
+        tensors = {f"{name}.{own}".removeprefix("."): tensor for own, tensor in adapters.base_tensors(part).items()}
         wanted = {own: tensor for own, tensor in tensors.items() if own in files}
         stream_into(wanted, {own: files.pop(own) for own in wanted})
         if part is not transformer:
