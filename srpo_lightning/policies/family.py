@@ -45,6 +45,9 @@ class Family(Policy):
     masks_text: ClassVar[bool] = False
     """Whether attention leaves the padding of texts out by a mask, which some kernels do not take."""
 
+    caches_features: ClassVar[bool] = True
+    """Whether diffusers' cache of features, where the transformer's class has one, knows its blocks."""
+
     num_rounded: ClassVar[int] = 0
     """How many leading inputs of the module `time_text_embed`, level and guidance, autocast would round."""
 

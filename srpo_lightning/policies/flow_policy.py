@@ -144,7 +144,8 @@ class FlowPolicy(Guided):
                 f"guidance_every or guided_steps is set, but {type(self).__name__} makes one pass, without a text to "
                 "move away from: leave both out"
             )
-        if self.rollout_cache is not None and not hasattr(self.diffusers_class, "enable_cache"):
+        has_cache = self.caches_features and hasattr(self.diffusers_class, "enable_cache")
+        if self.rollout_cache is not None and not has_cache:
             raise ValueError(f"rollout_cache is set, but {self.transformer_class} has no cache: set it to null")
 
     def encoder(self, wanted: Encoding) -> Encoder:

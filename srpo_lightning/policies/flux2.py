@@ -69,11 +69,11 @@ class KleinTextEncoder(PipelineTextEncoder):
 
 
 class DevTextEncoder(KleinTextEncoder):
-    """Three layers of Mistral Small 3, likewise."""
+    """Three layers of Mistral Small 3, likewise, without the head that would turn the last one into logits."""
 
-    tokenizer_classes: ClassVar = {"tokenizer": "AutoTokenizer"}  # of the folder's PixtralProcessor
-    model_classes: ClassVar = {"text_encoder": "Mistral3ForConditionalGeneration"}
-    unread: ClassVar = {}
+    tokenizer_classes: ClassVar = {"tokenizer": "TokenizersBackend"}  # as the folder's PixtralProcessor reads its own
+    model_classes: ClassVar = {"text_encoder": "Mistral3Model"}
+    unread: ClassVar = {"text_encoder": ("lm_head.", "language_model.lm_head.")}
     negative = None
     layers: ClassVar = (10, 20, 30)
 

@@ -105,7 +105,12 @@ class ShardedStrategy(ModelParallelStrategy):
         for block in blocks:
             fully_shard(block, **settings)
         fully_shard(model, **settings)
-        model.to_empty(device="cpu" if self.cpu_offload else self.root_device)
+        device = "cpu" if self.cpu_offload else self.root_device
+        made = [(own, *named) for own in model.modules() for named in own.named_buffers(recurse=False)]
+        model.to_empty(device=device)
+        for owner, name, buffer in made:  # what a model computes when it is made, no file holds
+            if not buffer.is_meta:
+                setattr(owner, name, buffer.to(device))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None

@@ -34,7 +34,6 @@ class Case(NamedTuple):
         refused: settings that the family cannot have, and what they are to be set to.
         latents: noise of a policy as the pipeline's argument `latents`.
         features: of each prompt, by the pipeline's own `encode_prompt`.
-        is_variant: whether another case is the same transformer class, whose longest tests are enough.
         folder: where `write` wrote to.
     """
 
@@ -45,7 +44,6 @@ class Case(NamedTuple):
     refused: Mapping[str, tuple[Any, str]] = {}
     latents: Callable[[Tensor, Size], Tensor] = as_they_are
     features: Callable[[Any, Sequence[str], int], list[dict[str, Tensor]]] = prompt_embeds
-    is_variant: bool = False
     folder: Path = Path()
 
     @property

@@ -63,13 +63,14 @@ def pipe(case):
     return pipe
 
 
-def noise_of(policy: FlowPolicy) -> torch.Tensor:
-    return sample_noise(0, [0, 1], policy.latent_shape())
+def noise_of(policy: FlowPolicy, number: int = len(PROMPTS)) -> torch.Tensor:
+    return sample_noise(0, range(number), policy.latent_shape())
 
 
 @torch.no_grad()
 def drawn(policy: FlowPolicy, conditions: Conditions, guidance: float) -> torch.Tensor:
-    latents = flow.integrate(lambda x, s: policy(x, s, conditions, guidance), noise_of(policy), policy.sigmas(4))
+    noise = noise_of(policy, conditions.batch_size)
+    latents = flow.integrate(lambda x, s: policy(x, s, conditions, guidance), noise, policy.sigmas(4))
     return policy.decode(latents)
 
 
@@ -168,16 +169,17 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_objectives_raise_a_reward(case, conditions, objective):
-    policy, reward, draws = case.new(), Red(), Draws(0)
-    told = objective.guidance if policy.guided else 1.0  # of the step that is trained
-    before = reward(drawn(policy, conditions, told), PROMPTS).mean()
+    """Of pictures from other noise without guidance, by more than three standard errors of the mean gain."""
+    policy, reward, many = case.new(), Red(), conditions.repeat(8)
+    before = reward(drawn(policy, many, 1.0), many.prompts)
     optimizer = torch.optim.AdamW(policy.transformer.parameters(), lr=3e-3)
-    for _ in range(9):
-        rollout = objective.rollout(policy, conditions, draws)
+    for step in range(14):
+        rollout = objective.rollout(policy, conditions, Draws(0, step))
         optimizer.zero_grad()
-        objective.loss(policy, reward, conditions, rollout, draws).loss.backward()
+        objective.loss(policy, reward, conditions, rollout, Draws(0, step)).loss.backward()
         optimizer.step()
-    assert reward(drawn(policy, conditions, told), PROMPTS).mean() > before + 5e-3
+    gain = reward(drawn(policy, many, 1.0), many.prompts) - before
+    assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5
 
 
 def test_the_surrogates_gradient_is_that_of_plain_autograd(case, conditions):
@@ -206,11 +208,13 @@ def test_a_single_file_goes_through_diffusers_converter_and_comes_back_the_same(
         assert names.shape(name, [tuple(own[part].shape) for part in parts]) == tuple(file[name].shape)
         divided = names.divided(name, file[name], [len(own[part]) for part in parts])
         assert all(torch.equal(a, own[part]) for a, part in zip(divided, parts, strict=True))
+    assert names.keeps_names or file.keys() != own.keys()
+    if not policy.reads_single_file({name: tuple(tensor.shape) for name, tensor in own.items()}):
+        return  # its converter knows one width: tests/policies/test_single_file.py
     save_file({name: tensor.clone() for name, tensor in file.items()}, tmp_path / "file.safetensors")
     theirs = policy.diffusers_class.from_single_file(
         str(tmp_path / "file.safetensors"), config=str(case.folder), subfolder="transformer", torch_dtype=torch.float32
     )
-    assert names.keeps_names or file.keys() != own.keys()
     assert all(torch.equal(tensor, own[name]) for name, tensor in theirs.state_dict().items())
 
 
@@ -218,11 +222,6 @@ def test_what_it_cannot_do_is_refused_with_the_cure(case):
     for name, (value, cure) in case.refused.items():
         with pytest.raises(ValueError, match=rf"^{name} is .*: set it to {cure}$"):
             case.policy(str(case.folder), 32, 32, **{name: value})
-
-
-def skip_variant(case: Case) -> None:
-    if case.is_variant:
-        pytest.skip("another case has the same transformer")
 
 
 def write_config(case: Case, models: tiny.Models, run: Path, folder: Path, *, ranks: int = 1, **policy) -> Path:
@@ -247,7 +246,6 @@ def test_an_adapter_beside_four_bits_is_trained_with_states_of_eight_resumed_and
     case, models, tmp_path, capsys
 ):
     """The export draws with the pipeline what the checkpoint draws, by the code of its model card."""
-    skip_variant(case)
     policy = {"adapter": {"rank": 4}, "quantize": "nf4"}
     unbroken, broken = (write_config(case, models, tmp_path / name, tmp_path, **policy) for name in ("whole", "broken"))
     main(["estimate", "--config", str(unbroken)])
@@ -268,7 +266,6 @@ def test_an_adapter_beside_four_bits_is_trained_with_states_of_eight_resumed_and
 
 def test_two_sharded_ranks_train_what_one_trains_and_both_exports_open_in_diffusers(case, models, tmp_path):
     """The export compares what diffusers reads bit for bit, and its picture with the checkpoint's."""
-    skip_variant(case)
     main(["fit", "--config", str(write_config(case, models, tmp_path / "one", tmp_path))])
     fit(write_config(case, models, tmp_path / "two", tmp_path, ranks=2))
     one, two = (whole(tmp_path / run, 4)["state_dict"] for run in ("one", "two"))

@@ -18,6 +18,7 @@ BILLIONS = {
     "krea/Krea-2-Raw": 12.82,
     "Qwen/Qwen-Image": 20.43,
     "Qwen/Qwen-Image-2512": 20.43,
+    "lodestones/Chroma1-HD": 8.90,
     "stabilityai/stable-diffusion-3.5-large": 8.06,
     "stabilityai/stable-diffusion-3.5-medium": 2.24,
     "Tongyi-MAI/Z-Image": 6.16,

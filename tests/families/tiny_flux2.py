@@ -1,4 +1,4 @@
-"""FLUX.2 in small."""
+"""FLUX.2 klein in small."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,9 @@ from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
-    Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from srpo_lightning.policies import Flux2Policy
 from srpo_lightning.policies.family import resolution_dependent_shift
@@ -74,36 +72,6 @@ def write(folder: Path, is_distilled: bool = False, **changes: Any) -> Path:
     return folder
 
 
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }} {% for part in message['content'] %}"
-    "{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
-)
-
-
-def write_dev(folder: Path, **changes: Any) -> Path:
-    """A pipeline of dev, whose tokenizer stands in for that of a PixtralProcessor."""
-    torch.manual_seed(0)
-    tokenizer = qwen.tokenizer(48, SYSTEM_MESSAGE, "system user")
-    tokenizer.chat_template = TEMPLATE
-    sizes = qwen.LANGUAGE | {"vocab_size": len(tokenizer), "num_hidden_layers": 30, "model_type": "mistral"}
-    vision = {
-        "model_type": "pixtral",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    text = Mistral3ForConditionalGeneration(Mistral3Config(text_config=sizes, vision_config=vision))
-    Flux2Pipeline(
-        scheduler=scheduler(),
-        vae=vae(),
-        text_encoder=qwen.noisy(text),
-        tokenizer=tokenizer,
-        transformer=transformer(**{"guidance_embeds": True} | changes),
-    ).save_pretrained(folder)
-    return folder
-
-
 class WrongSign(Flux2Policy):
     def network(self, *arguments):
         return -super().network(*arguments)
@@ -138,11 +106,6 @@ class WithoutPadding(Flux2Policy):
         return super().network(x, sigma, text.each(lambda rows: rows[:, :40]), *arguments)
 
 
-class WithoutGuidance(Flux2Policy):
-    def network(self, x, sigma, text, size, told):
-        return super().network(x, sigma, text, size, [told[0], torch.ones_like(told[1])])
-
-
 class PipelinesScale(Flux2Policy):
     def guide(self, conditional, unconditional, guidance):
         return super().guide(conditional, unconditional, guidance - 1)
@@ -166,14 +129,4 @@ CASE = Case(
     },
     refused={"exact_conditioning": (True, "false")},
     latents=latents,
-)
-
-DEV = Case(
-    Flux2Policy,
-    write_dev,
-    {"sign": WrongSign, "schedule": Flux1Schedule, "guidance": WithoutGuidance, "padding": WithoutPadding},
-    guidances=(1.0, 4.0),
-    refused={"exact_conditioning": (True, "false")},
-    latents=latents,
-    is_variant=True,
 )

@@ -2,34 +2,44 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
-from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import (
+    convert_chroma_transformer_checkpoint_to_diffusers,
+    convert_flux_transformer_checkpoint_to_diffusers,
+)
 
-from srpo_lightning.policies import FluxPolicy
+from srpo_lightning.policies import ChromaPolicy, FluxPolicy
 
 NAMES = FluxPolicy.single_file
 
 
-def state_dict(guidance_embeds: bool) -> dict[str, torch.Tensor]:
-    """FLUX.1's width, without which the converter does not work, with two blocks of each kind and two columns."""
+def state_dict(cls=FluxTransformer2DModel, **settings) -> dict[str, torch.Tensor]:
+    """FLUX.1's width, without which the converters do not work, with two blocks of each kind and two columns."""
     with torch.device("meta"):
-        outline = FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=guidance_embeds)
+        outline = cls(num_layers=2, num_single_layers=2, **settings)
     draw = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(p.shape[0], *[2] * (p.ndim - 1), generator=draw) for name, p in outline.named_parameters()
     }
 
 
-def to_bfl(state):
-    return {name: NAMES.joined(name, [state[own] for own in parts]) for name, parts in NAMES.sources(state).items()}
+def to_theirs(state, names=NAMES):
+    return {name: names.joined(name, [state[own] for own in parts]) for name, parts in names.sources(state).items()}
 
 
 @pytest.mark.parametrize("guidance_embeds", [True, False])
 def test_diffusers_own_converter_turns_the_names_back_bit_for_bit(guidance_embeds):
-    state = state_dict(guidance_embeds)
-    theirs = to_bfl(state)
+    state = state_dict(guidance_embeds=guidance_embeds)
+    theirs = to_theirs(state)
     assert any("guidance_in" in name for name in theirs) == guidance_embeds
     back = convert_flux_transformer_checkpoint_to_diffusers(dict(theirs))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_chromas_converter_does_likewise():
+    state = state_dict(ChromaTransformer2DModel)
+    back = convert_chroma_transformer_checkpoint_to_diffusers(to_theirs(state, ChromaPolicy.single_file))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
