@@ -282,6 +282,16 @@ def test_what_it_was_trained_on_need_not_be_there_any_more(trained, tmp_path):
     assert "'a cat'," in text
 
 
+def test_weights_that_were_all_trained_need_none_of_the_base(models, trained, tmp_path):
+    run, base = shutil.copytree(trained("full"), tmp_path / "run"), shutil.copytree(models.pipeline, tmp_path / "base")
+    (base / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["policy"]["init_args"]["pretrained"] = str(base)
+    (run / "config.yaml").write_text(json.dumps(config))
+    folder = export(run, tmp_path / "out", "--dtype", "float32", "--check", "false")
+    assert (folder / "diffusion_pytorch_model.safetensors").is_file()
+
+
 def test_a_run_that_started_from_an_export_is_exported_beside_the_same_base(models, trained, features, tmp_path):
     """Of a run that trained all weights, of one that trained a LoRA beside them, and of one that went on with that."""
     first = export(trained("full"), tmp_path / "first", "--dtype", "float32", "--check", "false")

@@ -61,9 +61,12 @@ def read_trained(path: Path, kind: Kind, module: SRPOModule) -> dict[str, Stored
 def whole_transformer(policy: FlowPolicy, outline: nn.Module, trained: Mapping[str, Stored]) -> dict[str, Stored]:
     """All tensors of the transformer by diffusers' names; adapters are in the weights beside which they were trained.
 
-    A base that was kept in 4 bits is read as it was before.
+    A base that was kept in 4 bits is read as it was before. Where all weights were trained, none of the base is read.
     """
-    base, lora = base_transformer(policy, outline), policy.adapter
+    lora = policy.adapter
+    if lora is None and trained.keys() >= adapters.base_tensors(outline).keys():
+        return dict(trained)
+    base = base_transformer(policy, outline)
     if lora is None:
         return base | dict(trained)  # what no gradient reaches is as it was
 
