@@ -139,7 +139,7 @@ class FlowPolicy(Guided):
                 f"trained_guidance is detached, but {type(self).__name__} makes one pass, without a text to move away "
                 "from: set it to conditional"
             )
-        if self.sparse_guidance != SparseGuidance() and not self.has_negative:
+        if not self.sparse_guidance.is_whole and not self.has_negative:
             raise ValueError(
                 f"guidance_every or guided_steps is set, but {type(self).__name__} makes one pass, without a text to "
                 "move away from: leave both out"

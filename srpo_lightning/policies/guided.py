@@ -1,7 +1,7 @@
 """The velocity that a family is asked for: guided by an embedding, or by a second pass without a prompt."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import diffusers
@@ -28,8 +28,13 @@ class SparseGuidance:
 
     every: int = 1
     first: int | None = None
-    _step: int = field(default=0, compare=False)
-    _difference: Tensor | None = field(default=None, compare=False)
+    _step: int = field(default=0, init=False, repr=False)
+    _difference: Tensor | None = field(default=None, init=False, repr=False)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every step has a pass of its own."""
+        return self.every == 1 and self.first is None
 
     def forget(self) -> None:
         """Forget the last rollout."""
@@ -84,10 +89,13 @@ class Guided(Family):
             sigma = (sigma * 1000).trunc() / 1000
         told = [sigma, torch.full_like(sigma, guidance)] if self.guided else [sigma]
         text = Text({name: tensor.to(x.dtype) for name, tensor in text.tensors.items()}, text.lengths)
-        exact = [number.float() * self.rounded_unit for number in told]
-        unrounded = loading.unrounded(self.transformer, exact) if self.exact_conditioning else nullcontext()
-        with loading.own_cache(self.transformer, kind), unrounded:
+        with loading.own_cache(self.transformer, kind), self._told_exactly(told):
             return self.network(x, sigma, text, size or self.size, told).to(x.dtype)
+
+    def _told_exactly(self, told: list[Tensor]) -> AbstractContextManager[None]:
+        if not self.exact_conditioning:
+            return nullcontext()
+        return loading.unrounded(self.transformer, [number.float() * self.rounded_unit for number in told])
 
     @property
     def guided(self) -> bool:
@@ -102,8 +110,7 @@ class Guided(Family):
     @property
     def trains_as_it_samples(self) -> bool:  # type: ignore[override]  # a constant of other policies
         """Unless the pass of no prompt is left out of trained steps, or of some of a rollout's."""
-        is_whole = self.sparse_guidance == SparseGuidance()
-        return not self.has_negative or (self.trained_guidance == "detached" and is_whole)
+        return not self.has_negative or (self.trained_guidance == "detached" and self.sparse_guidance.is_whole)
 
     @contextmanager
     def rolling_out(self) -> Iterator[None]:
