@@ -175,12 +175,7 @@ def load_whole(
         )
     unexpected = [name for name in info["unexpected_keys"] if not name.startswith(tuple(unread))]
     reshaped = [name for name, *_ in info["mismatched_keys"]]
-    differences = _differences(info["missing_keys"], unexpected, reshaped)
-    if differences:
-        raise ValueError(
-            f"{Path(pretrained) / subfolder} holds other weights than its config.json describes ({differences}): "
-            "copy or download the folder again"
-        )
+    _refuse(Path(pretrained) / subfolder, _differences(info["missing_keys"], unexpected, reshaped))
     whole: Model = model
     return whole
 
@@ -189,6 +184,14 @@ def _differences(missing: Iterable[str], unexpected: Iterable[str], reshaped: It
     """In words; empty if there are none."""
     kinds = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": sorted(reshaped)}
     return "; ".join(f"{len(names)} {kind}, first {', '.join(names[:3])}" for kind, names in kinds.items() if names)
+
+
+def _refuse(folder: Path, differences: str) -> None:
+    if differences:
+        raise ValueError(
+            f"{folder} holds other weights than its config.json describes ({differences}): copy or download the "
+            "folder again"
+        )
 
 
 def safetensors_files(pretrained: str, subfolder: str, stem: str) -> dict[str, Path]:
@@ -243,11 +246,7 @@ def check_names(parameters: Mapping[str, Tensor], files: Mapping[str, Path]) -> 
         ValueError: naming the first differences.
     """
     differences = _differences(parameters.keys() - files.keys(), files.keys() - parameters.keys(), ())
-    if differences:
-        raise ValueError(
-            f"{next(iter(files.values())).parent} holds other weights than its config.json describes ({differences}): "
-            "copy or download the folder again"
-        )
+    _refuse(next(iter(files.values())).parent, differences)
 
 
 def own_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:

@@ -44,9 +44,7 @@ class ChromaTextEncoder(PipelineTextEncoder):
 
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """As ChromaPipeline.encode_prompt computes them."""
-        tokens = self.tokenizers["tokenizer"](
-            prompts, padding="max_length", max_length=self.max_sequence_length, truncation=True, return_tensors="pt"
-        ).to(self.device)
+        tokens = self.padded("tokenizer", prompts, self.max_sequence_length)
         sequence = models["text_encoder"](tokens.input_ids, attention_mask=tokens.attention_mask)[0]
         places = torch.arange(self.max_sequence_length, device=sequence.device)
         masks = (places <= tokens.attention_mask.sum(dim=1, keepdim=True)).to(sequence.dtype)

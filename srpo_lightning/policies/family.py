@@ -57,6 +57,9 @@ class Family(Policy):
     rounded_unit: ClassVar[float] = 1000.0
     """What level and guidance are multiplied by before that module reads them."""
 
+    shifts_twice: ClassVar[bool] = False
+    """Whether the pipeline has its scheduler choose the levels, whose lowest is shifted before all are."""
+
     tied: ClassVar[tuple[str, ...]] = ("in_channels",)
     """Numbers of the transformer's configuration that another transformer to start from must share."""
 
@@ -137,8 +140,13 @@ class Family(Policy):
 
         A scheduler with a `shift_terminal` has them stretched, so that this is the last one above 0.
         """
-        levels = flow.schedule(num_steps, self.shift_for(num_steps, size))
-        terminal = self.configs["scheduler"].get("shift_terminal")
+        scheduler, shift = self.configs["scheduler"], self.shift_for(num_steps, size)
+        levels = flow.schedule(num_steps, shift)
+        if self.shifts_twice:
+            lowest = levels.new_tensor(1 / scheduler.get("num_train_timesteps", 1000))
+            even = torch.linspace(1, float(flow.shift_sigma(lowest, shift)), num_steps, dtype=levels.dtype)
+            levels[:-1] = flow.shift_sigma(even, shift)
+        terminal = scheduler.get("shift_terminal")
         if terminal:
             levels[:-1] = 1 - (1 - levels[:-1]) * (1 - terminal) / (1 - levels[-2])
         return levels

@@ -40,15 +40,11 @@ class FluxTextEncoder(PipelineTextEncoder):
 
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """As FluxPipeline.encode_prompt computes them."""
-        clip, t5 = self.tokenizers["tokenizer"], self.tokenizers["tokenizer_2"]
-        pooled = models["text_encoder"](self._ids(clip, prompts, clip.model_max_length)).pooler_output
-        sequence = models["text_encoder_2"](self._ids(t5, prompts, self.max_sequence_length))[0]
+        clip = self.padded("tokenizer", prompts, self.tokenizers["tokenizer"].model_max_length)
+        t5 = self.padded("tokenizer_2", prompts, self.max_sequence_length)
+        pooled = models["text_encoder"](clip.input_ids).pooler_output
+        sequence = models["text_encoder_2"](t5.input_ids)[0]
         return [{"prompt_embeds": s, "pooled_prompt_embeds": p} for s, p in zip(sequence, pooled, strict=True)]
-
-    def _ids(self, tokenizer: Any, prompts: list[str], length: int) -> Tensor:
-        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids: Tensor = tokens.input_ids
-        return ids.to(self.device)
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -53,14 +53,8 @@ class KleinTextEncoder(PipelineTextEncoder):
 
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """As `encode_prompt` of the pipeline computes them."""
-        tokens = self.tokenizers["tokenizer"](
-            [self.templated(prompt) for prompt in prompts],
-            padding="max_length",
-            max_length=self.max_sequence_length,
-            truncation=True,
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(self.device)
+        texts = [self.templated(prompt) for prompt in prompts]
+        tokens = self.padded("tokenizer", texts, self.max_sequence_length, add_special_tokens=False)
         states = models["text_encoder"](
             tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True, use_cache=False
         ).hidden_states

@@ -18,15 +18,12 @@ from srpo_lightning.policies.family import Latents
 from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.policies.packing import image_ids
 from srpo_lightning.policies.per_channel_vae import PerChannelFamily
+from srpo_lightning.policies.qwen_image import BEFORE, BEHIND, NUM_BEFORE, QwenImageTextEncoder
 from srpo_lightning.policies.single_file import SingleFile
-from srpo_lightning.policies.text_encoder import PipelineTextEncoder
 
-BEFORE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)
-BEHIND = "<|im_end|>\n<|im_start|>assistant\n"
-NUM_BEFORE, NUM_BEHIND = 34, 5  # tokens of these
+NUM_BEHIND = 5
+"""Tokens of the template's end."""
+
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 """Of Qwen3-VL, where model_index.json names none."""
 
@@ -34,14 +31,11 @@ DISTILLED_MU = 1.15
 """The logarithm of the shift at every size, of models that were distilled to few steps."""
 
 
-class Krea2TextEncoder(PipelineTextEncoder):
+class Krea2TextEncoder(QwenImageTextEncoder):
     """Several layers of Qwen3-VL, side by side for each token of a prompt and of the template's end."""
 
-    tokenizer_classes: ClassVar = {"tokenizer": "Qwen2Tokenizer"}
     model_classes: ClassVar = {"text_encoder": "Qwen3VLModel"}
-    counting, quantized = "tokenizer", "text_encoder"
     unread: ClassVar = {"text_encoder": ("lm_head.",)}
-    ragged = frozenset({"prompt_embeds"})
     negative = ""
 
     @classmethod
@@ -50,29 +44,12 @@ class Krea2TextEncoder(PipelineTextEncoder):
         width = read_json(pretrained, "text_encoder", "config.json")["text_config"]["hidden_size"]
         return {"prompt_embeds": (max_sequence_length, len(layers_of(pretrained)), width)}
 
-    def templated(self, prompt: str) -> str:
-        """As a user's turn behind the instruction to describe it."""
-        return BEFORE + prompt + BEHIND
-
-    def num_tokens(self, prompts: list[str]) -> list[int]:
-        """Without the instruction's."""
-        return [number - NUM_BEFORE for number in super().num_tokens(prompts)]
-
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """As Krea2Pipeline.encode_prompt computes them, with padding between the prompt and the template's end."""
-        tokenizer = self.tokenizers["tokenizer"]
         length = self.max_sequence_length + NUM_BEFORE - NUM_BEHIND
-        begun = tokenizer(
-            [BEFORE + prompt for prompt in prompts],
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        ended = tokenizer([BEHIND] * len(prompts), return_tensors="pt")
-        ids, mask = (
-            torch.cat([begun[name], ended[name]], dim=1).to(self.device) for name in ("input_ids", "attention_mask")
-        )
+        begun = self.padded("tokenizer", [BEFORE + prompt for prompt in prompts], length)
+        ended = self.padded("tokenizer", [BEHIND] * len(prompts), NUM_BEHIND)
+        ids, mask = (torch.cat([begun[name], ended[name]], dim=1) for name in ("input_ids", "attention_mask"))
         positions = (mask.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
         states = models["text_encoder"](
             ids, attention_mask=mask.bool(), position_ids=positions, output_hidden_states=True

@@ -1,6 +1,6 @@
 """How a transformer comes to its weights: whole, in 4 bits, or divided over ranks, with or without adapters."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,7 +114,7 @@ def read(policy: Loaded) -> Any:
 
 def read_in_4_bits(policy: Loaded) -> Any:
     """The transformer whose blocks are read, rounded and freed one by one; it is never in memory whole."""
-    transformer = cast(policy.empty_transformer(), policy.dtype).eval()
+    transformer = cast(policy.empty_transformer(), policy.dtype).eval().requires_grad_(False)
     files = safetensors_files(*policy.start_place, STEM)
     check_names(adapters.base_tensors(transformer), files)
     for name, part in (*blocks(transformer), ("", transformer)):
@@ -127,14 +127,20 @@ def read_in_4_bits(policy: Loaded) -> Any:
     return transformer
 
 
-def give_memory(module: nn.Module) -> None:
-    """Put tensors on the CPU, not yet filled, in the place of those on the meta device."""
+def is_meta(tensor: Tensor) -> bool:
+    """Whether a tensor is without memory."""
+    return tensor.is_meta
+
+
+def give_memory(module: nn.Module, wanted: Callable[[Tensor], bool] = is_meta) -> None:
+    """Put tensors on the CPU, not yet filled, in the place of a model's parameters and buffers that are wanted."""
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.is_meta:
-                setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False))
+            if wanted(parameter):
+                empty = torch.empty_like(parameter, device="cpu")
+                setattr(owner, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
         for name, buffer in owner.named_buffers(recurse=False):
-            if buffer.is_meta:
+            if wanted(buffer):
                 setattr(owner, name, torch.empty_like(buffer, device="cpu"))
 
 

@@ -52,13 +52,8 @@ class QwenImageTextEncoder(PipelineTextEncoder):
 
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """As QwenImagePipeline.encode_prompt computes them."""
-        tokens = self.tokenizers["tokenizer"](
-            [self.templated(prompt) for prompt in prompts],
-            padding=True,
-            max_length=self.max_sequence_length + NUM_BEFORE,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
+        texts = [self.templated(prompt) for prompt in prompts]
+        tokens = self.padded("tokenizer", texts, self.max_sequence_length + NUM_BEFORE, padding=True)
         states = models["text_encoder"](
             tokens.input_ids,
             attention_mask=tokens.attention_mask,

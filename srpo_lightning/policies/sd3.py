@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from srpo_lightning import flow
 from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies import loading
@@ -52,26 +50,19 @@ class SD3TextEncoder(PipelineTextEncoder):
 
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """As StableDiffusion3Pipeline.encode_prompt computes them."""
+        length = self.tokenizers["tokenizer"].model_max_length
         clips = [
             models[f"text_encoder{number}"](
-                self._ids(f"tokenizer{number}", prompts, self.tokenizers["tokenizer"].model_max_length),
-                output_hidden_states=True,
+                self.padded(f"tokenizer{number}", prompts, length).input_ids, output_hidden_states=True
             )
             for number in ("", "_2")
         ]
-        t5 = models["text_encoder_3"](self._ids("tokenizer_3", prompts, self.max_sequence_length))[0]
+        t5 = models["text_encoder_3"](self.padded("tokenizer_3", prompts, self.max_sequence_length).input_ids)[0]
         both = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
         both = functional.pad(both, (0, t5.shape[-1] - both.shape[-1]))
         pooled = torch.cat([clip.text_embeds for clip in clips], dim=-1)
         rows = torch.cat([both, t5], dim=1)
         return [{"prompt_embeds": r, "pooled_prompt_embeds": p} for r, p in zip(rows, pooled, strict=True)]
-
-    def _ids(self, tokenizer: str, prompts: list[str], length: int) -> Tensor:
-        tokens = self.tokenizers[tokenizer](
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        ids: Tensor = tokens.input_ids
-        return ids.to(self.device)
 
 
 def _published(**transformer: Any) -> dict[str, dict[str, Any]]:
@@ -93,6 +84,7 @@ class SD3Policy(SpatialFamily, FlowPolicy):
 
     transformer_class, pipeline_class = "SD3Transformer2DModel", "StableDiffusion3Pipeline"
     text_encoder = SD3TextEncoder
+    shifts_twice = True
     tied = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
     hub_tag = "stable-diffusion-3.5"
     published: ClassVar = {
@@ -128,14 +120,6 @@ class SD3Policy(SpatialFamily, FlowPolicy):
             return_dict=False,
         )[0]
         return velocity
-
-    def schedule(self, num_steps: int, size: Size) -> Float[Tensor, " N"]:
-        """Shifted twice: the pipeline has the scheduler choose levels, whose lowest is shifted before all are."""
-        shift = self.shift_for(num_steps, size)
-        lowest = 1 / self.configs["scheduler"].get("num_train_timesteps", 1000)
-        end = float(flow.shift_sigma(torch.tensor(lowest, dtype=torch.float64), shift))
-        levels = flow.shift_sigma(torch.linspace(1, end, num_steps, dtype=torch.float64), shift)
-        return functional.pad(levels, (0, 1))
 
     @property
     def single_file(self) -> SingleFile:  # type: ignore[override]  # a constant of other families

@@ -125,6 +125,11 @@ class PipelineTextEncoder(ABC):
         texts = [self.templated(prompt) for prompt in prompts]
         return [len(ids) for ids in self.tokenizers[self.counting](texts).input_ids]
 
+    def padded(self, tokenizer: str, texts: list[str], length: int, **settings: Any) -> Any:
+        """`input_ids` and `attention_mask` [B, length] of a tokenizer, on the device; texts are cut and filled up."""
+        settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"} | settings
+        return self.tokenizers[tokenizer](texts, max_length=length, **settings).to(self.device)
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         """Features of each prompt, on the CPU."""

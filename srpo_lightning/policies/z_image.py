@@ -45,13 +45,8 @@ class ZImageTextEncoder(PipelineTextEncoder):
 
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """As ZImagePipeline.encode_prompt computes them."""
-        tokens = self.tokenizers["tokenizer"](
-            [self.templated(prompt) for prompt in prompts],
-            padding="max_length",
-            max_length=self.max_sequence_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
+        texts = [self.templated(prompt) for prompt in prompts]
+        tokens = self.padded("tokenizer", texts, self.max_sequence_length)
         mask = tokens.attention_mask.bool()
         states = models["text_encoder"](tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
         return [{"prompt_embeds": rows[own]} for rows, own in zip(states[-2], mask, strict=True)]

@@ -6,11 +6,9 @@ Source: diffusers' AuraFlowTransformer2DModel and AuraFlowPipeline.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from srpo_lightning import flow
 from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies.family import Latents, SpatialFamily
@@ -35,9 +33,7 @@ class AuraFlowTextEncoder(PipelineTextEncoder):
 
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """Those of the prompt's own tokens."""
-        tokens = self.tokenizers["tokenizer"](
-            prompts, padding="max_length", max_length=self.max_sequence_length, truncation=True, return_tensors="pt"
-        ).to(self.device)
+        tokens = self.padded("tokenizer", prompts, self.max_sequence_length)
         rows = models["text_encoder"](input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)[0]
         return [{"prompt_embeds": own[:n]} for own, n in zip(rows, tokens.attention_mask.sum(1), strict=True)]
 
@@ -47,6 +43,7 @@ class AuraFlowPolicy(SpatialFamily, FlowPolicy):
 
     transformer_class, pipeline_class = "AuraFlowTransformer2DModel", "AuraFlowPipeline"
     text_encoder = AuraFlowTextEncoder
+    shifts_twice = True
     tied = ("in_channels", "joint_attention_dim")
 
     def network(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
@@ -56,10 +53,3 @@ class AuraFlowPolicy(SpatialFamily, FlowPolicy):
         return self.transformer(
             x, encoder_hidden_states=functional.pad(rows, (0, 0, 0, padding)), timestep=sigma, return_dict=False
         )[0]
-
-    def schedule(self, num_steps: int, size: Size) -> Tensor:
-        """The pipeline leaves the levels to its scheduler, which shifts them twice."""
-        shift = self.shift_for(num_steps, size)
-        last = flow.shift_sigma(torch.tensor(1e-3, dtype=torch.float64), shift)
-        levels = flow.shift_sigma(torch.linspace(1, float(last), num_steps, dtype=torch.float64), shift)
-        return torch.cat([levels, levels.new_zeros(1)])

@@ -8,7 +8,6 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from srpo_lightning.policies import SD3Policy
-from srpo_lightning.policies.family import SpatialFamily
 from tests import tiny
 from tests.families import qwen
 from tests.families.case import Case
@@ -76,7 +75,7 @@ class ToldTheLevel(SD3Policy):
 
 
 class ShiftedOnce(SD3Policy):
-    schedule = SpatialFamily.schedule
+    shifts_twice = False
 
 
 class OnePooled(SD3Policy):

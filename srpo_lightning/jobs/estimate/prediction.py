@@ -205,15 +205,8 @@ def in_mode(mode: FakeTensorMode, shard: Shard) -> Shard:
 
 
 def make_fake(module: torch.nn.Module) -> None:
-    """Put fake tensors, as the active mode makes them, in the place of a model's parameters and buffers."""
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor):
-                continue  # made in the mode
-            fake = torch.empty_like(parameter, device="cpu")
-            setattr(owner, name, torch.nn.Parameter(fake, requires_grad=parameter.requires_grad))
-        for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, torch.empty_like(buffer, device="cpu"))
+    """Put fake tensors, as the active mode makes them, in the place of a model's; sharded ones were made in it."""
+    loading.give_memory(module, lambda tensor: not isinstance(tensor, DTensor))
 
 
 def fake_conditions(config: Namespace, policy: Policy, size: int) -> Conditions:
