@@ -1,11 +1,16 @@
 """Every notebook runs from its first cell to its last, and its pictures show something, in a browser too."""
 
+import json
+import shutil
+
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
+from srpo_lightning.run_folder import RunFolder
 from tests.browser import needs_browser, visit
-from tests.notebooks import NOTEBOOKS, colours, executed, pictures
+from tests.notebooks import NOTEBOOKS, ROOT, colours, executed, pictures
 
 DRAWS = ("plt.subplots(", "contact_sheet(rows")
 FEW_COLOURS = 50  # black letters and axes with smooth edges have fewer
@@ -42,3 +47,20 @@ def test_a_notebook_shows_its_headings_and_pictures(notebook, finished_run, tmp_
         elif cell.source.startswith("#"):
             heading = cell.source.splitlines()[0].lstrip("# ")
             assert f">{heading}<" in page
+
+
+def test_a_run_that_drew_nothing_before_training_is_shown_from_its_first_pictures(finished_run, tmp_path, monkeypatch):
+    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    kept = [line for line in run.metrics.read_text().splitlines() if json.loads(line)["step"]]
+    run.metrics.write_text("\n".join(kept) + "\n")
+    shutil.rmtree(run.samples.picture(0, "policy", 0).parents[1])
+    run.base_table.unlink()
+    monkeypatch.setenv("RUN", str(run.path))
+    notebook = nbformat.read(ROOT / "notebooks" / "inspect_samples.ipynb", as_version=4)
+    names: dict[str, object] = {}
+    with plt.ioff():
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)  # as the kernel does, which takes seconds to start
+    assert names["first"] == min(json.loads(line)["step"] for line in kept)
+    plt.close("all")
