@@ -23,19 +23,19 @@ KEY = "settings"
 TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "callbacks")
 """Settings of the trainer that change what is trained or recorded."""
 
-WITHOUT_EFFECT = frozenset(
-    f"data.{name}"
-    for name in (
+WITHOUT_EFFECT = frozenset({
+    "model.policy.init_args.quantize_dir",
+    *(f"data.{name}" for name in (
         "cache_dir", "mirror_dir", "mirror_gigabytes", "max_prompts_to_encode", "text_batch_size", "text_device",
         "num_workers", "eval_batch_size", "max_picture_megapixels", "max_picture_megabytes",
-    )
-)  # fmt: skip
-"""Settings of data that change where and how fast a run works, but no result."""
+    )),
+})  # fmt: skip
+"""Settings that change where and how fast a run works, but no result."""
 
 FOLLOWED = frozenset({"data.pretrained", "data.height", "data.width"})
 """Settings in checkpoints of earlier versions that followed the policy's: where these differ, it is said of them."""
 
-SINCE = {"trained_guidance": "conditional", "others": 0}
+SINCE = {"trained_guidance": "conditional", "guidance_every": 1, "others": 0}
 """Settings that checkpoints of earlier versions do not have, by their last name, with what held without them."""
 
 CONSEQUENCE = "steps and records before and after do not compare"

@@ -52,8 +52,11 @@ class FlowPolicy(Guided):
         adapter: LoRA that is trained beside the transformer's weights, which then stay as they are; needs the extra
             `lora`. Null trains the weights themselves.
         quantize: bits of the transformer's blocks: nf4 keeps their linear layers in 4.5 bits per weight, nf4-double in
-            4.13 (FLUX.1: 6.8 and 6.2 GB instead of 23.8); with an adapter only. They are read and rounded on the CPU,
-            one block after the other. Embedders, norms and the last projection keep `dtype`. Needs the extra `quant`.
+            4.13 (FLUX.1: 6.8 and 6.2 GB instead of 23.8); with an adapter only. They are read and rounded one after the
+            other, on a GPU where there is one. Embedders, norms and the last projection keep `dtype`. Needs the extra
+            `quant`.
+        quantize_dir: folder where blocks in 4 bits are kept as they were rounded, as large as in memory, so that the
+            next start reads them in seconds; null rounds them at every start.
         compile: whether each transformer block is compiled with torch.compile when it first runs, which takes minutes;
             not with DoRA.
         attention: attention kernel by diffusers' name for it, such as _native_flash or flash; null is torch's choice.
@@ -86,6 +89,7 @@ class FlowPolicy(Guided):
         exact_conditioning: bool = False,
         adapter: Lora | None = None,
         quantize: Literal["none", "nf4", "nf4-double"] = "none",
+        quantize_dir: str | None = ".cache/nf4",
         compile: bool = False,
         attention: str | None = None,
         rollout_cache: PositiveFloat | None = None,
@@ -102,7 +106,7 @@ class FlowPolicy(Guided):
         self.vae_checkpointing, self.vae_tiling = vae_checkpointing, vae_tiling
         self.resolution_shift = resolution_shift
         self.quantize_timesteps, self.exact_conditioning = quantize_timesteps, exact_conditioning
-        self.adapter, self.quantize = adapter, quantize
+        self.adapter, self.quantize, self.quantize_dir = adapter, quantize, quantize_dir
         self.compiles_blocks, self.attention, self.rollout_cache = compile, attention, rollout_cache
         self.trained_guidance = trained_guidance
         self.sparse_guidance = SparseGuidance(guidance_every, guided_steps)

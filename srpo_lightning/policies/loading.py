@@ -7,12 +7,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from srpo_lightning.files.pretrained import check_names, load_whole, read_json, safetensors_files, stream_into
+from srpo_lightning.files.pretrained import (
+    check_names,
+    load_whole,
+    read_json,
+    safetensors_files,
+    same_files,
+    stream_into,
+)
 from srpo_lightning.policies import adapters
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Shard
 from srpo_lightning.policies.parallel import compile_blocks
+from srpo_lightning.policies.rounded import RoundedBlocks
 from srpo_lightning.training.nf4 import keep_in_4_bits
 
 STEM = "diffusion_pytorch_model"
@@ -30,6 +39,10 @@ class Loaded(Protocol):
     @property
     def quantize(self) -> str:
         """Bits of the blocks' linear layers."""
+
+    @property
+    def quantize_dir(self) -> str | None:
+        """Folder of blocks that were rounded."""
 
     @property
     def diffusers_class(self) -> Any:
@@ -113,17 +126,25 @@ def read(policy: Loaded) -> Any:
 
 
 def read_in_4_bits(policy: Loaded) -> Any:
-    """The transformer whose blocks are read, rounded and freed one by one; it is never in memory whole."""
+    """The transformer whose blocks are read, rounded and freed one by one; it is never in memory whole.
+
+    A block that an earlier start has rounded and kept is read as it is.
+    """
     transformer = cast(policy.empty_transformer(), policy.dtype).eval().requires_grad_(False)
     files = safetensors_files(*policy.start_place, STEM)
     check_names(adapters.base_tensors(transformer), files)
-    for name, part in (*blocks(transformer), ("", transformer)):
-        give_memory(part)
-        tensors = {f"{name}.{own}".removeprefix("."): tensor for own, tensor in adapters.base_tensors(part).items()}
-        wanted = {own: tensor for own, tensor in tensors.items() if own in files}
-        stream_into(wanted, {own: files.pop(own) for own in wanted})
-        if part is not transformer:
-            keep_in_4_bits(part, double=policy.quantize == "nf4-double")
+    source = f"{same_files(files.values())} {type(transformer).__name__} {policy.dtype} {policy.quantize}"
+    kept = RoundedBlocks(policy.quantize_dir, f"{source} {dict(transformer.config)}")
+    for name, block in tqdm(blocks(transformer), desc="4 bits", unit="block", disable=None, leave=False):
+        own = {key: files.pop(key) for key in [f"{name}.{key}" for key in adapters.base_tensors(block)]}
+        if not kept.read(name, block):
+            give_memory(block)
+            stream_into({f"{name}.{key}": tensor for key, tensor in adapters.base_tensors(block).items()}, own)
+            keep_in_4_bits(block, double=policy.quantize == "nf4-double")
+            kept.keep(name, block)
+    give_memory(transformer)
+    tensors = adapters.base_tensors(transformer)
+    stream_into({name: tensors[name] for name in files}, files)
     return transformer
 
 

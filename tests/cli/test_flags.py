@@ -74,7 +74,7 @@ FLAGS = {
     DanceDiffusion: "eta",
     FlowDiffusion: "a",
     FluxPolicy: "pretrained height width dtype vae_dtype gradient_checkpointing vae_checkpointing vae_tiling "
-    "resolution_shift quantize_timesteps exact_conditioning adapter quantize compile attention "
+    "resolution_shift quantize_timesteps exact_conditioning adapter quantize quantize_dir compile attention "
     "rollout_cache transformer trained_guidance guidance_every guided_steps",
     Lora: "rank alpha target_modules dropout dora rslora seed pretrained",
     ClipReward: "pretrained processor logit_scale_divisor dtype cache_size",

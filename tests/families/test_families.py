@@ -246,7 +246,7 @@ def test_an_adapter_beside_four_bits_is_trained_with_states_of_eight_resumed_and
     case, models, tmp_path, capsys
 ):
     """The export draws with the pipeline what the checkpoint draws, by the code of its model card."""
-    policy = {"adapter": {"rank": 4}, "quantize": "nf4"}
+    policy = {"adapter": {"rank": 4}, "quantize": "nf4", "quantize_dir": str(tmp_path / "nf4")}
     unbroken, broken = (write_config(case, models, tmp_path / name, tmp_path, **policy) for name in ("whole", "broken"))
     main(["estimate", "--config", str(unbroken)])
     assert "fits a device of" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import FluxTransformer2DModel
+from jsonargparse import Namespace
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,7 +31,7 @@ from srpo_lightning.jobs.estimate.step import (
     STEP,
     TRAINED,
 )
-from srpo_lightning.policies import FluxPolicy, loading
+from srpo_lightning.policies import FluxPolicy, Lora, loading
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import processes, tiny
 
@@ -175,6 +176,45 @@ def test_the_optimizers_states_are_those_of_its_class(models, class_name, states
     config.model.optimizer.init_args = type(config)(lr=1e-3)
     parts = predicted(config).peaks["rollout"].parts
     assert parts.get(STATES, 0) / (parts[TRAINED] / 4) == pytest.approx(states, abs=0.3)
+
+
+def test_the_machine_holds_what_is_read_and_while_training_what_is_not_on_the_device(small):
+    """Read: all weights, of which ranks that divide them read none whole. Offloaded: weights, gradients and states."""
+    config = changed(small, trainer__callbacks=None)
+    module = new_module(config)
+    module.configure_model()
+    weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    transformer = sum(parameter.nbytes for parameter in module.policy.transformer.parameters())
+    whole = predicted(config)
+    assert (whole.reading_bytes, whole.host_bytes) == (weights, 0)
+    assert job.host_peak(whole, 3) == 3 * (job.INTERPRETER + weights)
+    strategy = Namespace(
+        class_path="srpo_lightning.training.strategies.ShardedStrategy",
+        init_args=Namespace(shard_size=1, replicate_size=1, cpu_offload=True),
+    )
+    offloaded = predicted(changed(small, trainer__strategy=strategy, trainer__callbacks=None))
+    assert offloaded.reading_bytes == weights - transformer
+    assert offloaded.host_bytes == pytest.approx(4 * transformer, rel=0.05)
+    average = Namespace(class_path="srpo_lightning.callbacks.EMA", init_args=Namespace(device="host"))
+    assert predicted(changed(small, trainer__callbacks=[average])).host_bytes == transformer
+
+
+def test_blocks_in_4_bits_are_read_one_by_one(small, models, tmp_path):
+    policy = {"adapter": Namespace(**vars(Lora(4))), "quantize": "nf4"}
+    config = changed(small, trainer__callbacks=None, **{f"{POLICY}.{name}": own for name, own in policy.items()})
+    tracker = predicted(config)
+    largest = 4 * max(
+        sum(p.numel() for p in block.parameters())
+        for _, block in loading.blocks(FluxPolicy(str(models.pipeline), 32, 32).empty_transformer())
+    )
+    lasting = tracker.peaks[BACKWARD].parts
+    assert tracker.reading_bytes == pytest.approx(lasting[FROZEN] + lasting[TRAINED] + largest, rel=0.01)
+
+
+def test_the_command_says_whether_the_machine_has_room(capsys, small):
+    for memory, said in (("1GiB", "fits a machine of 1.00 GiB"), ("100MiB", "does not fit a machine of 0.0977 GiB")):
+        main(["estimate", "--config", str(small), "--options", "never", "--host_memory", memory])
+        assert said in capsys.readouterr().out
 
 
 def test_the_features_of_the_texts_are_counted_by_their_name(small):

@@ -32,7 +32,7 @@ KINDS = {
     "lora": {"adapter": {"rank": 4, "alpha": 2.0}},
     "rslora": {"adapter": {"rank": 4, "alpha": 6.0, "rslora": True}},
     "dora": {"adapter": {"rank": 4, "alpha": 2.0, "dora": True}},
-    "qlora": {"adapter": {"rank": 4}, "quantize": "nf4"},
+    "qlora": {"adapter": {"rank": 4}, "quantize": "nf4", "quantize_dir": None},
     "bfloat16": {"adapter": {"rank": 4}, "dtype": "bfloat16", "vae_dtype": "bfloat16"},
 }
 """Of runs: what their policy is given."""

@@ -31,7 +31,7 @@ def predict(monkeypatch):
 
     def use(memory: int, prediction: Callable[..., int]) -> None:
         monkeypatch.setattr(room, "memory_per_rank", lambda devices: memory)
-        monkeypatch.setattr(room, "predicted_peak", prediction)
+        monkeypatch.setattr(room, "predicted_peaks", prediction)
         monkeypatch.setattr(room, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
 
     return use
@@ -57,7 +57,7 @@ def test_without_the_check_it_is_tried_all_the_same(config, tmp_path, monkeypatc
     ("memory", "said"), [(800_000, ValueError), (950_000, UserWarning), (1_050_000, UserWarning), (1_200_000, None)]
 )
 def test_only_what_is_certain_is_refused_and_what_is_close_is_said(config, predict, memory, said):
-    predict(memory, lambda *_: 1_000_000)
+    predict(memory, lambda *_: (1_000_000, 0))
     if said is ValueError:
         with pytest.raises(ValueError, match="predicted peak"):
             check(config)
@@ -75,6 +75,18 @@ def test_a_prediction_that_fails_lets_the_run_pass(config, predict):
     predict(1_000_000, impossible)
     with pytest.warns(UserWarning, match="could not be predicted .*a reward of one's own"):
         check(config)
+
+
+def test_what_the_machine_cannot_hold_beside_its_devices_is_refused(config, predict, monkeypatch):
+    predict(2_000_000, lambda *_: (1_000_000, 90 << 30))
+    cure = r"90.0 GiB of the machine's own memory, where 64.0 GiB are there: .* quantize nf4.* memory_check false"
+    settings, trainer = read_config(config), tiny.new_trainer("run")
+    trainer.strategy.parallel_devices = [torch.device("cuda", 0)]
+    monkeypatch.setattr(room, "machine_memory", lambda: 64 << 30)
+    with pytest.raises(ValueError, match=cure):
+        room.check_room(settings, trainer)
+    monkeypatch.setattr(room, "machine_memory", lambda: 96 << 30)
+    room.check_room(settings, trainer)
 
 
 def test_a_small_model_is_not_predicted(config, monkeypatch):

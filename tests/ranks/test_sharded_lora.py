@@ -19,7 +19,7 @@ pytest.importorskip("bitsandbytes")
     ("policy", "trainer"),
     [
         ({"adapter": {"rank": 4, "dora": True}}, {}),  # A, B and the lengths of rows
-        ({"adapter": {"rank": 4}, "quantize": "nf4"}, {"strategy": "ddp"}),
+        ({"adapter": {"rank": 4}, "quantize": "nf4", "quantize_dir": None}, {"strategy": "ddp"}),
     ],
     ids=["sharded", "4 bits"],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple
 
+import psutil
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
@@ -16,6 +17,7 @@ from srpo_lightning.callbacks.ema import EMA
 from srpo_lightning.config.arguments import choose_strategy, read_config, sharded
 from srpo_lightning.config.classes import of_class
 from srpo_lightning.jobs.estimate.devices import devices_per_node, is_sharded, num_devices
+from srpo_lightning.jobs.estimate.host import INTERPRETER, host_peak
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
 from srpo_lightning.jobs.estimate.published import small_files, write_small_files
@@ -183,6 +185,17 @@ def report(config: Namespace, tracker: MemoryTracker, published: list[str]) -> s
     )
 
 
+def host_report(tracker: MemoryTracker, ranks: int, memory: int) -> str:
+    """What the machine's own memory must hold, beside the devices'."""
+    peak = host_peak(tracker, ranks)
+    phases = {"reading models": tracker.reading_bytes, "training": tracker.host_bytes}
+    rows = [f"{in_gib(size):>10}  {phase}" for phase, size in phases.items()]
+    beside = f"each of its {ranks} ranks beside {in_gib(INTERPRETER)} of Python"
+    head = f"Predicted memory of the machine in GiB, for {beside}:"
+    found = f"{in_gib(peak)} GiB in all: {verdict(peak, memory)} a machine of {in_gib(memory)} GiB"
+    return "\n".join(["", head, *rows, found])
+
+
 def try_options(config: Namespace, peak: int, room: int, target: Literal["cuda", "cpu"]) -> Iterator[str]:
     """What each option saves, most first; then the fewest of them, in that order, that fit together."""
     found = []
@@ -237,6 +250,7 @@ def estimate(
     reserve: str = "2GiB",
     target: Literal["cuda", "cpu"] = "cuda",
     options: Literal["if-needed", "always", "never"] = "if-needed",
+    host_memory: str | None = None,
 ) -> None:
     """Predict the memory of training, per device, without a GPU and without weights.
 
@@ -247,11 +261,13 @@ def estimate(
         reserve: Share of the memory kept free for the CUDA context, kernels' workspaces and fragmentation.
         target: Kind of device whose rules of autocast and optimizer kernels count.
         options: Whether to try, one by one, what would save memory; each is a prediction of its own.
+        host_memory: Memory of the machine, which the ranks on it share, such as 64GiB; null takes this one's.
 
     Raises:
         ValueError: with the cure, if the configuration cannot be read or asks for a model whose shape is not known.
     """
     memory, kept_free = parse_bytes(device_memory), parse_bytes(reserve)
+    machine = int(psutil.virtual_memory().total) if host_memory is None else parse_bytes(host_memory)
     settings = read_config(*config)
     if devices is not None:
         use_devices(settings, devices)
@@ -265,3 +281,6 @@ def estimate(
             print("\nOne change at a time, GiB saved and left:")
             for line in try_options(settings, peak, room, target):
                 print(line, flush=True)
+        if target == "cuda":
+            ranks = num_devices(settings.trainer) // int(settings.trainer.num_nodes)
+            print(host_report(tracker, ranks, machine))

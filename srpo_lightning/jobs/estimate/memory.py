@@ -26,6 +26,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 GIB = 1 << 30
 
+HOST = "host"
+"""The label of what is in the memory of the machine and not of the device."""
+
 # Autocast's operations in float32 on CUDA that have no such rule on a CPU, by their names in Python.
 # Source: AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE in ATen/autocast_mode.h, torch 2.13.
 # fmt: off
@@ -52,6 +55,11 @@ class MemoryTracker(TorchDispatchMode):
     Args:
         phase: Name of the first phase; set it as the program goes on.
         casts: Labels of copies of another dtype, by the label of what is copied; others have their phase's.
+
+    Attributes:
+        peaks: The highest peak of the device, by phase.
+        host_bytes: The most bytes at one moment of what is labelled HOST.
+        reading_bytes: What the machine's memory holds when models are read; who reads them sets it.
     """
 
     def __init__(self, phase: str, casts: Mapping[str, str]) -> None:
@@ -59,6 +67,7 @@ class MemoryTracker(TorchDispatchMode):
         self.phase = phase
         self.casts = casts
         self.peaks: dict[str, Peak] = {}
+        self.host_bytes = self.reading_bytes = 0
         self._live: Counter[str] = Counter()
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage to its [label, bytes]
         self._patches = ExitStack()
@@ -69,7 +78,7 @@ class MemoryTracker(TorchDispatchMode):
         return max(self.peaks, key=lambda phase: self.peaks[phase].total)
 
     def label(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Count these tensors under another label from now on, or for the first time; an empty one: not at all."""
+        """Count these tensors under another label from now on, or for the first time."""
         for tensor in tensors:
             for storage in get_untyped_storages(tensor):
                 self._count(storage, label)
@@ -126,16 +135,18 @@ class MemoryTracker(TorchDispatchMode):
             finalize(storage, self._release, entry).atexit = False
         entry = self._entries[storage]
         self._live[entry[0]] -= entry[1]
-        entry[:] = label, storage.nbytes() if label else 0
+        entry[:] = label, storage.nbytes()
         self._live[label] += entry[1]
 
     def _release(self, entry: list[Any]) -> None:
         self._live[entry[0]] -= entry[1]
 
     def _look(self) -> None:
-        total = self._live.total()
+        self.host_bytes = max(self.host_bytes, self._live[HOST])
+        total = self._live.total() - self._live[HOST]
         if self.phase not in self.peaks or total >= self.peaks[self.phase].total:
-            self.peaks[self.phase] = Peak(total, dict(self._live))
+            parts = {label: size for label, size in self._live.items() if label != HOST}
+            self.peaks[self.phase] = Peak(total, parts)
 
 
 def _is_unknown(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ stand-ins.
 
 Not counted: what compiled blocks and attention kernels other than torch's own keep; kernels' workspaces, the
 allocator's fragmentation, the CUDA context and NCCL's buffers; features of an evaluation's texts; text encoders, which
-are freed before training; and host memory.
+are freed before training. Of the machine's own memory host.py has what is counted.
 """
 
 import logging
@@ -41,6 +41,7 @@ from srpo_lightning.encoding import Encoding
 from srpo_lightning.files import pretrained as reading
 from srpo_lightning.files.pretrained import load_whole
 from srpo_lightning.jobs.estimate.devices import is_sharded
+from srpo_lightning.jobs.estimate.host import reading_bytes
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.stand_ins import EightBitStates, keep_in_4_bits
 from srpo_lightning.jobs.estimate.step import CASTS, FROZEN, ROLLOUT, TRAINED, evaluate, train
@@ -149,6 +150,7 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
                 judge.load()
             module.policy.load(None if strategy is None else in_mode(mode, strategy.shard))
             module.reward.load()
+            tracker.reading_bytes = reading_bytes(module)
         stack.enter_context(mode)
         if target == "cuda":
             stack.enter_context(cuda_operations())

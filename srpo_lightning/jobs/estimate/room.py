@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from srpo_lightning.callbacks.tracking import RewardTracking
 from srpo_lightning.config.classes import is_class
+from srpo_lightning.jobs.estimate.host import host_peak
 from srpo_lightning.jobs.estimate.job import OPTIONS, local_files
 from srpo_lightning.jobs.estimate.memory import GIB
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
@@ -48,12 +49,14 @@ def check_room(config: Namespace, trainer: Trainer) -> None:
     # Training has the highest peak, but for judges much larger than what is trained: half the time for the other case.
     settings.trainer.callbacks = [own for own in callbacks if not is_class(own.class_path, RewardTracking)]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        prediction = pool.submit(predicted_peak, settings, "cuda" if kind == "cuda" else "cpu")
+        prediction = pool.submit(predicted_peaks, settings, "cuda" if kind == "cuda" else "cpu", len(devices))
         failure = prediction.exception()
     if failure is not None:
         rank_zero_warn(f"the memory of this run could not be predicted ({type(failure).__name__}: {failure})")
         return
-    peak = prediction.result()
+    peak, host = prediction.result()
+    if kind == "cuda":
+        check_host(host, machine_memory())
     found = (
         f"predicted peak {peak / GIB:.1f} GiB of memory, where {memory / GIB:.1f} GiB are there for each {kind} rank"
     )
@@ -67,11 +70,30 @@ def check_room(config: Namespace, trainer: Trainer) -> None:
         rank_zero_info(found)
 
 
+def check_host(peak: int, memory: int) -> None:
+    """Refuse what the memory of the machine cannot hold.
+
+    Raises:
+        ValueError: naming the settings that save it.
+    """
+    if peak * CERTAIN > memory:
+        raise ValueError(
+            f"predicted {peak / GIB:.1f} GiB of the machine's own memory, where {memory / GIB:.1f} GiB are there: less "
+            "is needed by fewer ranks, ShardedStrategy without cpu_offload, model.policy.init_args.dtype bfloat16 or "
+            "quantize nf4, or EMA with device: same. With memory_check false it is tried all the same"
+        )
+
+
+def machine_memory() -> int:
+    """Bytes of memory that the ranks on this machine share."""
+    return int(psutil.virtual_memory().total)
+
+
 def memory_per_rank(devices: list[torch.device]) -> int | None:
     """Bytes that each rank of this node can have at most; None where that is not known."""
     if devices[0].type == "cuda":
         return min(int(torch.cuda.get_device_properties(device).total_memory) for device in devices)
-    return int(psutil.virtual_memory().total) // len(devices) if devices[0].type == "cpu" else None
+    return machine_memory() // len(devices) if devices[0].type == "cpu" else None
 
 
 def is_small(config: Namespace, memory: int) -> bool:
@@ -83,9 +105,9 @@ def is_small(config: Namespace, memory: int) -> bool:
     return folder.is_dir() and sum(f.stat().st_size for f in folder.rglob("*.safetensors")) < SMALL * memory
 
 
-def predicted_peak(config: Namespace, target: Literal["cuda", "cpu"]) -> int:
-    """Bytes per device."""
+def predicted_peaks(config: Namespace, target: Literal["cuda", "cpu"], ranks: int) -> tuple[int, int]:
+    """Bytes per device, and bytes of the machine for so many ranks on it."""
     with warnings.catch_warnings(), local_files(config), quiet():
         warnings.simplefilter("ignore")
         tracker = predict(config, target)
-    return tracker.peaks[tracker.peak_phase].total
+    return tracker.peaks[tracker.peak_phase].total, host_peak(tracker, ranks)

@@ -17,7 +17,7 @@ from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.draws import Draws
 from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices
-from srpo_lightning.jobs.estimate.memory import MemoryTracker
+from srpo_lightning.jobs.estimate.memory import HOST, MemoryTracker
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.rewards.base import Reward
 
@@ -60,7 +60,7 @@ def train(
     """
     parameters = [p for _, p in module.trainable_parameters()]
     offloads = is_sharded(trainer) and trainer.strategy.init_args.cpu_offload
-    trained_label, gradient_label, state_label = [""] * 3 if offloads else [TRAINED, GRADIENTS, STATES]
+    trained_label, gradient_label, state_label = [HOST] * 3 if offloads else [TRAINED, GRADIENTS, STATES]
     tracker.label(parameters, trained_label)
     tracker.label((t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad), FROZEN)
     tracker.label((t for t in tree_leaves(conditions) if isinstance(t, Tensor)), BATCH)
@@ -70,7 +70,7 @@ def train(
     with tracker, phases(module, tracker):
         if ema:
             ema.on_fit_start(progress, module)
-            tracker.label(ema.weights.values(), AVERAGE if ema.device == "same" and not offloads else "")
+            tracker.label(ema.weights.values(), AVERAGE if ema.device == "same" and not offloads else HOST)
         has_buckets = num_devices(trainer) > 1 and not is_sharded(trainer)
         buckets = [torch.zeros_like(parameter) for parameter in parameters if has_buckets]
         tracker.label(buckets, BUCKETS)
