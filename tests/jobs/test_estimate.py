@@ -195,6 +195,10 @@ def test_the_machine_holds_what_is_read_and_while_training_what_is_not_on_the_de
     offloaded = predicted(changed(small, trainer__strategy=strategy, trainer__callbacks=None))
     assert offloaded.reading_bytes == weights - transformer
     assert offloaded.host_bytes == pytest.approx(4 * transformer, rel=0.05)
+    frozen = changed(small, trainer__strategy=strategy, trainer__callbacks=None)
+    frozen[f"{POLICY}.adapter"] = Namespace(**vars(Lora(4)))
+    others = weights - transformer - sum(tensor.nbytes for tensor in module.policy.vae.buffers())
+    assert predicted(frozen).peaks[BACKWARD].parts[FROZEN] == pytest.approx(others, rel=0.05)
     average = Namespace(class_path="srpo_lightning.callbacks.EMA", init_args=Namespace(device="host"))
     assert predicted(changed(small, trainer__callbacks=[average])).host_bytes == transformer
 

@@ -5,14 +5,35 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from srpo_lightning.cli import main
 from srpo_lightning.run_folder import RunFolder
 from tests.ranks.test_sharded import assert_close, config, fit, whole
 
+ROOT = Path(__file__).parents[2]
+
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
+
+
+def test_one_rank_whose_weights_stay_in_host_memory_trains_what_a_device_trains(models, features, tmp_path):
+    """Frozen ones and adapters alike, as configs/forms/host_offload.yaml has it; resumed as well."""
+    offload = yaml.safe_load((ROOT / "configs" / "forms" / "host_offload.yaml").read_text())["trainer"]
+    paths = {
+        name: config(models, features, tmp_path / name, 1, **trainer)
+        for name, trainer in (("device", {}), ("host", offload))
+    }
+    for path in paths.values():
+        settings = json.loads(path.read_text())
+        settings["model"]["policy"]["init_args"] |= {"adapter": {"rank": 4}, "dtype": "bfloat16"}
+        settings["trainer"]["precision"] = "bf16-mixed"
+        path.write_text(json.dumps(settings))
+    fit(paths["device"])
+    fit(paths["host"], "--trainer.max_steps", "2")
+    fit(paths["host"], "--ckpt_path", "last")
+    assert_close(whole(tmp_path / "host", 4), whole(tmp_path / "device", 4))
 
 
 @pytest.mark.parametrize(

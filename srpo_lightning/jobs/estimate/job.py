@@ -119,6 +119,17 @@ def shard_over(size: int, config: Namespace) -> bool:
     return True
 
 
+def offload(config: Namespace) -> bool:
+    """FSDP2 with weights in the machine's memory, on as many devices as now."""
+    if config.model.policy.init_args.get("quantize", "none") != "none":
+        return False
+    if not is_sharded(config.trainer):
+        config.trainer.strategy = sharded(num_devices(config.trainer))
+    init_args = config.trainer.strategy.init_args
+    init_args.cpu_offload, had = True, init_args.cpu_offload
+    return not had
+
+
 def adapter(quantize: str, config: Namespace) -> bool:
     """Train adapters of rank 32, beside weights in bfloat16 or 4 bits."""
     policy = config.model.policy.init_args
@@ -142,6 +153,7 @@ OPTIONS = (
     Option("EMA with device: host", average_on_host),
     Option("model.optimizer_in_backward true, without accumulation and trainer.gradient_clip_val", in_backward),
     turn(f"{POLICY}.dtype", "bfloat16"),
+    Option("ShardedStrategy with cpu_offload true, on the same devices: weights in the machine's memory", offload),
     Option("ShardedStrategy with shard_size 2, on as many devices", partial(shard_over, 2)),
     Option("ShardedStrategy with shard_size 8, on as many devices", partial(shard_over, 8)),
     Option(f"{POLICY}.adapter {{rank: 32}} and dtype bfloat16: LoRA", partial(adapter, "none")),
