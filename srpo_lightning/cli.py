@@ -21,6 +21,7 @@ JOBS = {
     "estimate": "srpo_lightning.jobs.estimate.job",
     "export": "srpo_lightning.jobs.export.job",
     "reward-bias": "srpo_lightning.jobs.reward_bias",
+    "stand-in": "srpo_lightning.jobs.stand_in",
 }
 """The commands that are a function of the command's name, and its module."""
 

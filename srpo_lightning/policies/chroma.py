@@ -17,7 +17,7 @@ from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies.family import Latents, PackedFamily
 from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.policies.flux import FluxPolicy
-from srpo_lightning.policies.geometries import kl_vae
+from srpo_lightning.policies.geometries import T5_XXL, kl_vae
 from srpo_lightning.policies.packing import image_ids
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
 
@@ -69,7 +69,7 @@ class ChromaPolicy(PackedFamily, FlowPolicy):
             "transformer/config.json": {"_class_name": "ChromaTransformer2DModel", "in_channels": 64},
             "vae/config.json": kl_vae(0.3611, 0.1159),
             "scheduler/scheduler_config.json": {"shift": 3.0, "use_dynamic_shifting": True},
-            "text_encoder/config.json": {"d_model": 4096},
+            "text_encoder/config.json": T5_XXL,
             "tokenizer/tokenizer_config.json": {"model_max_length": 512},
         }
     }

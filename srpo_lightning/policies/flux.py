@@ -13,7 +13,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies.family import Latents, PackedFamily
 from srpo_lightning.policies.flow_policy import FlowPolicy
-from srpo_lightning.policies.geometries import kl_vae
+from srpo_lightning.policies.geometries import CLIP_L, T5_XXL, kl_vae
 from srpo_lightning.policies.packing import image_ids
 from srpo_lightning.policies.single_file import SingleFile
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
@@ -62,8 +62,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "vae/config.json": kl_vae(0.3611, 0.1159),
     "scheduler/scheduler_config.json": {"shift": 3.0, "use_dynamic_shifting": True},
-    "text_encoder/config.json": {"hidden_size": 768},
-    "text_encoder_2/config.json": {"d_model": 4096},
+    "text_encoder/config.json": CLIP_L,
+    "text_encoder_2/config.json": T5_XXL,
     "tokenizer_2/tokenizer_config.json": {"model_max_length": 512},
 }
 

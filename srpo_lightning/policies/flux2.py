@@ -16,6 +16,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies.family import Latents, PackedFamily
 from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.policies.geometries import MISTRAL_SMALL, QWEN3_4B, QWEN3_8B
 from srpo_lightning.policies.packing import CELL, image_ids, pack, unpack
 from srpo_lightning.policies.single_file import SingleFile
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
@@ -37,6 +38,11 @@ class KleinTextEncoder(PipelineTextEncoder):
         config = read_json(pretrained, "text_encoder", "config.json")
         width = config.get("text_config", config)["hidden_size"]
         return {"prompt_embeds": (max_sequence_length, len(cls.layers) * width)}
+
+    @classmethod
+    def layers_read(cls, pretrained: str) -> tuple[int, ...]:  # noqa: ARG003  # Krea 2's say so in a file
+        """Three."""
+        return cls.layers
 
     def templated(self, prompt: str) -> str:
         """As a user's turn, before an answer whose thoughts are empty."""
@@ -83,8 +89,8 @@ class DevTextEncoder(KleinTextEncoder):
         return text
 
 
-def _published(layers: tuple[int, int], heads: int, width: int, *, is_dev: bool = False) -> dict[str, dict[str, Any]]:
-    text = {"hidden_size": width}
+def _published(layers: tuple[int, int], heads: int, text: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    width = text.get("text_config", text)["hidden_size"]
     return {
         "model_index.json": {"is_distilled": False},
         "transformer/config.json": {
@@ -94,11 +100,11 @@ def _published(layers: tuple[int, int], heads: int, width: int, *, is_dev: bool 
             "num_single_layers": layers[1],
             "num_attention_heads": heads,
             "joint_attention_dim": 3 * width,
-            "guidance_embeds": is_dev,
+            "guidance_embeds": text is MISTRAL_SMALL,
         },
         "vae/config.json": {"_class_name": "AutoencoderKLFlux2"},
         "scheduler/scheduler_config.json": {"shift": 3.0, "use_dynamic_shifting": True},
-        "text_encoder/config.json": {"text_config": text} if is_dev else text,
+        "text_encoder/config.json": text,
         "tokenizer/tokenizer_config.json": {"model_max_length": 131072},
     }
 
@@ -110,9 +116,9 @@ class Flux2Policy(PackedFamily, FlowPolicy):
     tied = ("in_channels", "joint_attention_dim", "guidance_embeds")
     hub_tag = "flux-2"
     published: ClassVar = {
-        "black-forest-labs/FLUX.2-klein-base-4B": _published((5, 20), 24, 2560),
-        "black-forest-labs/FLUX.2-klein-base-9B": _published((8, 24), 32, 4096),
-        "black-forest-labs/FLUX.2-dev": _published((8, 48), 48, 5120, is_dev=True),
+        "black-forest-labs/FLUX.2-klein-base-4B": _published((5, 20), 24, QWEN3_4B),
+        "black-forest-labs/FLUX.2-klein-base-9B": _published((8, 24), 32, QWEN3_8B),
+        "black-forest-labs/FLUX.2-dev": _published((8, 48), 48, MISTRAL_SMALL),
     }
 
     @property

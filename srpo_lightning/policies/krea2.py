@@ -16,6 +16,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies.family import Latents
 from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.policies.geometries import QWEN3_VL_4B
 from srpo_lightning.policies.packing import image_ids
 from srpo_lightning.policies.per_channel_vae import PerChannelFamily
 from srpo_lightning.policies.qwen_image import BEFORE, BEHIND, NUM_BEFORE, QwenImageTextEncoder
@@ -42,7 +43,12 @@ class Krea2TextEncoder(QwenImageTextEncoder):
     def shapes_of(cls, pretrained: str, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
         """`prompt_embeds` [T, layers, D]."""
         width = read_json(pretrained, "text_encoder", "config.json")["text_config"]["hidden_size"]
-        return {"prompt_embeds": (max_sequence_length, len(layers_of(pretrained)), width)}
+        return {"prompt_embeds": (max_sequence_length, len(cls.layers_read(pretrained)), width)}
+
+    @classmethod
+    def layers_read(cls, pretrained: str) -> tuple[int, ...]:
+        """Those that model_index.json names."""
+        return tuple(read_json(pretrained, "", "model_index.json").get("text_encoder_select_layers") or LAYERS)
 
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """As Krea2Pipeline.encode_prompt computes them, with padding between the prompt and the template's end."""
@@ -54,18 +60,13 @@ class Krea2TextEncoder(QwenImageTextEncoder):
         states = models["text_encoder"](
             ids, attention_mask=mask.bool(), position_ids=positions, output_hidden_states=True
         ).hidden_states
-        chosen = torch.stack([states[layer] for layer in layers_of(self.pretrained)], dim=2)
+        chosen = torch.stack([states[layer] for layer in self.layers_read(self.pretrained)], dim=2)
         parts = zip(chosen[:, NUM_BEFORE:], mask[:, NUM_BEFORE:].bool(), strict=True)
         return [{"prompt_embeds": rows[own]} for rows, own in parts]
 
     def fingerprint(self) -> str:
         """With the layers, which another file names."""
-        return hashlib.sha256(f"{super().fingerprint()} {layers_of(self.pretrained)}".encode()).hexdigest()
-
-
-def layers_of(pretrained: str) -> tuple[int, ...]:
-    """The layers of the text encoder that a pipeline reads."""
-    return tuple(read_json(pretrained, "", "model_index.json").get("text_encoder_select_layers") or LAYERS)
+        return hashlib.sha256(f"{super().fingerprint()} {self.layers_read(self.pretrained)}".encode()).hexdigest()
 
 
 class Krea2Policy(PerChannelFamily, FlowPolicy):
@@ -82,7 +83,7 @@ class Krea2Policy(PerChannelFamily, FlowPolicy):
             "transformer/config.json": {"_class_name": "Krea2Transformer2DModel", "in_channels": 64},
             "vae/config.json": {"_class_name": "AutoencoderKLQwenImage"},
             "scheduler/scheduler_config.json": {"use_dynamic_shifting": True, "max_image_seq_len": 6400},
-            "text_encoder/config.json": {"text_config": {"hidden_size": 2560}},
+            "text_encoder/config.json": QWEN3_VL_4B,
             "tokenizer/tokenizer_config.json": {"model_max_length": 262144},
         }
     }

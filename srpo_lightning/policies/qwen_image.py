@@ -13,6 +13,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies.family import Latents
 from srpo_lightning.policies.flow_policy import FlowPolicy
+from srpo_lightning.policies.geometries import QWEN2_5_VL_7B
 from srpo_lightning.policies.packing import CELL
 from srpo_lightning.policies.per_channel_vae import PerChannelFamily
 from srpo_lightning.policies.single_file import SingleFile
@@ -74,7 +75,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_shift": 0.9,
         "shift_terminal": 0.02,
     },
-    "text_encoder/config.json": {"hidden_size": 3584},
+    "text_encoder/config.json": QWEN2_5_VL_7B,
     "tokenizer/tokenizer_config.json": {"model_max_length": 131072},
 }
 

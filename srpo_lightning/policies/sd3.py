@@ -16,7 +16,7 @@ from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies import loading
 from srpo_lightning.policies.family import Latents, SpatialFamily
 from srpo_lightning.policies.flow_policy import FlowPolicy
-from srpo_lightning.policies.geometries import kl_vae
+from srpo_lightning.policies.geometries import CLIP_G, CLIP_L, T5_XXL, kl_vae
 from srpo_lightning.policies.single_file import SingleFile
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
 
@@ -71,9 +71,9 @@ def _published(**transformer: Any) -> dict[str, dict[str, Any]]:
         "transformer/config.json": {**shared, **transformer},
         "vae/config.json": kl_vae(1.5305, 0.0609),
         "scheduler/scheduler_config.json": {"shift": 3.0},
-        "text_encoder/config.json": {"projection_dim": 768},
-        "text_encoder_2/config.json": {"projection_dim": 1280},
-        "text_encoder_3/config.json": {"d_model": 4096},
+        "text_encoder/config.json": CLIP_L,
+        "text_encoder_2/config.json": CLIP_G,
+        "text_encoder_3/config.json": T5_XXL,
         "tokenizer/tokenizer_config.json": {"model_max_length": 77},
         "tokenizer_3/tokenizer_config.json": {"model_max_length": 512},
     }

@@ -96,6 +96,11 @@ class PipelineTextEncoder(ABC):
         """The largest shape of one prompt's features by name, from configurations alone."""
 
     @classmethod
+    def layers_read(cls, pretrained: str) -> tuple[int, ...]:  # noqa: ARG003  # Krea 2's say so in a file
+        """The layers of `quantized` that features are read from, where they are others than the last ones."""
+        return ()
+
+    @classmethod
     def longest(cls, pretrained: str) -> int:
         """Tokens per prompt where nobody says how many, from configurations alone."""
         return min(

@@ -14,7 +14,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies.family import Latents, SpatialFamily
 from srpo_lightning.policies.flow_policy import FlowPolicy
-from srpo_lightning.policies.geometries import kl_vae
+from srpo_lightning.policies.geometries import QWEN3_4B, kl_vae
 from srpo_lightning.policies.single_file import SingleFile
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
 
@@ -65,7 +65,7 @@ class ZImagePolicy(SpatialFamily, FlowPolicy):
             "transformer/config.json": {"_class_name": "ZImageTransformer2DModel", "in_channels": 16},
             "vae/config.json": kl_vae(0.3611, 0.1159),
             "scheduler/scheduler_config.json": {"shift": 6.0},
-            "text_encoder/config.json": {"hidden_size": 2560},
+            "text_encoder/config.json": QWEN3_4B,
             "tokenizer/tokenizer_config.json": {"model_max_length": 131072},
         }
     }

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from srpo_lightning.jobs.export.weights import Stored
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 SHARD_BYTES = 10 * 10**9  # of diffusers' save_pretrained
 
 
@@ -26,14 +26,15 @@ def write_file(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype, pr
     Args:
         path: File to write.
         tensors: Tensors by name.
-        dtype: Dtype of all tensors in the file.
+        dtype: Dtype of all tensors in the file that have none of their own.
         progress: Progress bar, which is told of each tensor.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, stored in tensors.items():
-        start, end = end, end + math.prod(stored.shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": stored.shape, "data_offsets": [start, end]}
+        own = stored.dtype or dtype
+        start, end = end, end + math.prod(stored.shape) * own.itemsize
+        header[name] = {"dtype": NAMES[own], "shape": stored.shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as stream:
@@ -45,14 +46,16 @@ def write_file(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype, pr
 
 def as_stored(stored: Stored, dtype: torch.dtype) -> Tensor:
     """A tensor as the file holds it."""
-    tensor = stored.read().to(dtype)
+    tensor = stored.read().to(stored.dtype or dtype)
     assert tuple(tensor.shape) == stored.shape
     return tensor
 
 
 def write_shards(folder: Path, stem: str, tensors: Mapping[str, Stored], dtype: torch.dtype) -> None:
     """Write `<stem>.safetensors`, or several files of at most `SHARD_BYTES`, with an index, as diffusers names them."""
-    outlines = {name: torch.empty(stored.shape, dtype=dtype, device="meta") for name, stored in tensors.items()}
+    outlines = {
+        name: torch.empty(stored.shape, dtype=stored.dtype or dtype, device="meta") for name, stored in tensors.items()
+    }
     plan = split_torch_state_dict_into_shards(
         outlines, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=SHARD_BYTES
     )

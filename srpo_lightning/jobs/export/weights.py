@@ -29,10 +29,12 @@ class Stored(NamedTuple):
     Args:
         shape: Shape of the tensor.
         read: Function that brings it into memory.
+        dtype: Dtype that it is kept in, whatever others are; None: theirs.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    dtype: torch.dtype | None = None
 
 
 def read_trained(path: Path, kind: Kind, module: SRPOModule) -> dict[str, Stored]:
