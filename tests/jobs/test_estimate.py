@@ -37,6 +37,8 @@ from tests import processes, tiny
 REPOSITORY = Path(__file__).parents[2]
 EMOJI = "configs/emoji_srpo.yaml"
 FLUX = "configs/flux_srpo.yaml"
+SMALL_PICTURES = {f"{POLICY}.height": 32, f"{POLICY}.width": 32}
+"""In bfloat16, for which a CPU may have no instructions."""
 
 
 def changed(path, **settings):
@@ -68,7 +70,7 @@ def small(models, features, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        ({"trainer__precision": "32-true", "data__batch_size": 2}, 0.01),
+        ({"trainer__precision": "32-true", "data__batch_size": 2}, 0.005),
         (
             {
                 "trainer__precision": "bf16-mixed",
@@ -76,8 +78,9 @@ def small(models, features, tmp_path):
                 "trainer__accumulate_grad_batches": 2,
                 "trainer__callbacks": None,
                 "model__objective__init_args__reward_batch_size": 2,
+                **SMALL_PICTURES,
             },
-            0.01,
+            0.005,
         ),
         (
             {
@@ -85,13 +88,14 @@ def small(models, features, tmp_path):
                 "data__batch_size": 4,
                 f"{POLICY}.gradient_checkpointing": True,
                 f"{POLICY}.vae_checkpointing": True,
+                **SMALL_PICTURES,
             },
             0.1,
         ),
     ],
 )
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(settings, tolerance):
-    """Within a hundredth but for kernels' workspaces, which are seen where the VAE's layers are recomputed.
+    """Within half a hundredth but for kernels' workspaces, which are seen where the VAE's layers are recomputed.
 
     In a process of its own, as the command is: what earlier tests left in this one has moved the prediction.
     """
