@@ -3,16 +3,19 @@
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.multiprocessing.spawn import start_processes
 
 from srpo_lightning.cli import main
 from srpo_lightning.data import features as encoded
 from srpo_lightning.data import store
 from srpo_lightning.data.manifest import MANIFEST
+from srpo_lightning.jobs import cache
 from srpo_lightning.jobs.cache import read_data
 from tests import processes, tiny
 
@@ -92,7 +95,9 @@ def test_more_prompts_add_files_and_pruning_takes_what_none_asks_for(config, tmp
     assert features(config).keys() == {"a0 b", "new", "c0", "c1", "c2"}
 
 
-def test_several_processes_share_the_files(config, tmp_path):
+def test_several_processes_share_the_files(config, tmp_path, monkeypatch):
+    """They are forked from one that has imported everything, which takes longer than they do."""
+    monkeypatch.setattr(cache, "spawn", partial(start_processes, start_method="forkserver"))
     (tmp_path / "many.txt").write_text("".join(f"x{i}\n" for i in range(1200)))
     change(config, train=str(tmp_path / "many.txt"))
     main(["cache", "--config", config, "--num_processes", "2"])
