@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from srpo_lightning.cli import main
 from srpo_lightning.config.arguments import new_module, read_config
-from srpo_lightning.jobs.estimate import job
+from srpo_lightning.jobs.estimate import job, published
 from srpo_lightning.jobs.estimate.devices import num_devices
 from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
@@ -259,10 +259,14 @@ def run(capsys, *arguments):
 
 
 def test_flux_is_estimated_without_any_of_its_files(capsys, monkeypatch):
-    """With one block of each kind, which is faster; everything else as published."""
+    """With one block of each kind and one layer of each tower, which is faster; everything else as published."""
     flux = FluxPolicy.published["black-forest-labs/FLUX.1-dev"]
     small = flux["transformer/config.json"] | {"num_layers": 1, "num_single_layers": 1}
     monkeypatch.setitem(flux, "transformer/config.json", small)
+    for name, files in published.REWARDS.items():
+        clip = files["config.json"]
+        towers = {tower: clip[tower] | {"num_hidden_layers": 1} for tower in ("text_config", "vision_config")}
+        monkeypatch.setitem(published.REWARDS, name, files | {"config.json": clip | towers})
     printed = run(capsys, "--config", FLUX)
     assert (
         "architecture: black-forest-labs/FLUX.1-dev, xswu/HPSv2, openai/clip-vit-large-patch14 as published" in printed
