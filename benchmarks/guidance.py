@@ -47,9 +47,8 @@ class Unguided(SparseGuidance):
 
     def unconditional(self, conditional: Latents, compute: Callable[[], Latents]) -> Latents | None:
         """The second pass, or none."""
-        self._difference = None
-        self._step += 1
-        return compute() if (self._step - 1) % self.every == 0 else None
+        step, self._step = self._step, self._step + 1
+        return compute() if step % self.every == 0 else None
 
 
 STEPS = 24

@@ -173,9 +173,10 @@ def model_flops(config: Namespace) -> Mapping[str, float]:
             return meter.take()
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a product of square matrices."""
-    size, turns = (8192, 10) if device.type == "cuda" else (1024, 5)
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOPs per second of a product of square matrices, large ones unless a size is given."""
+    turns = 10 if device.type == "cuda" else 5
+    size = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     a @ b
     start = now(device)

@@ -26,20 +26,25 @@ torch.use_deterministic_algorithms(True)
 
 LONGEST = (
     "tests/families/test_families.py",
-    "tests/experiments/test_objectives.py",
     "tests/ranks/test_sharded.py",
-    "tests/ranks/test_agreement.py",
     "tests/jobs/test_estimate.py",
-    "tests/kill/test_kill.py",
-    "tests/ranks/test_two_ranks.py",
     "tests/test_notebooks.py",
-    "tests/kill/test_cache.py",
+    "tests/experiments/test_objectives.py",
+    "tests/ranks/test_agreement.py",
     "tests/jobs/test_export.py",
-    "tests/cli/test_cache.py",
     "tests/cli/test_flux_run.py",
-    "tests/ranks/test_host_memory.py",
-    "tests/ranks/test_sharded_export.py",
+    "tests/kill/test_kill.py",
+    "tests/callbacks/test_checkpoint.py",
     "tests/cli/test_odd_configurations.py",
+    "tests/ranks/test_two_ranks.py",
+    "tests/policies/test_parallel.py",
+    "tests/cli/test_emoji_run.py",
+    "tests/cli/test_commands.py",
+    "tests/cli/test_family_files.py",
+    "tests/ranks/test_host_memory.py",
+    "tests/kill/test_cache.py",
+    "tests/ranks/test_sharded_export.py",
+    "tests/cli/test_cache.py",
 )
 """Files that take longest, in that order: one that begins last would have all workers but its own wait."""
 

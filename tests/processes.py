@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from srpo_lightning.cli import JOBS
 
+PRELOADED = ["srpo_lightning.trainer_cli", *JOBS.values(), "tests.tiny"]
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["srpo_lightning.trainer_cli", *JOBS.values(), "tests.tiny"])
+CONTEXT.set_forkserver_preload(PRELOADED)
 LIMIT_S = 1200.0
 """For what hangs, on whatever machine: no test is about how long anything takes."""
 

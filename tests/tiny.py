@@ -59,8 +59,30 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=[(p, -1.0) for p in pieces], extra_ids=0, model_max_length=MAX_TOKENS)
 
 
+def kl_vae(**changes: Any) -> AutoencoderKL:
+    """For 16 x 16 pictures and up, factor 8 as FLUX's."""
+    size = {
+        "block_out_channels": (8, 8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "scaling_factor": 0.7,
+        "shift_factor": 0.1,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": False,
+    }
+    return AutoencoderKL(**size | changes)
+
+
+def t5_encoder(width: int = 16) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+
+
 def write_pipeline(folder: Path, seed: int = 0, guidance_embeds: bool = True, width: int = 16) -> Path:
-    """A FluxPipeline for 16 x 16 pictures and up, factor 8 as FLUX's VAE."""
+    """A FluxPipeline for 16 x 16 pictures and up."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         in_channels=16,
@@ -73,20 +95,7 @@ def write_pipeline(folder: Path, seed: int = 0, guidance_embeds: bool = True, wi
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(2, 2, 4),
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
-    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    vae, t5 = kl_vae(), t5_encoder()
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,

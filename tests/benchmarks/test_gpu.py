@@ -1,13 +1,14 @@
 """The benchmark of a GPU, on tiny models and without one: its parts run, and its tables are what they returned."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import gpu, gpu_parts
 from srpo_lightning.jobs.estimate.step import BACKWARD, DECODE, ROLLOUT
-from tests import tiny
+from tests import processes, tiny
 
 
 @pytest.fixture
@@ -23,6 +24,8 @@ def cpu(models, features, tmp_path, monkeypatch):
     readings = iter(range(1, 10_000))
     for name in ("max_memory_allocated", "memory_allocated", "max_memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda: next(readings) << 20)
+    # A CPU without instructions for bfloat16 takes seconds for one product of the usual size.
+    monkeypatch.setattr(gpu_parts, "matrix_rate", partial(gpu_parts.matrix_rate, size=64))
     for name in ("reset_peak_memory_stats", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 4 << 30))
@@ -74,7 +77,9 @@ def test_updates_of_optimizers_are_compared_with_those_of_adamw():
     assert gpu_parts.distance(one, one) == 0
 
 
-def test_a_part_without_an_end_is_ended_and_one_that_fails_says_why():
+def test_a_part_without_an_end_is_ended_and_one_that_fails_says_why(monkeypatch):
+    """Of processes that are forked from one that has imported everything, which takes longer than they do."""
+    monkeypatch.setattr(gpu, "CONTEXT", processes.CONTEXT)
     assert gpu.alone("kernels", 0.1) == {"error": "no result within 0 s"}
     assert gpu.alone("nothing", 120)["error"].startswith("AttributeError")
 

@@ -3,37 +3,35 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.multiprocessing.spawn import start_processes
 
 from srpo_lightning.cli import main
+from srpo_lightning.data import features as encoded
+from srpo_lightning.data import store
 from srpo_lightning.data.manifest import MANIFEST
+from srpo_lightning.jobs import cache
 from srpo_lightning.jobs.cache import read_data
-from tests import tiny
-from tests.processes import LIMIT_S
+from tests import processes, tiny
 
-REPOSITORY = Path(__file__).parents[2]
 
-PROGRAM = """
-import os, signal, sys
-from srpo_lightning.cli import main
-from srpo_lightning.data import features, store
-features.per_file = lambda item_bytes: 2
-write, count = store.write_file, 0
-def then_die(folder, items):
-    global count
-    count += 1
-    if count == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(folder, items)
-store.write_file = then_die
-main(["cache", "--config", sys.argv[1]])
-"""
+def die_before_the_third_file() -> None:
+    """Two prompts are in each."""
+    write, folders = store.write_file, []
+
+    def dying(folder, items):
+        folders.append(folder)
+        if len(folders) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(folder, items)
+
+    encoded.per_file = lambda item_bytes: 2
+    store.write_file = dying
 
 
 @pytest.fixture
@@ -97,7 +95,9 @@ def test_more_prompts_add_files_and_pruning_takes_what_none_asks_for(config, tmp
     assert features(config).keys() == {"a0 b", "new", "c0", "c1", "c2"}
 
 
-def test_several_processes_share_the_files(config, tmp_path):
+def test_several_processes_share_the_files(config, tmp_path, monkeypatch):
+    """They are forked from one that has imported everything, which takes longer than they do."""
+    monkeypatch.setattr(cache, "spawn", partial(start_processes, start_method="forkserver"))
     (tmp_path / "many.txt").write_text("".join(f"x{i}\n" for i in range(1200)))
     change(config, train=str(tmp_path / "many.txt"))
     main(["cache", "--config", config, "--num_processes", "2"])
@@ -111,11 +111,8 @@ def test_several_processes_share_the_files(config, tmp_path):
 
 
 def test_a_killed_job_goes_on_behind_its_finished_files(config, tmp_path, small_files, capsys):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, str(tmp_path / "program.py"), config, "3"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    done = processes.start(["cache", "--config", config], before=die_before_the_third_file)
+    assert done.returncode == -signal.SIGKILL, done.output
     finished = files(tmp_path)
     assert len(finished) == 2
     assert not list(tmp_path.rglob(MANIFEST))

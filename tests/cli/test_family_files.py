@@ -1,9 +1,11 @@
 """configs/families: a second configuration that puts another model into a recipe of FLUX.1."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
 from srpo_lightning import flow
 from srpo_lightning.config.arguments import new_module, read_config
@@ -16,11 +18,16 @@ FAMILIES = sorted(Path("configs/families").glob("*.yaml"))
 RECIPES = ["flux_srpo", "flux_srpo_lora", "flux_srpo_qlora"]
 
 
+@cache
+def recipe_alone(name: str) -> Namespace:
+    return read_config(f"configs/{name}.yaml")
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda path: path.stem)
 def test_a_familys_file_goes_with_every_recipe(family):
     for recipe in RECIPES:
         settings = read_config(f"configs/{recipe}.yaml", str(family))
-        alone = read_config(f"configs/{recipe}.yaml")
+        alone = recipe_alone(recipe)
         with local_files(settings):
             policy = new_module(settings).policy
             assert policy.has_negative == (settings.model.objective.init_args.rollout_guidance != 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments.objectives import processes as runner
 from experiments.objectives.__main__ import main
 from experiments.objectives.claims import BASELINES, COMBINED, LATE, OTHERS, at_end, claims
 from experiments.objectives.conditions import crossing
@@ -37,6 +38,12 @@ PLANS = sorted((REPOSITORY / "experiments" / "objectives").glob("*.yaml"))
 PROGRAM = "experiments.objectives.__main__"
 
 WORDS = ControlWords(["x"], ["y"])
+
+
+@pytest.fixture(autouse=True)
+def _one_server(monkeypatch):
+    """Runs are forked from the server that those of all tests are: another would import everything again."""
+    monkeypatch.setattr(runner, "PRELOADED", processes.PRELOADED)
 
 
 @pytest.mark.parametrize(
@@ -205,11 +212,11 @@ def write_benchmark(models: tiny.Models, features: Path, folder: Path) -> Path:
     return path
 
 
-def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models, features, tmp_path):
+def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models, features, tmp_path, capsys):
     config = write_benchmark(models, features, tmp_path)
     arguments = ["--config", str(config), "--num_workers", "1"]
-    done = processes.start(arguments, program=PROGRAM)
-    assert done.returncode == 0, done.output
+    main(arguments)
+    printed = capsys.readouterr().out
     folder = tmp_path / "benchmark"
     result = json.loads((folder / "results.json").read_text())
     assert {name: len(curves) for name, curves in result["rows"].items()} == {"base": 2, "SRPO": 2, "ReFL": 1}
@@ -222,15 +229,14 @@ def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models
             assert run["peak_bytes"] > 2**20
     same = {run["points"][0]["judge"] for run in (result["rows"]["SRPO"][0], result["rows"]["ReFL"][0])}
     assert len(same) == 1  # the base of a seed is measured once
-    assert "absent is left out" in done.output
+    assert "absent is left out" in printed
     assert (folder / "curves.png").is_file()
     assert not list(folder.rglob("*.ckpt"))
     text = (folder / "table.md").read_text()
     assert "| ReFL | 0.001 |" in text or "| ReFL | 0.0001 |" in text
     assert "not measured" in text
 
-    again = processes.start([*arguments, "--report_only", "true"], program=PROGRAM)
-    assert again.returncode == 0, again.output
+    main([*arguments, "--report_only", "true"])
     assert (folder / "table.md").read_text() == text
     for lost in folder.glob("refl/**/metrics.jsonl"):
         lost.unlink()
@@ -238,31 +244,26 @@ def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models
     kept = [line for line in archive.read_text().splitlines() if "/refl/" not in line]
     assert len(kept) == 3 + 2 + 2  # bases, the sweep, SRPO
     archive.write_text("\n".join(kept) + "\n")
-    third = processes.start(arguments, program=PROGRAM)
-    assert third.returncode == 0, third.output
-    assert third.output.count("seed-") == 1
-    elsewhere = processes.start(
-        [*arguments, "--folder", str(tmp_path / "there"), "--archive", str(archive)], program=PROGRAM
-    )
-    assert elsewhere.returncode == 0, elsewhere.output
-    assert "seed-" not in elsewhere.output  # what another machine has done is not done again
+    capsys.readouterr()
+    main(arguments)
+    assert capsys.readouterr().out.count("seed-") == 1
+    main([*arguments, "--folder", str(tmp_path / "there"), "--archive", str(archive)])
+    assert "seed-" not in capsys.readouterr().out  # what another machine has done is not done again
     assert (tmp_path / "there" / "table.md").read_text() == (folder / "table.md").read_text()
 
     config.write_text(config.read_text().replace("num_sample_steps: 2", "num_sample_steps: 3"))
-    changed = processes.start(arguments, program=PROGRAM)
-    assert changed.returncode != 0
-    assert "was run with other settings: delete it" in changed.output
+    with pytest.raises(SystemExit, match="was run with other settings: delete it"):
+        main(arguments)
 
 
-def test_a_run_that_is_refused_says_why(models, features, tmp_path):
+def test_a_run_that_is_refused_says_why(models, features, tmp_path, capsys):
     config = write_benchmark(models, features, tmp_path)
     settings = yaml.safe_load(config.read_text())
     settings["fit"]["model"]["policy"]["init_args"]["depth"] = 3
     config.write_text(yaml.safe_dump(settings))
-    done = processes.start(["--config", str(config), "--num_workers", "1"], program=PROGRAM)
-    assert done.returncode != 0
-    assert "depth: there is no such setting" in done.output
-    assert "the weights before training could not be evaluated" in done.output
+    with pytest.raises(SystemExit, match="the weights before training could not be evaluated"):
+        main(["--config", str(config), "--num_workers", "1"])
+    assert "depth: there is no such setting" in capsys.readouterr().out
 
 
 def test_conditions_are_compared_beside_each_other(models, features, tmp_path):
@@ -279,8 +280,7 @@ def test_conditions_are_compared_beside_each_other(models, features, tmp_path):
         "strong": {"settings": decays[1], "between": ["weak"]},
     }
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
-    done = processes.start(["--config", str(config), "--num_workers", "1"], program=PROGRAM)
-    assert done.returncode == 0, done.output
+    main(["--config", str(config), "--num_workers", "1"])
     folder = tmp_path / "benchmark"
     assert "| | weak | strong | ahead from |" in (folder / "conditions.md").read_text()
     assert (folder / "conditions.png").is_file()
@@ -293,7 +293,8 @@ def test_conditions_are_compared_beside_each_other(models, features, tmp_path):
 
 def test_a_benchmark_that_is_terminated_takes_its_runs_with_it(models, features, tmp_path):
     config = write_benchmark(models, features, tmp_path)
-    config.write_text(config.read_text().replace("forwards: 32", "forwards: 32000"))
+    settings = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(settings | {"forwards": 32_000, "seeds": [0]}))
     process = processes.launch(["--config", str(config), "--num_workers", "2"], tmp_path / "log.txt", program=PROGRAM)
     logs = list((tmp_path / "benchmark" / "srpo").glob("*/log.txt"))
     deadline = time.monotonic() + processes.LIMIT_S

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from srpo_lightning.batch import Size
 from srpo_lightning.policies.flow_policy import FlowPolicy
-from srpo_lightning.policies.text_encoder import PipelineTextEncoder
 
 
 def as_they_are(noise: Tensor, size: Size) -> Tensor:
@@ -46,13 +45,12 @@ class Case(NamedTuple):
     features: Callable[[Any, Sequence[str], int], list[dict[str, Tensor]]] = prompt_embeds
     folder: Path = Path()
 
-    @property
-    def encoder(self) -> type[PipelineTextEncoder]:
-        """The class of the text encoder."""
-        return self.policy(str(self.folder), 32, 32).text_encoder
+    def unread(self, size: Size = (32, 32), **settings: Any) -> FlowPolicy:
+        """The policy without its weights."""
+        return self.policy(str(self.folder), *size, **settings)
 
     def new(self, size: Size = (32, 32), **settings: Any) -> FlowPolicy:
         """The policy with its weights."""
-        policy = self.policy(str(self.folder), *size, **settings)
+        policy = self.unread(size, **settings)
         policy.load()
         return policy

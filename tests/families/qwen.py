@@ -1,10 +1,11 @@
-"""Tokenizer and language models of Qwen's families, small and with random weights."""
+"""Tokenizer, language models and VAE of Qwen's families, small and with random weights."""
 
 import json
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLQwenImage
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -66,6 +67,14 @@ LANGUAGE: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 8,
 }
+VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 16,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
 
 def qwen3(num_tokens: int, num_layers: int) -> Qwen3Model:
@@ -73,33 +82,21 @@ def qwen3(num_tokens: int, num_layers: int) -> Qwen3Model:
 
 
 def qwen3_vl(num_tokens: int, num_layers: int) -> Qwen3VLModel:
-    text = {"vocab_size": num_tokens, "num_hidden_layers": num_layers, **LANGUAGE}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [],
-    }
+    text = {"vocab_size": num_tokens, "num_hidden_layers": num_layers, "rope_parameters": ROPE, **LANGUAGE}
+    vision = VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": []}
     return noisy(Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)))
 
 
 def qwen2_5_vl(num_tokens: int, num_layers: int) -> Qwen2_5_VLForConditionalGeneration:
     sizes = {name: value for name, value in LANGUAGE.items() if name != "head_dim"}
-    text = {"vocab_size": num_tokens, "num_hidden_layers": num_layers, **sizes}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "fullatt_block_indexes": [0],
-    }
+    text = {"vocab_size": num_tokens, "num_hidden_layers": num_layers, "rope_parameters": ROPE, **sizes}
+    vision = VISION | {"fullatt_block_indexes": [0]}
     return noisy(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)))
+
+
+def video_vae() -> AutoencoderKLQwenImage:
+    mean, std = [0.3, -0.5, 0.1, 1.2], [0.7, 2.5, 1.3, 0.4]
+    return noisy(AutoencoderKLQwenImage(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=mean, latents_std=std))
 
 
 def noisy(model: nn.Module, deviation: float = 0.1) -> Any:

@@ -39,13 +39,13 @@ def case(request, tmp_path_factory) -> Case:
 @pytest.fixture(scope="module")
 def items(case) -> list[dict[str, torch.Tensor]]:
     """Features of the prompts, and of the text that guidance moves away from."""
-    text = case.policy(str(case.folder), *SIZES[0]).encoder(Encoding()).text
+    text = case.unread().encoder(Encoding()).text
     return text.encode([*PROMPTS, *([] if text.negative is None else [text.negative])])
 
 
 def conditions_of(case, items, rows: slice) -> Conditions:
     """Of some of the prompts."""
-    ragged = case.encoder.ragged
+    ragged = case.unread().text_encoder.ragged
     prompts, own = PROMPTS[rows], items[: len(PROMPTS)][rows]
     none = Text.collate(items[len(PROMPTS) :], ragged) if items[len(PROMPTS) :] else None
     return Conditions(prompts, Text.collate(own, ragged), torch.arange(len(prompts)), unconditional=none)
@@ -58,7 +58,7 @@ def conditions(case, items) -> Conditions:
 
 @pytest.fixture(scope="module")
 def pipe(case):
-    pipe = getattr(diffusers, case.new().pipeline_class).from_pretrained(case.folder)
+    pipe = getattr(diffusers, case.unread().pipeline_class).from_pretrained(case.folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -106,7 +106,7 @@ def test_pictures_show_every_mistake(case, conditions, pipe):
 
 
 def test_features_are_the_pipelines_bit_for_bit_without_padding_that_nobody_reads(case, items, pipe):
-    encoder = case.new().encoder(Encoding()).text
+    encoder = case.unread().encoder(Encoding()).text
     with torch.no_grad():
         theirs = case.features(pipe, PROMPTS, encoder.max_sequence_length)
     for ours, own in zip(items[: len(PROMPTS)], theirs, strict=True):
@@ -119,7 +119,8 @@ def test_features_are_the_pipelines_bit_for_bit_without_padding_that_nobody_read
 
 
 def test_a_padded_batch_equals_its_samples_alone(case, items, conditions):
-    policy, x, sigma = case.new(), torch.randn(2, *case.new().latent_shape()), torch.tensor([0.8, 0.7])
+    policy, sigma = case.new(), torch.tensor([0.8, 0.7])
+    x = torch.randn(2, *policy.latent_shape())
     with torch.no_grad():
         together = policy(x, sigma, conditions, case.guidances[-1])
         for row in range(2):
@@ -147,7 +148,7 @@ def test_recomputed_and_compiled_blocks_have_the_same_gradients_of_every_weight(
     torch._dynamo.reset()
     (velocity, gradients), (plain, same) = (step_of(case.new(**own), conditions) for own in (settings, {}))
     torch._dynamo.reset()
-    assert all((same[name] is not None) == p.requires_grad for name, p in case.new().transformer.named_parameters())
+    assert all((same[name] is not None) == p.requires_grad for name, p in case.unread().outline().named_parameters())
     torch.testing.assert_close((velocity, gradients), (plain, same), rtol=1e-5, atol=1e-7)
 
 
@@ -221,7 +222,7 @@ def test_a_single_file_goes_through_diffusers_converter_and_comes_back_the_same(
 def test_what_it_cannot_do_is_refused_with_the_cure(case):
     for name, (value, cure) in case.refused.items():
         with pytest.raises(ValueError, match=rf"^{name} is .*: set it to {cure}$"):
-            case.policy(str(case.folder), 32, 32, **{name: value})
+            case.unread(**{name: value})
 
 
 def write_config(case: Case, models: tiny.Models, run: Path, folder: Path, *, ranks: int = 1, **policy) -> Path:
@@ -261,7 +262,7 @@ def test_an_adapter_beside_four_bits_is_trained_with_states_of_eight_resumed_and
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
     arguments = ["--config", str(tmp_path / "whole" / "config.yaml"), "--dtype", "float32"]
     main(["export", *arguments, "--format", "lora", "--output", str(tmp_path / "lora")])
-    assert f"{case.new().pipeline_class}.from_pretrained" in (tmp_path / "lora" / "README.md").read_text()
+    assert f"{case.unread().pipeline_class}.from_pretrained" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_two_sharded_ranks_train_what_one_trains_and_both_exports_open_in_diffusers(case, models, tmp_path):

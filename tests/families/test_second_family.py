@@ -1,13 +1,12 @@
 """A second family in one file, aura_flow.py: it draws what diffusers draws, and every command takes it."""
 
-import json
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 import yaml
-from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from transformers import UMT5Config, UMT5EncoderModel
 
 from srpo_lightning import flow
@@ -41,14 +40,12 @@ def pipeline(tmp_path_factory) -> Path:
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    vae_config = tiny.write_pipeline(tmp_path_factory.mktemp("flux")) / "vae" / "config.json"
-    vae = AutoencoderKL.from_config(json.loads(vae_config.read_text()) | {"shift_factor": None})
     text = UMT5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     folder = tmp_path_factory.mktemp("aura")
     AuraFlowPipeline(
         tokenizer=tiny.t5_tokenizer(),
         text_encoder=UMT5EncoderModel(text),
-        vae=vae,
+        vae=tiny.kl_vae(shift_factor=None),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
     ).save_pretrained(folder)

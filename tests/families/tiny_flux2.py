@@ -14,8 +14,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from srpo_lightning.policies import Flux2Policy
 from srpo_lightning.policies.family import resolution_dependent_shift
-from srpo_lightning.policies.packing import CELL, unpack
-from tests.families import qwen
+from srpo_lightning.policies.packing import CELL
+from tests.families import mistakes, qwen
 from tests.families.case import Case
 
 
@@ -72,61 +72,29 @@ def write(folder: Path, is_distilled: bool = False, **changes: Any) -> Path:
     return folder
 
 
-class WrongSign(Flux2Policy):
-    def network(self, *arguments):
-        return -super().network(*arguments)
-
-
-class ToldThousands(Flux2Policy):
-    def network(self, x, sigma, *arguments):
-        return super().network(x, 1000 * sigma, *arguments)
-
-
 class Flux1Schedule(Flux2Policy):
     def dynamic_shift(self, num_steps, size):
         return resolution_dependent_shift((size[0] // CELL) * (size[1] // CELL), {})
-
-
-class AnotherPacking(Flux2Policy):
-    """With the channels of a cell's place together, as AutoencoderKLFlux2 does not have them."""
-
-    def to_vae(self, vae, latents, size):
-        batch_size, num_tokens, channels = latents.shape
-        turned = latents.view(batch_size, num_tokens, 4, channels // 4).mT.flatten(2)
-        return super().to_vae(vae, turned, size)
-
-
-class WithoutStatistics(Flux2Policy):
-    def to_vae(self, vae, latents, size):
-        return unpack(latents, size)
-
-
-class WithoutPadding(Flux2Policy):
-    def network(self, x, sigma, text, *arguments):
-        return super().network(x, sigma, text.each(lambda rows: rows[:, :40]), *arguments)
-
-
-class PipelinesScale(Flux2Policy):
-    def guide(self, conditional, unconditional, guidance):
-        return super().guide(conditional, unconditional, guidance - 1)
 
 
 def latents(noise, size):
     return noise.mT.unflatten(2, (size[0] // CELL, size[1] // CELL))
 
 
+MISTAKES = {
+    "sign": mistakes.wrong_sign(Flux2Policy),
+    "level": mistakes.told(Flux2Policy, lambda sigma: 1000 * sigma),
+    "schedule": Flux1Schedule,
+    "packing": mistakes.another_packing(Flux2Policy),
+    "statistics": mistakes.without_statistics(Flux2Policy),
+    "padding": mistakes.reading(Flux2Policy, lambda text: text.each(lambda rows: rows[:, :40])),
+}
+"""Of klein and dev alike."""
+
 CASE = Case(
     Flux2Policy,
     write,
-    {
-        "sign": WrongSign,
-        "level": ToldThousands,
-        "schedule": Flux1Schedule,
-        "packing": AnotherPacking,
-        "statistics": WithoutStatistics,
-        "padding": WithoutPadding,
-        "guidance": PipelinesScale,
-    },
+    MISTAKES | {"guidance": mistakes.pipelines_scale(Flux2Policy)},
     refused={"exact_conditioning": (True, "false")},
     latents=latents,
 )

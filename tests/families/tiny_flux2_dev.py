@@ -12,18 +12,7 @@ from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Token
 from srpo_lightning.policies import Flux2Policy
 from tests.families import qwen
 from tests.families.case import Case
-from tests.families.tiny_flux2 import (
-    AnotherPacking,
-    Flux1Schedule,
-    ToldThousands,
-    WithoutPadding,
-    WithoutStatistics,
-    WrongSign,
-    latents,
-    scheduler,
-    transformer,
-    vae,
-)
+from tests.families.tiny_flux2 import MISTAKES, latents, scheduler, transformer, vae
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }} {% for part in message['content'] %}"
@@ -77,15 +66,7 @@ class WithoutGuidance(Flux2Policy):
 CASE = Case(
     Flux2Policy,
     write,
-    {
-        "sign": WrongSign,
-        "level": ToldThousands,
-        "schedule": Flux1Schedule,
-        "packing": AnotherPacking,
-        "statistics": WithoutStatistics,
-        "padding": WithoutPadding,
-        "guidance": WithoutGuidance,
-    },
+    MISTAKES | {"guidance": WithoutGuidance},
     guidances=(1.0, 4.0),
     refused={"exact_conditioning": (True, "false"), "trained_guidance": ("detached", "conditional")},
     latents=latents,

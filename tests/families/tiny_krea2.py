@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
 
 from srpo_lightning.policies import Krea2Policy
 from srpo_lightning.policies.krea2 import BEFORE
-from srpo_lightning.policies.packing import unpack
-from tests.families import qwen
+from tests.families import mistakes, qwen
 from tests.families.case import Case
 
 
@@ -34,15 +33,13 @@ def write(folder: Path, is_distilled: bool = False, **changes: Any) -> Path:
         "num_refiner_text_blocks": 1,
         "axes_dims_rope": (2, 2, 4),
     }
-    vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.3, -0.5, 0.1, 1.2], latents_std=[0.7, 2.5, 1.3, 0.4]
-    )
+    vae = qwen.video_vae()
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=4, max_image_seq_len=100
     )
     Krea2Pipeline(
         scheduler=scheduler,
-        vae=qwen.noisy(vae),
+        vae=vae,
         text_encoder=qwen.qwen3_vl(len(tokenizer), 4),
         tokenizer=tokenizer,
         transformer=qwen.noisy(Krea2Transformer2DModel(**size | changes)),
@@ -52,45 +49,20 @@ def write(folder: Path, is_distilled: bool = False, **changes: Any) -> Path:
     return folder
 
 
-class WrongSign(Krea2Policy):
-    def network(self, *arguments):
-        return -super().network(*arguments)
-
-
-class ToldThousands(Krea2Policy):
-    def network(self, x, sigma, *arguments):
-        return super().network(x, 1000 * sigma, *arguments)
-
-
-class WithoutMask(Krea2Policy):
-    def network(self, x, sigma, text, *arguments):
-        return super().network(x, sigma, text._replace(lengths=None), *arguments)
-
-
 class Turbo(Krea2Policy):
     is_distilled = True
-
-
-class WithoutStatistics(Krea2Policy):
-    def to_vae(self, vae, latents, size):
-        return unpack(latents, size)
-
-
-class PipelinesScale(Krea2Policy):
-    def guide(self, conditional, unconditional, guidance):
-        return super().guide(conditional, unconditional, guidance - 1)
 
 
 CASE = Case(
     Krea2Policy,
     write,
     {
-        "sign": WrongSign,
-        "level": ToldThousands,
-        "mask": WithoutMask,
+        "sign": mistakes.wrong_sign(Krea2Policy),
+        "level": mistakes.told(Krea2Policy, lambda sigma: 1000 * sigma),
+        "mask": mistakes.without_mask(Krea2Policy),
         "schedule": Turbo,
-        "statistics": WithoutStatistics,
-        "guidance": PipelinesScale,
+        "statistics": mistakes.without_statistics(Krea2Policy),
+        "guidance": mistakes.pipelines_scale(Krea2Policy),
     },
     refused={"rollout_cache": (0.1, "null"), "exact_conditioning": (True, "false")},
 )

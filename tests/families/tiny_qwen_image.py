@@ -4,19 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
 from srpo_lightning import flow
 from srpo_lightning.policies import QwenImagePolicy
 from srpo_lightning.policies.family import Family
-from srpo_lightning.policies.packing import unpack
 from srpo_lightning.policies.qwen_image import BEFORE
-from tests.families import qwen
+from tests.families import mistakes, qwen
 from tests.families.case import Case
 
 
@@ -33,9 +27,7 @@ def write(folder: Path, **changes: Any) -> Path:
         "joint_attention_dim": 16,
         "axes_dims_rope": (2, 2, 4),
     }
-    vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.3, -0.5, 0.1, 1.2], latents_std=[0.7, 2.5, 1.3, 0.4]
-    )
+    vae = qwen.video_vae()
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_shift=0.5,
@@ -46,27 +38,12 @@ def write(folder: Path, **changes: Any) -> Path:
     )
     QwenImagePipeline(
         scheduler=scheduler,
-        vae=qwen.noisy(vae),
+        vae=vae,
         text_encoder=qwen.qwen2_5_vl(len(tokenizer), 2),
         tokenizer=tokenizer,
         transformer=qwen.noisy(QwenImageTransformer2DModel(**size | changes)),
     ).save_pretrained(folder)
     return folder
-
-
-class WrongSign(QwenImagePolicy):
-    def network(self, *arguments):
-        return -super().network(*arguments)
-
-
-class ToldThousands(QwenImagePolicy):
-    def network(self, x, sigma, *arguments):
-        return super().network(x, 1000 * sigma, *arguments)
-
-
-class WithoutMask(QwenImagePolicy):
-    def network(self, x, sigma, text, *arguments):
-        return super().network(x, sigma, text._replace(lengths=None), *arguments)
 
 
 class WithoutStretch(QwenImagePolicy):
@@ -87,37 +64,18 @@ class RescaledAsAWhole(QwenImagePolicy):
         return guided * torch.div(*lengths)
 
 
-class PipelinesScale(QwenImagePolicy):
-    def guide(self, conditional, unconditional, guidance):
-        return super().guide(conditional, unconditional, guidance - 1)
-
-
-class AnotherPacking(QwenImagePolicy):
-    """With the channels of a cell's place together."""
-
-    def to_vae(self, vae, latents, size):
-        batch_size, num_tokens, channels = latents.shape
-        turned = latents.view(batch_size, num_tokens, 4, channels // 4).mT.flatten(2)
-        return super().to_vae(vae, turned, size)
-
-
-class WithoutStatistics(QwenImagePolicy):
-    def to_vae(self, vae, latents, size):
-        return unpack(latents, size)
-
-
 CASE = Case(
     QwenImagePolicy,
     write,
     {
-        "sign": WrongSign,
-        "level": ToldThousands,
-        "mask": WithoutMask,
+        "sign": mistakes.wrong_sign(QwenImagePolicy),
+        "level": mistakes.told(QwenImagePolicy, lambda sigma: 1000 * sigma),
+        "mask": mistakes.without_mask(QwenImagePolicy),
         "schedule": WithoutStretch,
         "rescaling": WithoutRescaling,
         "whole": RescaledAsAWhole,
-        "guidance": PipelinesScale,
-        "packing": AnotherPacking,
-        "statistics": WithoutStatistics,
+        "guidance": mistakes.pipelines_scale(QwenImagePolicy),
+        "packing": mistakes.another_packing(QwenImagePolicy),
+        "statistics": mistakes.without_statistics(QwenImagePolicy),
     },
 )

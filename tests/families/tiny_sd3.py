@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from srpo_lightning.batch import Text
 from srpo_lightning.policies import SD3Policy
 from tests import tiny
-from tests.families import qwen
+from tests.families import mistakes, qwen
 from tests.families.case import Case
 
 
@@ -30,24 +31,12 @@ def write(folder: Path, **changes: Any) -> Path:
         "dual_attention_layers": (0,),
         "qk_norm": "rms_norm",
     }
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
+    vae = tiny.kl_vae()
     clips = [
         CLIPTextModelWithProjection(CLIPTextConfig(**tiny.TEXT | {"projection_dim": width, "num_hidden_layers": 2}))
         for width in (8, 16)
     ]
-    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    t5 = tiny.t5_encoder(40)
     transformer = qwen.noisy(SD3Transformer2DModel(**size | changes))
     transformer.pos_embed.pos_embed.add_(torch.randn_like(transformer.pos_embed.pos_embed), alpha=0.1)
     StableDiffusion3Pipeline(
@@ -64,27 +53,14 @@ def write(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-class WrongSign(SD3Policy):
-    def network(self, *arguments):
-        return -super().network(*arguments)
-
-
-class ToldTheLevel(SD3Policy):
-    def network(self, x, sigma, *arguments):
-        return super().network(x, sigma / 1000, *arguments)
-
-
 class ShiftedOnce(SD3Policy):
     shifts_twice = False
 
 
-class OnePooled(SD3Policy):
-    def network(self, x, sigma, text, *arguments):
-        pooled = text.tensors["pooled_prompt_embeds"].clone()
-        pooled[:, :8] = 0
-        return super().network(
-            x, sigma, text._replace(tensors={**text.tensors, "pooled_prompt_embeds": pooled}), *arguments
-        )
+def second_pooled_alone(text: Text) -> Text:
+    pooled = text.tensors["pooled_prompt_embeds"].clone()
+    pooled[:, :8] = 0
+    return text._replace(tensors={**text.tensors, "pooled_prompt_embeds": pooled})
 
 
 class WithoutShift(SD3Policy):
@@ -103,10 +79,10 @@ CASE = Case(
     SD3Policy,
     write,
     {
-        "sign": WrongSign,
-        "level": ToldTheLevel,
+        "sign": mistakes.wrong_sign(SD3Policy),
+        "level": mistakes.told(SD3Policy, lambda sigma: sigma / 1000),
         "schedule": ShiftedOnce,
-        "pooled": OnePooled,
+        "pooled": mistakes.reading(SD3Policy, second_pooled_alone),
         "vae": WithoutShift,
     },
     refused={"rollout_cache": (0.1, "null"), "exact_conditioning": (True, "false")},

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
 from srpo_lightning.policies import ZImagePolicy
-from tests.families import qwen
+from tests import tiny
+from tests.families import mistakes, qwen
 from tests.families.case import Case
 
 
@@ -26,22 +27,9 @@ def write(folder: Path, **changes: Any) -> Path:
         "axes_dims": [2, 2, 4],
         "axes_lens": [128, 32, 32],
     }
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
     ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
+        vae=tiny.kl_vae(),
         text_encoder=qwen.qwen3(len(tokenizer), 3),
         tokenizer=tokenizer,
         transformer=qwen.noisy(ZImageTransformer2DModel(**size | changes)),
@@ -49,40 +37,15 @@ def write(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-class WrongSign(ZImagePolicy):
-    def network(self, *arguments):
-        return -super().network(*arguments)
-
-
-class ToldTheNoise(ZImagePolicy):
-    def network(self, x, sigma, *arguments):
-        return super().network(x, 1 - sigma, *arguments)
-
-
-class PaddedText(ZImagePolicy):
-    def network(self, x, sigma, text, *arguments):
-        return super().network(x, sigma, text._replace(lengths=None), *arguments)
-
-
-class Unshifted(ZImagePolicy):
-    def shift_for(self, num_steps, size):
-        return 1.0
-
-
-class PipelinesScale(ZImagePolicy):
-    def guide(self, conditional, unconditional, guidance):
-        return super().guide(conditional, unconditional, guidance - 1)
-
-
 CASE = Case(
     ZImagePolicy,
     write,
     {
-        "sign": WrongSign,
-        "level": ToldTheNoise,
-        "padding": PaddedText,
-        "shift": Unshifted,
-        "guidance": PipelinesScale,
+        "sign": mistakes.wrong_sign(ZImagePolicy),
+        "level": mistakes.told(ZImagePolicy, lambda sigma: 1 - sigma),
+        "padding": mistakes.without_mask(ZImagePolicy),
+        "shift": mistakes.unshifted(ZImagePolicy),
+        "guidance": mistakes.pipelines_scale(ZImagePolicy),
     },
     refused={"rollout_cache": (0.1, "null"), "exact_conditioning": (True, "false")},
 )

@@ -124,9 +124,9 @@ def test_other_weights_on_one_rank_end_both(models, features, tmp_path, strategy
 STRATEGIES = {
     "ddp": {
         "class_path": "srpo_lightning.training.strategies.ReplicatedStrategy",
-        "init_args": {"timeout_minutes": 0.25},
+        "init_args": {"timeout_minutes": 0.1},
     },
-    "sharded": sharded(2, timeout_minutes=0.25),
+    "sharded": sharded(2, timeout_minutes=0.1),
 }
 
 
