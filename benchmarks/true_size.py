@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -94,35 +94,69 @@ def measured(name: str, command: list[str], log: Path, predicted: int | None = N
     return Phase(name, time.perf_counter() - start, usage.ru_maxrss << 10, predicted)
 
 
-def settings(policy: str, reward: str, output: Path, pixels: int, num_rollout_steps: int) -> dict[str, Any]:
+class Size(NamedTuple):
+    """How much is computed.
+
+    Args:
+        pixels: Height and width of the pictures.
+        text_tokens: Tokens per prompt.
+        num_rollout_steps: Number of steps of a rollout and of a picture.
+        dtype: Numbers that are computed in; bfloat16 is slow on processors without it.
+    """
+
+    pixels: int
+    text_tokens: int
+    num_rollout_steps: int
+    dtype: str
+
+
+def settings(policy: str, reward: str, output: Path, size: Size) -> dict[str, Any]:
     """What differs from the recipe: two prompts, few steps, no judge."""
     (output / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     return {
         "model": {
-            "policy": {"init_args": {"pretrained": policy, "height": pixels, "width": pixels,
-                                     "quantize_dir": str(output / "nf4")}},
-            "reward": {"init_args": {"pretrained": reward}},
-            "objective": {"init_args": {"num_rollout_steps": num_rollout_steps}},
-            "num_sample_steps": num_rollout_steps,
+            "policy": {
+                "init_args": {
+                    "pretrained": policy,
+                    "height": size.pixels,
+                    "width": size.pixels,
+                    "dtype": size.dtype,
+                    "vae_dtype": size.dtype,
+                    "quantize_dir": str(output / "nf4"),
+                }
+            },
+            "reward": {"init_args": {"pretrained": reward, "dtype": size.dtype}},
+            "objective": {"init_args": {"num_rollout_steps": size.num_rollout_steps}},
+            "num_sample_steps": size.num_rollout_steps,
         },
         "data": {
-            "train": str(output / "prompts.txt"), "evaluation": str(output / "prompts.txt"), "num_eval_prompts": 1,
-            "cache_dir": str(output / "features"), "text_batch_size": 1,
+            "train": str(output / "prompts.txt"),
+            "evaluation": str(output / "prompts.txt"),
+            "num_eval_prompts": 1,
+            "cache_dir": str(output / "features"),
+            "max_sequence_length": size.text_tokens,
+            "text_dtype": size.dtype,
+            "text_batch_size": 1,
             "text_device": "cuda" if torch.cuda.is_available() else "cpu",
         },
         "checkpoint": {"every_n_steps": 1, "monitor": None},
         "trainer": {
-            "default_root_dir": str(output / "run"), "max_steps": 2, "accumulate_grad_batches": 1,
-            "num_sanity_val_steps": 0, "val_check_interval": 1000, "logger": False,
+            "default_root_dir": str(output / "run"),
+            "precision": "bf16-mixed" if size.dtype == "bfloat16" else "32-true",
+            "max_steps": 2,
+            "accumulate_grad_batches": 1,
+            "num_sanity_val_steps": 0,
+            "val_check_interval": 1000,
+            "logger": False,
             "callbacks": [],
         },
-    }  # fmt: skip
+    }
 
 
-def phases(policy: str, reward: str, output: Path, more: list[str], pixels: int, num_rollout_steps: int) -> list[Phase]:
+def phases(policy: str, reward: str, output: Path, more: list[str], size: Size) -> list[Phase]:
     """All of them in their order."""
     own = output / "true_size.yaml"
-    own.write_text(yaml.safe_dump(settings(policy, reward, output, pixels, num_rollout_steps)), encoding="utf-8")
+    own.write_text(yaml.safe_dump(settings(policy, reward, output, size)), encoding="utf-8")
     configs = [RECIPE, *more, str(own)]
     files = [part for config in configs for part in ("--config", config)]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -206,7 +240,9 @@ def true_size(
     output: str = "runs/true_size",
     more: list[str] | None = None,
     pixels: PositiveInt = 256,
+    text_tokens: PositiveInt = 512,
     num_rollout_steps: PositiveInt = 3,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
 ) -> None:
     """Print the table.
 
@@ -216,14 +252,17 @@ def true_size(
         output: Folder to work in, which is emptied first.
         more: Configuration files beside the recipe, such as configs/families/z_image.yaml.
         pixels: Height and width of the pictures.
+        text_tokens: Number of tokens per prompt.
         num_rollout_steps: Number of steps of a rollout and of a picture.
+        dtype: Numbers that are computed in; bfloat16 is slow on processors without it.
     """
     folder = Path(output)
     stand_ins = folder.parent / "stand_ins"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     models = folder_of(policy, stand_ins), folder_of(reward, stand_ins)
-    done = phases(*models, folder, more or [], int(pixels), int(num_rollout_steps))
+    size = Size(int(pixels), int(text_tokens), int(num_rollout_steps), dtype)
+    done = phases(*models, folder, more or [], size)
     (folder / "phases.json").write_text(json.dumps([phase._asdict() for phase in done], indent=2), encoding="utf-8")
 
 

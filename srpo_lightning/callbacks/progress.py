@@ -4,6 +4,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
@@ -32,6 +33,11 @@ class Progress(Callback):
         """Say what runs where, and count the calls of the policy."""
         assert isinstance(pl_module, SRPOModule)
         rank_zero_info(describe(trainer, pl_module))
+        if trainer.strategy.root_device.type == "cpu" and "bf16" in str(trainer.precision) and lacks_bfloat16():
+            rank_zero_info(
+                "this processor has no instructions for bfloat16, which it computes several times slower than float32: "
+                "set trainer.precision to 32-true, and dtype to float32"
+            )
         self._hook = pl_module.policy.register_forward_hook(lambda *_: self._count(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,6 +78,11 @@ class Progress(Callback):
         if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
             metrics = bar.get_metrics(trainer, trainer.lightning_module)
             bar.train_progress_bar.set_postfix(metrics | {"calls": self._calls})
+
+
+def lacks_bfloat16() -> bool:
+    """Whether this processor is one of those without AVX-512, whose products in bfloat16 are emulated."""
+    return torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def describe(trainer: Trainer, module: SRPOModule) -> str:

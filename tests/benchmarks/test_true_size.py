@@ -9,7 +9,7 @@ def test_every_phase_is_run_and_measured(tmp_path, capfd):
     assets = "srpo_lightning/assets"
     true_size.true_size(
         policy=f"{assets}/emoji-flux", reward=f"{assets}/emoji-clip", output=str(tmp_path / "out"), pixels=32,
-        num_rollout_steps=1,
+        text_tokens=16, num_rollout_steps=1, dtype="float32",
     )  # fmt: skip
     phases = json.loads((tmp_path / "out" / "phases.json").read_text())
     assert [phase["name"] for phase in phases] == [
