@@ -18,6 +18,7 @@ JOBS = {
     "cache": "srpo_lightning.jobs.cache",
     "control-words": "srpo_lightning.jobs.control_words",
     "convert": "srpo_lightning.jobs.convert",
+    "downloads": "srpo_lightning.jobs.downloads",
     "estimate": "srpo_lightning.jobs.estimate.job",
     "export": "srpo_lightning.jobs.export.job",
     "reward-bias": "srpo_lightning.jobs.reward_bias",

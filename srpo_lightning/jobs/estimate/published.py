@@ -42,6 +42,23 @@ REWARDS: dict[str, dict[str, dict[str, Any]]] = {
     "openai/clip-vit-large-patch14": VIT_L_14,
 }
 
+COMMUNITY = "community licence, free below a yearly revenue of 1 million dollars"
+LICENCES: dict[str, str] = {
+    "black-forest-labs/FLUX.1-dev": "non-commercial, gated",
+    "black-forest-labs/FLUX.1-Krea-dev": "non-commercial, gated",
+    "black-forest-labs/FLUX.2-klein-base-4B": "Apache-2.0",
+    "black-forest-labs/FLUX.2-klein-base-9B": "non-commercial",
+    "black-forest-labs/FLUX.2-dev": "non-commercial",
+    "Tongyi-MAI/Z-Image": "Apache-2.0",
+    "Qwen/Qwen-Image": "Apache-2.0",
+    "Qwen/Qwen-Image-2512": "Apache-2.0",
+    "krea/Krea-2-Raw": COMMUNITY,
+    "stabilityai/stable-diffusion-3.5-medium": COMMUNITY,
+    "stabilityai/stable-diffusion-3.5-large": COMMUNITY,
+    "lodestones/Chroma1-HD": "Apache-2.0",
+}
+"""In short: read the models' own pages before use."""
+
 
 def small_files(name: str) -> Mapping[str, Mapping[str, Any]] | None:
     """The small files of a published model by path: of a reward, or of a policy as its family's file has them."""

@@ -1,0 +1,42 @@
+"""What a recipe needs is listed in one place, with what is here of it."""
+
+import pytest
+
+from srpo_lightning.cli import main
+from srpo_lightning.jobs import downloads as job
+from srpo_lightning.jobs.estimate.published import LICENCES
+from srpo_lightning.policies.family import families
+from tests import tiny
+
+
+def listed(capsys, *configs):
+    main(["downloads", *(part for config in configs for part in ("--config", str(config)))])
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]}
+
+
+def test_a_recipe_names_every_model_with_size_and_licence(capsys, monkeypatch):
+    monkeypatch.setattr(job, "bytes_in_cache", lambda: {"openai/clip-vit-large-patch14": 1_700_000_000})
+    rows = listed(capsys, "configs/flux_srpo_qlora.yaml")
+    policy, hps, judge = (
+        rows[name] for name in ("black-forest-labs/FLUX.1-dev", "xswu/HPSv2", "openai/clip-vit-large-patch14")
+    )
+    assert policy[0] == "model.policy.pretrained"
+    assert float(policy[1]) == pytest.approx(23.8 + 0.17 + 0.25 + 9.5, abs=0.1)
+    assert policy[2].startswith("non-commercial")
+    assert policy[3].startswith("no: ")
+    assert float(hps[1]) == pytest.approx(1.97, abs=0.05)
+    assert judge[0] == "trainer.callbacks.RewardTracking.judge.pretrained"
+    assert judge[3] == "1.7 GB in the hub cache"
+
+
+def test_folders_of_this_machine_are_there_or_not(capsys, models, features, tmp_path):
+    path = tiny.write_config(models, tmp_path / "run", features)
+    rows = listed(capsys, path)
+    assert rows[str(models.pipeline)][3] == "yes"
+    path.write_text(path.read_text().replace(str(models.clip), "/nowhere/at/all"))
+    assert listed(capsys, path)["/nowhere/at/all"][3] == "no such path"
+
+
+def test_every_published_model_has_its_licence():
+    assert {name for family in families() for name in family.published} <= LICENCES.keys()
