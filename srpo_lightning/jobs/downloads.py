@@ -64,7 +64,7 @@ def downloads(config: list[str]) -> None:
 def place(own: Download) -> str:
     """Whether a model that is not in the hub's cache is here."""
     if not own.is_local:
-        return "no: `hf download` fetches it, or the first run"
+        return "no: the first run fetches it, or hf download"
     return "yes" if Path(own.name).expanduser().exists() else "no such path"
 
 
