@@ -106,6 +106,11 @@ class RunFolder:
         return self.path / (f"config-{resumed.stem}.yaml" if resumed else "config.yaml")
 
     @property
+    def recipe(self) -> Path:
+        """The configuration files that the run was started with, and all that they set."""
+        return self.path / "recipe.json"
+
+    @property
     def logs(self) -> Path:
         """The folder of TensorBoard's curves."""
         return self.path / "logs"
@@ -196,6 +201,16 @@ class RunFolder:
         lines = records.read(self.metrics)
         return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
+    @property
+    def advice(self) -> Path:
+        """What the guard said of evaluations, a line for each that it found something against."""
+        return self.path / "guard.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """The evaluation prompts with their tags, in the order of their numbers in the tables."""
+        return self.path / "tables" / "prompts.json"
+
     def table(self, step: int, weights: str) -> Path:
         """The numbers of every sample of `weights` after `step` optimizer steps."""
         return self.path / "tables" / step_name(step) / f"{weights}.safetensors"
@@ -231,6 +246,11 @@ class RunFolder:
     def report(self) -> Path:
         """The table of base, policy and ema when training ends."""
         return self.path / "report.md"
+
+    @property
+    def page(self) -> Path:
+        """The page about the run, written anew at every evaluation."""
+        return self.path / "report.html"
 
     @property
     def sheet(self) -> Path:
