@@ -14,8 +14,8 @@ MEANINGS: Mapping[str, str] = {
     "diversity": "Mean cosine distance between the judge's features of different pictures. It falls when they become "
     "alike.",
     "prompt_diversity": "The same between pictures of one prompt, mean over the prompts.",
-    "drift": "Distance from the base's pictures in the judge's features (CMMD, 1000 x squared MMD): 0 where nothing has "
-    "changed.",
+    "drift": "Distance from the base's pictures in the judge's features (CMMD, 1000 x squared MMD): 0 where nothing "
+    "has changed.",
     "train/loss": "Loss of a training step.",
     "train/gradient_norm": "Norm of a step's gradient before clipping.",
     "train/sigma": "Mean noise level of a step's samples, in [0, 1].",

@@ -50,7 +50,7 @@ def test_fit_leaves_checkpoints_configuration_samples_metrics_and_report(finishe
     assert [path.name for path in RunFolder(run).checkpoints()] == ["step-00000002.ckpt", "step-00000004.ckpt"]
     assert {path.name for path in run.iterdir()} == {
         "checkpoints", "config.yaml", "recipe.json", "samples", "tables", "logs", "metrics.jsonl", "report.md",
-        "before_after.png",
+        "report.html", "before_after.png",
     }  # fmt: skip
 
 
