@@ -72,7 +72,7 @@ class RunPage:
         asked = self.read(partial(asked_for, settings)) or []
         content = {
             "name": self.run.path.resolve().name,
-            "asked": [*asked, *self.facts(metrics, settings, metadata)],
+            "asked": [*asked, *(self.read(partial(self.facts, metrics, settings, metadata)) or [])],
             "findings": self.read(partial(findings, metrics, advice, settings)) or [],
             "last": self.read(partial(samples.last_values, metrics, tables)) or [],
             "charts": curves.as_charts(found, scalars),

@@ -63,9 +63,8 @@ def data_uri(picture: Image.Image) -> str:
 
 
 def thinned(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many items, evenly, with the first and the last: those of a shorter sequence stay, or every other."""
-    stride = 1
-    while -(-len(items) // stride) + 1 > max(most, 2) and stride < len(items):
+    """At most so many items, two or more, evenly: the first, the last, and every so many; all, where they are few."""
+    last, stride = len(items) - 1, 1
+    while stride < last and -(-last // stride) + 1 > most:
         stride *= 2
-    kept = list(items[::stride])
-    return kept if not items or (len(items) - 1) % stride == 0 else [*kept, items[-1]]
+    return [*items[:last:stride], *items[last:]] if items else []
