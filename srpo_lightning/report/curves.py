@@ -1,13 +1,7 @@
 """Curves of a run: what its evaluations found, and what its steps logged."""
 
 from collections.abc import Iterable, Sequence
-
-from tensorboard.backend.event_processing.event_accumulator import (
-    HISTOGRAMS,
-    IMAGES,
-    SCALARS,
-    EventAccumulator,
-)
+from typing import Any
 
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT
 from srpo_lightning.evaluation.meanings import meaning
@@ -66,12 +60,15 @@ class TrainingScalars:
     """What TensorBoard's files of a run say of its training steps; a second reading reads what is new."""
 
     def __init__(self) -> None:
-        self._events: dict[str, EventAccumulator] = {}
+        self._events: dict[str, Any] = {}
 
     def read(self, run: RunFolder) -> dict[str, list[tuple[int, float]]]:
         """Points (step, value) of each number by its name; none where nothing was logged."""
         if not run.logs.is_dir():
             return {}
+        # It imports whatever reads remote files where that is installed, which a command's help need not wait for.
+        from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, IMAGES, SCALARS, EventAccumulator
+
         logs = str(run.logs)
         if logs not in self._events:
             self._events[logs] = EventAccumulator(logs, size_guidance={SCALARS: 0, IMAGES: 1, HISTOGRAMS: 1})

@@ -1,6 +1,7 @@
 // Curves: one small chart for each number. Series differ by colour, dash and marker.
 
 const WIDTH = 330, HEIGHT = 190, LEFT = 48, RIGHT = 10, TOP = 12, BOTTOM = 24;
+const MAX_MARKERS = 25;
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "12 4", "4 4"];
 const MARKERS = [
   (x, y) => svg("circle", {cx: x, cy: y, r: 3.2}),
@@ -20,8 +21,9 @@ function ticks(low, high, count) {
 }
 
 function style(series, number) {
+  const hasMarkers = series.name !== "base" && series.points.length <= MAX_MARKERS;
   const isBase = series.name === "base";
-  return {stroke: isBase ? "var(--base)" : `var(--s${number % 6})`, dash: isBase ? "3 4" : DASHES[number % 6], marker: isBase ? null : MARKERS[number % 4]};
+  return {stroke: isBase ? "var(--base)" : `var(--s${number % 6})`, dash: isBase ? "3 4" : DASHES[number % 6], marker: hasMarkers ? MARKERS[number % 4] : null};
 }
 
 /** The sign of a series beside its name. */
@@ -87,7 +89,7 @@ function drawn(own, x, y, last) {
   const points = own.name === "base" && own.points.length === 1 ? [own.points[0], [last, own.points[0][1]]] : own.points;
   const line = svg("path", {class: "line", "stroke-dasharray": own.look.dash, d: `M${points.map(([step, value]) => `${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("L")}`});
   line.style.stroke = own.look.stroke;
-  const markers = own.look.marker && own.points.length <= 25 ? own.points.map(([step, value]) => own.look.marker(x(step), y(value))) : [];
+  const markers = own.look.marker ? own.points.map(([step, value]) => own.look.marker(x(step), y(value))) : [];
   for (const marker of markers) marker.style.fill = own.look.stroke;
   return [line, ...markers];
 }

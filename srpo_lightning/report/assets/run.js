@@ -107,7 +107,7 @@ function wonAndLost() {
   const titles = {prompt: "Prompt", base: "Base", ours: "Now", change: "Difference"};
   const heads = Object.entries(titles).map(([by, title]) => {
     const button = el("button", {type: "button", onclick: () => { state.isDown = state.by === by ? !state.isDown : false; state.by = by; refresh(); }}, title);
-    return [by, el("th", {class: by === "prompt" ? "" : "number", scope: "col"}, button)];
+    return [by, el("th", {class: {prompt: "", base: "number optional"}[by] ?? "number", scope: "col"}, button)];
   });
   const refresh = () => {
     const rows = sorted(state);
@@ -159,7 +159,7 @@ function rowOf(own, state, most) {
   }
   return el("tr", {}, el("td", {}, thumb("base", String(own.index), "before training")), el("td", {}, thumb(step, key, `after ${step} steps`)),
     el("td", {class: "prompt"}, words, el("span", {class: "soft optional"}, ` #${own.index}`)),
-    number(shown(own.base)), number(shown(own.ours)), number(change(own.change)), el("td", {class: "optional"}, bar));
+    el("td", {class: "number optional"}, shown(own.base)), number(shown(own.ours)), number(change(own.change)), el("td", {class: "optional"}, bar));
 }
 
 function configuration() {
