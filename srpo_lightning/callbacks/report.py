@@ -98,8 +98,6 @@ class Report(Callback, ReadsEvaluations):
     @rank_zero_only
     def _write_page(self, trainer: Trainer) -> None:
         self._is_page_due = False
-        for logger in trainer.loggers:
-            logger.save()  # what it still holds is to be in the curves
         run = RunFolder.of(trainer)
         if self._page is None or self._page.run.path != run.path:
             self._page = RunPage(run)

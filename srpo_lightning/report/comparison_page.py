@@ -212,8 +212,8 @@ def pictures(logged: Sequence[Logged], prompts: Sequence[Record], kinds: Sequenc
     """The pictures as data URIs: a block for the base of the first run, and one for each run and its weights."""
     thumbnails = Thumbnails()
     first = logged[0]
-    bases = {own["index"]: first.base_of(own["index"]) for own in prompts}
-    blocks = {BASE: {str(i): thumbnails.url(first.run.samples.picture(*key)) for i, key in bases.items() if key}}
+    bases = {own["index"]: first.bases[own["index"]] for own in prompts if own["index"] in first.bases}
+    blocks = {BASE: {str(i): thumbnails.url(first.run.samples.picture(*key)) for i, key in bases.items()}}
     for number, own in enumerate(logged):
         for kind in kinds:
             block = {}

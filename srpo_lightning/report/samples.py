@@ -133,7 +133,10 @@ class Logged:
         trained = {key for key in self.records if not self.is_base(key)}
         self.weights = sorted({kind for _, kind, _ in trained}, key=lambda kind: (kind != "policy", kind))
         self.all_steps = sorted({step for step, _, _ in trained})
-        most = MAX_PICTURES // (max(len(self.indices), 1) * max(len(self.weights), 1)) - 1
+        self.bases = {key[2]: key for key in reversed(self.records) if self.is_base(key)}
+        self.newest = {key[2]: key for key in sorted(self.records)}
+        prompts = len(self.indices) or 1
+        most = (MAX_PICTURES - prompts) // (prompts * (len(self.weights) or 1))
         self.steps = thinned(self.all_steps, most)
 
     @staticmethod
@@ -142,19 +145,15 @@ class Logged:
         step, weights, _ = key
         return weights == BASE or step == 0
 
-    def base_of(self, index: int) -> tuple[int, str, int] | None:
-        """What the base's picture of an evaluation sample is recorded as."""
-        return next((key for key in self.records if self.is_base(key) and key[2] == index), None)
-
     def record_of(self, index: int) -> Record:
         """The newest record of an evaluation sample."""
-        return self.records[max(key for key in self.records if key[2] == index)]
+        return self.records[self.newest[index]]
 
     def grid(self) -> Record:
         """What the page's grid shows: its prompts, steps and weights, and the scores of each picture."""
         scores: dict[str, dict[str, Any]] = {}
         for index in self.indices:
-            if base := self.base_of(index):
+            if base := self.bases.get(index):
                 scores.setdefault(BASE, {})[str(index)] = self.records[base].get("scores") or {}
             for step in self.steps:
                 for kind in self.weights:
@@ -173,8 +172,8 @@ class Logged:
     def pictures(self, thumbnails: Thumbnails) -> dict[str, dict[str, str]]:
         """The pictures as data URIs: a block for the base, by index, and one for each step, by weights and index."""
         samples = self.run.samples
-        keys = {index: self.base_of(index) for index in self.indices}
-        blocks = {BASE: {str(i): thumbnails.url(samples.picture(*key)) for i, key in keys.items() if key}}
+        keys = {index: self.bases[index] for index in self.indices if index in self.bases}
+        blocks = {BASE: {str(i): thumbnails.url(samples.picture(*key)) for i, key in keys.items()}}
         for step in self.steps:
             wanted = [(kind, index) for kind in self.weights for index in self.indices]
             blocks[str(step)] = {

@@ -12,7 +12,7 @@ from srpo_lightning.evaluation.metrics import Table
 from srpo_lightning.evaluation.pictures import write_picture
 from srpo_lightning.run_folder import RunFolder
 
-MARKUP = "</script><script>document.title = 'broken'</script><img src=x onerror=\"alert('1')\"> & {{data}}"
+MARKUP = "</script><script>document.title = 'broken'</script><img src=x onerror=\"alert('1')\"> & {{script}}"
 PROMPTS = ["a red apple", MARKUP, "quotes \" and ' and \u2028 a line", "the last"]
 STEPS = (0, 10, 20)
 NUM_LOGGED = 3

@@ -1,10 +1,13 @@
 """Both pages as a browser shows them, from a folder with markup in its prompts."""
 
+import html
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from srpo_lightning.evaluation.meanings import meaning
 from srpo_lightning.report.comparison_page import write_comparison_page
 from srpo_lightning.report.run_page import RunPage
 from tests.browser import needs_browser, visit
@@ -43,6 +46,44 @@ def test_the_page_of_two_runs_is_drawn(pages, tmp_path):
     assert "<title>Runs compared</title>" in dom
     assert dom.count("<article") == 5 + 3
     assert "+0.020" in dom  # the judge's difference
+
+
+ACTIONS = """
+const found = {};
+const one = (selector) => document.querySelector(selector);
+const slider = one("#step");
+slider.value = 0;
+slider.dispatchEvent(new Event("input"));
+found.step = one("output").textContent;
+found.alternative = one(".card figure:nth-child(2) img").alt;
+found.differs = one(".card figure:nth-child(2) img").src !== one(".card figure:nth-child(1) img").src;
+one(".card figure button").click();
+found.large = one("dialog").open && one("dialog").querySelectorAll("img").length;
+one("dialog").close();
+const first = () => one("#samples tbody tr td:nth-child(6)").textContent;
+found.worst = first();
+[...document.querySelectorAll("#samples th button")].at(-1).click();
+found.best = first();
+const drawing = one(".chart > svg");
+drawing.dispatchEvent(new KeyboardEvent("keydown", {key: "Home"}));
+found.read = one(".chart .readout").textContent;
+one(".term").dispatchEvent(new Event("focus"));
+found.meaning = one("#tip").hidden ? "" : one("#tip").textContent;
+document.title = JSON.stringify(found);
+"""
+
+
+def test_the_page_answers_to_its_user(pages, tmp_path):
+    text = re.sub("<meta http-equiv[^>]*>", "", pages[0].read_text())
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"<script>{ACTIONS}</script></body>"))
+    dom, _ = visit((tmp_path / "page.html").as_uri(), tmp_path)
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
+    assert (found["step"], found["alternative"]) == ("step 10", "a red apple, policy after 10 steps")
+    assert found["differs"]
+    assert found["large"] == 3
+    assert (found["worst"], found["best"]) == ("\u22120.060", "+0.080")  # .02 x (i - 3), for i from 0 to 7
+    assert found["read"] == "step 0base 0.250policy 0.250ema -"
+    assert found["meaning"] == meaning("held_out")
 
 
 @pytest.mark.parametrize("page", [0, 1])

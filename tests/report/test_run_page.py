@@ -9,12 +9,15 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from srpo_lightning.evaluation.meanings import meaning
+from srpo_lightning.report import samples
+from srpo_lightning.report.curves import TrainingScalars, smoothed
 from srpo_lightning.report.page import page
 from srpo_lightning.report.run_page import RunPage
 from srpo_lightning.report.thumbnails import MAX_PICTURES, Thumbnails
-from tests.report.made_up import CONFIG, MARKUP, PROMPTS, STEPS, content_of, write_run
+from tests.report.made_up import CONFIG, MARKUP, PROMPTS, STEPS, content_of, picture, write_run
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def test_text_from_elsewhere_is_never_markup(run):
     assert "b" not in tags
     assert not any(name.startswith("on") for _, attributes in parser.found for name in attributes)
     assert content_of(text)["samples"]["prompts"][1] == MARKUP
-    assert "{{" not in text.replace("{{data}}", "")  # every place is filled, and what was filled in is left as it is
+    assert "{{" not in text.replace("{{script}}", "")  # every place is filled, and what was filled in is left as it is
     assert "\u2028" not in text
 
 
@@ -229,3 +232,35 @@ def test_a_page_reads_again_only_what_is_new(run, monkeypatch):
     assert MAX_PICTURES > len(found.thumbnails._kept) == 3 * 5
     monkeypatch.undo()
     assert Thumbnails().url(run.samples.picture(10, "ema", 0)) == first["10"]["ema/0"]
+
+
+def test_of_many_samples_the_worst_and_the_best_are_listed(run, monkeypatch):
+    monkeypatch.setattr(samples, "MAX_SAMPLES", 4)
+    found = RunPage(run).content()[0]["samples"]
+    assert (found["indices"], found["total"]) == ([0, 1, 6, 7], 8)
+    assert all(len(column) == 4 for own in found["values"].values() for column in own.values())
+
+
+@pytest.mark.parametrize(("most", "steps"), [(33, [10, 20, 30, 40, 50]), (32, [10, 30, 50]), (21, [10, 30, 50])])
+def test_pictures_are_bounded_by_leaving_out_steps(tmp_path, monkeypatch, most, steps):
+    """Three of the base, and six of each step."""
+    run = write_run(tmp_path / "run")
+    lines = [picture(run, step, weights, i) for step in (30, 40, 50) for weights in ("policy", "ema") for i in range(3)]
+    run.samples.metadata.write_text(run.samples.metadata.read_text() + "".join(json.dumps(own) + "\n" for own in lines))
+    monkeypatch.setattr(samples, "MAX_PICTURES", most)
+    content, pictures = RunPage(run).content()
+    assert (content["grid"]["steps"], content["grid"]["all"]) == (steps, 5)
+    assert sum(map(len, pictures.values())) == 3 + 6 * len(steps) <= most
+
+
+def test_a_step_that_was_logged_again_after_a_kill_counts_once(tmp_path):
+    run = write_run(tmp_path / "run")
+    for values in ({0: 1.0, 1: 2.0, 2: 9.0}, {2: 3.0, 3: 4.0}):
+        with SummaryWriter(str(run.logs), filename_suffix=f".{len(values)}") as writer:
+            for step, value in values.items():
+                writer.add_scalar("train/loss", value, step)
+    assert TrainingScalars().read(run) == {"train/loss": [(0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0)]}
+
+
+def test_long_curves_are_means_of_neighbouring_steps():
+    assert smoothed([(step, float(step)) for step in range(7)], 3) == [(2, 1.0), (5, 4.0), (6, 6.0)]

@@ -71,16 +71,17 @@ function picture(block, key) {
   return blocks.get(block)[key] || "";
 }
 
+const AHEAD_PX = 400;
 const waiting = new Map();
 const seen = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (entry.isIntersecting) {
-      seen.unobserve(entry.target);
-      waiting.get(entry.target)?.();
-      waiting.delete(entry.target);
-    }
-  }
-}, {rootMargin: "400px"});
+  for (const entry of entries) if (entry.isIntersecting) fill(entry.target);
+}, {rootMargin: `${AHEAD_PX}px`});
+
+function fill(element) {
+  seen.unobserve(element);
+  waiting.get(element)?.();
+  waiting.delete(element);
+}
 
 /** Call a function once, when an element comes near the view. */
 function whenSeen(element, action) {
@@ -88,11 +89,11 @@ function whenSeen(element, action) {
   seen.observe(element);
 }
 
-addEventListener("beforeprint", () => { for (const action of waiting.values()) action(); });
+addEventListener("beforeprint", () => [...waiting.keys()].forEach(fill));
 
 /** An image that is filled in when it comes near the view. */
 function image(block, key, alternative, attributes = {}) {
-  const made = el("img", {alt: alternative, decoding: "async", ...attributes});
+  const made = el("img", {alt: alternative, ...attributes});
   made.addEventListener("load", () => made.classList.toggle("small", made.naturalWidth <= 128));
   whenSeen(made, () => { made.src = picture(block, key); });
   return made;
@@ -144,5 +145,8 @@ function enlarge(title, figures) {
 function end(name) {
   document.getElementById("head").prepend(el("h1", {}, name));
   document.getElementById("foot").append(`Written ${content.written}.`);
+  // What is in view at once need not wait for the browser to say so.
+  const isNear = (element) => element.isConnected && element.getBoundingClientRect().top < innerHeight + AHEAD_PX;
+  [...waiting.keys()].filter(isNear).forEach(fill);
   if (location.hash) document.querySelector(`[id="${CSS.escape(location.hash.slice(1))}"]`)?.scrollIntoView();
 }

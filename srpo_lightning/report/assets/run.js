@@ -49,7 +49,7 @@ function card(prompt, state) {
 
 function figureOf(prompt, kind) {
   const index = String(prompt.index);
-  const img = el("img", {decoding: "async"});
+  const img = el("img");
   img.addEventListener("load", () => img.classList.toggle("small", img.naturalWidth <= 128));
   const missing = el("div", {class: "missing"}, "not logged");
   missing.style.display = "none";
