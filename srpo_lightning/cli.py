@@ -16,11 +16,13 @@ from srpo_lightning.suggestions import nearest
 
 JOBS = {
     "cache": "srpo_lightning.jobs.cache",
+    "compare": "srpo_lightning.jobs.compare",
     "control-words": "srpo_lightning.jobs.control_words",
     "convert": "srpo_lightning.jobs.convert",
     "downloads": "srpo_lightning.jobs.downloads",
     "estimate": "srpo_lightning.jobs.estimate.job",
     "export": "srpo_lightning.jobs.export.job",
+    "report": "srpo_lightning.jobs.report",
     "reward-bias": "srpo_lightning.jobs.reward_bias",
     "stand-in": "srpo_lightning.jobs.stand_in",
 }
@@ -34,6 +36,9 @@ GONE = {"benchmark": "python -m experiments.objectives"}
 
 SEVERAL = "Configuration file that `fit` would get. Given again, it changes what the one before it says."
 """Help of `--config` of a command that reads a run's."""
+
+RUNS = "Folder of a run, which `fit` was given as trainer.default_root_dir."
+"""Help of what a command about runs is given without an option."""
 
 QUIET = (
     "Found .* in eval mode",  # frozen parts stay in evaluation mode on purpose
@@ -147,9 +152,10 @@ def run_job(job: Callable[..., None], name: str, args: list[str]) -> None:
         parser.add_argument("--config", action="append", required=True, help=SEVERAL)
     elif "config" not in own:
         parser.add_argument("--config", action=ActionConfigFile, help="File with the arguments below.")
-    parser.add_function_arguments(
-        job, as_positional=False, skip={"config"} if takes_several else set(), sub_configs=True
-    )
+    if "runs" in own:
+        parser.add_argument("runs", nargs="+", type=str, metavar="RUN", help=RUNS)
+    skip: set[str | int] = {"config"} if takes_several else {"runs"} if "runs" in own else set()
+    parser.add_function_arguments(job, as_positional=False, skip=skip, sub_configs=True)
     values = parser.instantiate_classes(parser.parse_args(args))
     job(**{argument: values[argument] for argument in own})
 

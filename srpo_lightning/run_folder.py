@@ -1,5 +1,6 @@
 """Where everything of a run lies, and how it is read: nobody else knows the names of its files."""
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,15 @@ class RunFolder:
         """The settings of the run; those of a run that was resumed from a checkpoint have a file of their own."""
         return self.path / (f"config-{resumed.stem}.yaml" if resumed else "config.yaml")
 
+    def configs(self) -> list[Path]:
+        """The settings of every start of the run."""
+        return sorted([*self.path.glob("config.yaml"), *self.path.glob("config-step-*.yaml")])
+
+    @property
+    def recipe(self) -> Path:
+        """The configuration files that the run was started with, and all that they set."""
+        return self.path / "recipe.json"
+
     @property
     def logs(self) -> Path:
         """The folder of TensorBoard's curves."""
@@ -196,6 +206,40 @@ class RunFolder:
         lines = records.read(self.metrics)
         return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
+    def check_evaluated(self) -> None:
+        """Refuse a folder that holds no numbers of evaluations.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if not self.metrics.is_file():
+            raise ValueError(
+                f"{self.path} holds no evaluations ({self.metrics.name}): name a run's folder that has them"
+            )
+
+    @property
+    def advice(self) -> Path:
+        """What the guard said of evaluations, a line for each that it found something against."""
+        return self.path / "guard.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """The evaluation prompts with their tags, in the order of their numbers in the tables."""
+        return self.path / "tables" / "prompts.json"
+
+    def read_prompts(self) -> list[str]:
+        """The evaluation prompts by their number in the tables; none where an earlier version kept none.
+
+        Raises:
+            ValueError: if the file cannot be read.
+        """
+        if not self.prompts.is_file():
+            return []
+        try:
+            return [str(record["prompt"]) for record in json.loads(self.prompts.read_text(encoding="utf-8"))]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.prompts} cannot be read: the next evaluation writes it anew") from error
+
     def table(self, step: int, weights: str) -> Path:
         """The numbers of every sample of `weights` after `step` optimizer steps."""
         return self.path / "tables" / step_name(step) / f"{weights}.safetensors"
@@ -231,6 +275,11 @@ class RunFolder:
     def report(self) -> Path:
         """The table of base, policy and ema when training ends."""
         return self.path / "report.md"
+
+    @property
+    def page(self) -> Path:
+        """The page about the run, written anew at every evaluation."""
+        return self.path / "report.html"
 
     @property
     def sheet(self) -> Path:

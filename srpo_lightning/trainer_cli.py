@@ -1,5 +1,6 @@
 """fit, validate, test and predict: LightningCLI with one module, one data module and one fixed run folder."""
 
+import json
 import os
 import sys
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
-from srpo_lightning.config.arguments import Parser, add_project_arguments, choose_strategy
+from srpo_lightning.config.arguments import Parser, add_project_arguments, choose_strategy, read_config
 from srpo_lightning.config.effects import check_effects, check_single
 from srpo_lightning.config.loops import check_loops
 from srpo_lightning.data import PromptData
@@ -169,7 +170,10 @@ class SRPOCLI(LightningCLI):
 
 
 class SaveConfigInRunFolder(SaveConfigCallback):
-    """Writes config.yaml into the run folder, and config-step-*.yaml when the run is resumed."""
+    """Writes config.yaml into the run folder, and config-step-*.yaml when the run is resumed.
+
+    Beside it lies recipe.json: the configuration files that were named, and all settings as they alone would have them.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
@@ -182,6 +186,18 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming("this configuration cannot be written down"), complete_or_absent(path) as partial:
             self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
+        recipe = recipe_of([str(file) for file in self.config.get("config") or ()])
+        with complete_or_absent(RunFolder.of(trainer).recipe) as partial:
+            partial.write_text(json.dumps(recipe, default=str), encoding="utf-8")
+
+
+def recipe_of(files: list[str]) -> dict[str, Any]:
+    """Configuration files, and all settings as they alone would have them; null where they alone are no whole one."""
+    try:
+        settings = read_config(*files).as_dict() if files else None
+    except ValueError:
+        settings = None
+    return {"files": files, "settings": settings}
 
 
 def with_atomic_checkpoints(plugins: Any) -> list[Any]:

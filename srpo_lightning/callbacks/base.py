@@ -1,4 +1,4 @@
-"""The base, which is the weights before training: how it is put in place again, and where its numbers are kept."""
+"""The base, which is the weights before training: how it is put in place again, and where what it drew is kept."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,8 @@ from lightning.pytorch import Trainer
 
 from srpo_lightning.evaluation.comparison import read_header, save_table
 from srpo_lightning.evaluation.metrics import Table
+from srpo_lightning.files.checkpoints import complete_or_absent
+from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.run_folder import RunFolder
 
@@ -39,3 +41,17 @@ def keep_base(trainer: Trainer, key: str, base: Table) -> None:
     header = read_header(path) if path.is_file() else None
     is_others = header is not None and header["key"] != key
     save_table(RunFolder.recording(trainer).base_table if is_others else path, base, key)
+
+
+def keep_prompts(trainer: Trainer) -> None:
+    """Save the evaluation prompts with their tags beside the tables, which know them by number, unless they are there.
+
+    They are rows of `prompt` and `tags`, as JSON.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    named = zip(data.eval_prompts, data.eval_tags, strict=True)
+    content = strict_json([{"prompt": prompt, "tags": tags} for prompt, tags in named], 0)
+    path = RunFolder.recording(trainer).prompts
+    if not path.is_file() or path.read_text(encoding="utf-8") != content:
+        with complete_or_absent(path) as partial:
+            partial.write_text(content, encoding="utf-8")

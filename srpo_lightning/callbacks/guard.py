@@ -1,20 +1,25 @@
 """A guard against over-optimisation: training that goes on to please its reward and nobody else."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT
 from srpo_lightning.evaluation.exchange import Evaluation, Evaluations, ReadsEvaluations
 from srpo_lightning.evaluation.metrics import Table, bootstrap_mean
+from srpo_lightning.files import records
+from srpo_lightning.files.records import Record
+from srpo_lightning.run_folder import RunFolder
 
 
-class OverOptimizationGuard(Callback, ReadsEvaluations):
+class OverOptimizationGuard(Recorder, ReadsEvaluations):
     """Watches held-out scores, diversity and drift at every evaluation, and acts when they say that it is enough.
 
     Needs RewardTracking, whose tables it compares: the same prompts from the same noise at every evaluation. It acts
@@ -26,7 +31,8 @@ class OverOptimizationGuard(Callback, ReadsEvaluations):
     - their drift from the base (CMMD) is above `max_drift`.
 
     What the held-out score is, RewardTracking says (`held_out`); `checkpoint.monitor: policy/held_out` keeps the best
-    checkpoint, which is then found by `--ckpt_path best`.
+    checkpoint, which is then found by `--ckpt_path best`. What speaks against an evaluation is appended to
+    `<run folder>/guard.jsonl`, also while it waits.
 
     Args:
         weights: Weights whose samples are watched.
@@ -60,28 +66,39 @@ class OverOptimizationGuard(Callback, ReadsEvaluations):
         self.times_lowered = 0
         self.has_stopped = False
 
+    @staticmethod
+    def file(run: RunFolder) -> Path:
+        """What was said of evaluations."""
+        return run.advice
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that was stopped stays so."""
+        super().on_train_start(trainer, pl_module)
         if self.has_stopped and self.action != "warn":
             rank_zero_info("guard: it has ended this run; to go on all the same set its action to warn, or remove it")
             trainer.should_stop = True
 
     def on_evaluation(self, trainer: Trainer, module: LightningModule, evaluations: Evaluations) -> None:
         """Watch the evaluations of a run that trains."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.watch(trainer, evaluations)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        advice = self.watch(trainer, evaluations)
+        if advice is not None and trainer.is_global_zero:
+            records.append(self.file(RunFolder.of(trainer)), advice)
 
-    def watch(self, trainer: Trainer, evaluations: Evaluations) -> None:
-        """Compare an evaluation with the best and with the base, and act."""
+    def watch(self, trainer: Trainer, evaluations: Evaluations) -> Record | None:
+        """Compare an evaluation with the best and with the base, and act; return what speaks against it."""
         found = evaluations.by_weights
         evaluation = found.get(self.weights) or found.get("policy")
         if evaluation is None:
-            return
+            return None
         base = found.get(BASE)
         reasons = self.reasons(evaluation, base.numbers if base else {}, evaluations.step)
         self.alarms = self.alarms + 1 if reasons else 0
-        if self.alarms >= self.patience:
-            self._act(trainer, "; ".join(reasons))
+        if not reasons:
+            return None
+        advice = {"step": evaluations.step, "weights": self.weights, "reasons": reasons, "best_step": self.best_step}
+        return advice | {"action": self._act(trainer, "; ".join(reasons)) if self.alarms >= self.patience else "wait"}
 
     def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:
         """What speaks against an evaluation; one that is the best so far is remembered."""
@@ -105,7 +122,7 @@ class OverOptimizationGuard(Callback, ReadsEvaluations):
             found.append(f"drift from the base is {numbers['drift']:.4g}, more than {self.max_drift:.4g}")
         return found
 
-    def _act(self, trainer: Trainer, reason: str) -> None:
+    def _act(self, trainer: Trainer, reason: str) -> str:
         cure = f"the best held-out score was at step {self.best_step}: --ckpt_path best, with checkpoint.monitor"
         if self.action == "lower_learning_rate" and self.times_lowered < self.max_times_lowered:
             self.times_lowered, self.alarms = self.times_lowered + 1, 0
@@ -115,11 +132,13 @@ class OverOptimizationGuard(Callback, ReadsEvaluations):
             for scheduler in trainer.lr_scheduler_configs:
                 scheduler.scheduler.base_lrs = [lr * self.learning_rate_factor for lr in scheduler.scheduler.base_lrs]
             rank_zero_info(f"guard: {reason}; learning rate times {self.learning_rate_factor} ({cure})")
-        elif self.action == "warn":
+            return self.action
+        if self.action == "warn":
             rank_zero_warn(f"over-optimisation: {reason}; {cure}")
-        else:
-            rank_zero_info(f"guard: {reason}; training ends here ({cure})")
-            trainer.should_stop = self.has_stopped = True
+            return self.action
+        rank_zero_info(f"guard: {reason}; training ends here ({cure})")
+        trainer.should_stop = self.has_stopped = True
+        return "stop"
 
     def state_dict(self) -> dict[str, Any]:
         """The best evaluation, with which a resumed run goes on comparing."""

@@ -1,4 +1,4 @@
-"""Base, policy and ema beside each other, as a table and as a picture, when training ends."""
+"""Base, policy and ema beside each other: as a page while training goes on, as a table and a picture when it ends."""
 
 import time
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from PIL import Image
 
 from srpo_lightning.evaluation.comparison import BASE, compare, write_comparison
@@ -17,13 +17,15 @@ from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import markdown_table
 from srpo_lightning.files.provenance import software
 from srpo_lightning.files.records import Record
+from srpo_lightning.report.run_page import UNREADABLE, RunPage
 from srpo_lightning.run_folder import RunFolder
 
 
 class Report(Callback, ReadsEvaluations):
-    """Writes `report.md` and `before_after.png` into the run folder and prints the table.
+    """Writes `report.html` at every evaluation, and at the end `report.md` and `before_after.png`; prints the table.
 
-    Compares the first validation with the last one of policy and ema. The first is the base's with
+    They lie in the run folder. A page that cannot be written is warned of, and training goes on. The table compares
+    the first validation with the last one of policy and ema. The first is the base's with
     trainer.num_sanity_val_steps -1. Needs RewardTracking for the numbers and SampleLogger for the pictures.
 
     Args:
@@ -34,11 +36,19 @@ class Report(Callback, ReadsEvaluations):
     def __init__(self, num_columns: PositiveInt = 8, scale: PositiveInt = 1) -> None:
         self.num_columns = num_columns
         self.scale = scale
+        self._page: RunPage | None = None
+        self._is_page_due = False
         self._seconds: list[float] = []
         self._start_s = 0.0
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait with the page until every callback has recorded this evaluation, whatever their order."""
+        self._is_page_due = True
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock."""
+        """Write the page of an evaluation that has just ended, and start the clock."""
+        if self._is_page_due:
+            self._write_page(trainer)
         self._start_s = time.perf_counter()
 
     def on_train_batch_end(
@@ -61,10 +71,11 @@ class Report(Callback, ReadsEvaluations):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table and the picture, and print the table."""
+        """Write page, table and picture, and print the table."""
         run = RunFolder.of(trainer)
         if not run.metrics.is_file():
             return
+        self._write_page(trainer)
         columns = first_and_last(run.read_metrics())
         table = markdown(columns)
         if self._seconds:
@@ -82,6 +93,18 @@ class Report(Callback, ReadsEvaluations):
             with complete_or_absent(run.sheet) as partial:
                 contact_sheet(rows, self.scale, prompts).save(partial, format="PNG")
             print(f"pictures: {run.sheet}")
+        print(f"page: {run.page}")
+
+    @rank_zero_only
+    def _write_page(self, trainer: Trainer) -> None:
+        self._is_page_due = False
+        run = RunFolder.of(trainer)
+        if self._page is None or self._page.run.path != run.path:
+            self._page = RunPage(run)
+        try:
+            self._page.write()
+        except UNREADABLE as error:
+            rank_zero_warn(f"{run.page} is not written, and training goes on: {error}")
 
     def _pictures(self, run: RunFolder, record: Record) -> list[Image.Image | None]:
         step, weights = int(record["step"]), str(record["weights"])

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.callbacks.base import as_base, keep_base, read_base
+from srpo_lightning.callbacks.base import as_base, keep_base, keep_prompts, read_base
 from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.evaluation.comparison import (
@@ -52,19 +52,9 @@ class RewardTracking(Recorder, OffersWeights):
     """Scores every evaluation sample, of base, policy and ema.
 
     Logged under `val/<weights>/` and appended to `<run folder>/metrics.jsonl`. `validate` and `test` write into the
-    folder `validation` in it, with a key of all that the numbers depend on. Means over the samples are:
-
-    - `reward`, the objective under the training reward, and `judge`, the same under the judge. When the first rises
-      and the second falls, the policy is exploiting its reward;
-    - `prompt`, the judge's score of image and prompt, and each of `metrics`;
-    - `top<k>`, whether the judge ranks an image's own prompt among the best k of `candidates`;
-    - `saturation`, `brightness` and `high_frequency`, which hacked rewards move.
-
-    Numbers of all samples together are:
-
-    - `share/<label>`, the share of images that the judge finds most like each label;
-    - `diversity`, `prompt_diversity` and `drift` (CMMD from the base), where the judge has image features;
-    - `win/<score>`, how often a sample beats the base's from the same noise.
+    folder `validation` in it, with a key of all that the numbers depend on. What each number is,
+    `srpo_lightning.evaluation.meanings` says, and the page of the run. When `reward` rises and `judge` falls, the
+    policy is exploiting its reward.
 
     The numbers of each sample are kept in `<run folder>/tables/`, those of the base once, in `base.safetensors`. Where
     that is missing, or of other prompts, noise or rewards, the base is put in place again and measured. Judge and
@@ -292,6 +282,7 @@ class RewardTracking(Recorder, OffersWeights):
             own = {} if trainer.state.fn == TrainerFn.FITTING else {"key": self.key(trainer, module)}
             run.append_metrics({"step": step, "weights": weights, **own, **numbers})
             save_table(run.table(step, weights), table, "")
+            keep_prompts(trainer)
 
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:

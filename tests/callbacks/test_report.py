@@ -1,8 +1,22 @@
+import errno
+import json
+import os
+import shutil
+
 import numpy as np
+import pytest
 from PIL import Image
 
+from srpo_lightning.callbacks import Report, RewardTracking, RunCheckpoint, SampleLogger
 from srpo_lightning.callbacks.report import first_and_last, markdown
 from srpo_lightning.evaluation.pictures import LABEL_PX, contact_sheet
+from srpo_lightning.files import checkpoints
+from srpo_lightning.report.run_page import RunPage
+from srpo_lightning.rewards import ClipReward
+from srpo_lightning.run_folder import RunFolder
+from tests import tiny
+from tests.faults import Stop
+from tests.report.made_up import content_of
 
 RECORDS = [
     {"step": 0, "weights": "policy", "judge": 0.1, "share/3d": 0.25},
@@ -44,3 +58,59 @@ def test_the_contact_sheet_puts_each_picture_under_the_name_of_its_row():
     assert (sheet[LABEL_PX : LABEL_PX + 12, 12:] == 20).all()
     assert (sheet[-12:, :12] == 30).all()
     assert (sheet[-12:, 12:] == 255).all()
+
+
+def fit(models, features, run, *faults):
+    callbacks = [
+        Report(),  # before those that record what it shows
+        SampleLogger(num_samples=2, max_share=9.0),
+        RewardTracking(ClipReward(str(models.judge))),
+        *faults,
+        RunCheckpoint(2),
+    ]
+    settings = {"num_sanity_val_steps": -1, "val_check_interval": 1, "limit_val_batches": 9}
+    tiny.new_trainer(run, callbacks, **settings).fit(tiny.new_module(models), tiny.new_data(models, features))
+
+
+def test_the_page_of_a_run_is_whole_and_can_be_written_again_from_its_folder(finished_run, tmp_path):
+    content = content_of((finished_run / "report.html").read_text())
+    assert content["notes"] == []
+    assert content["grid"]["steps"] == [2, 4]
+    assert content["grid"]["weights"] == ["policy", "ema"]
+    assert content["samples"]["step"] == 4
+    assert content["samples"]["prompts"] == ["c0", "c1", "c2"]
+    training = {own["name"] for own in content["charts"] if own["group"] == "Training steps"}
+    assert {"train/loss", "train/reward_denoise", "train/gradient_norm"} <= training
+    loss = next(own for own in content["charts"] if own["name"] == "train/loss")
+    assert [step for step, _ in loss["series"][0]["points"]] == [0, 1, 2, 3]
+    departures = content["configuration"]["departures"]
+    assert departures["from"].endswith("run.yaml")
+    assert departures["rows"] == []
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    again = RunPage(RunFolder(folder)).content()[0]
+    assert {**content, "written": ""} == json.loads(json.dumps({**again, "written": ""}))
+
+
+def test_a_run_that_is_killed_has_the_page_of_its_last_evaluation(models, features, tmp_path):
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        fit(models, features, tmp_path, Stop(after=3))
+    content = content_of(RunFolder(tmp_path).page.read_text())
+    assert content["grid"]["steps"] == [1, 2]
+    assert content["samples"]["step"] == 2
+
+
+def test_a_page_that_has_no_room_is_warned_of_and_training_goes_on(models, features, tmp_path, monkeypatch):
+    sync = checkpoints.sync
+
+    def full(path):
+        if path.name.startswith("report.html"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(path)
+
+    monkeypatch.setattr(checkpoints, "sync", full)
+    with pytest.warns(UserWarning, match="report.html is not written, and training goes on: the disk is full"):
+        fit(models, features, tmp_path)
+    run = RunFolder(tmp_path)
+    assert run.checkpoint(4).is_file()
+    assert run.report.is_file()
+    assert not list(tmp_path.glob("report.html*"))

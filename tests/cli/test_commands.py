@@ -49,7 +49,8 @@ def test_fit_leaves_checkpoints_configuration_samples_metrics_and_report(finishe
     _, run = finished
     assert [path.name for path in RunFolder(run).checkpoints()] == ["step-00000002.ckpt", "step-00000004.ckpt"]
     assert {path.name for path in run.iterdir()} == {
-        "checkpoints", "config.yaml", "samples", "tables", "logs", "metrics.jsonl", "report.md", "before_after.png",
+        "checkpoints", "config.yaml", "recipe.json", "samples", "tables", "logs", "metrics.jsonl", "report.md",
+        "report.html", "before_after.png",
     }  # fmt: skip
 
 

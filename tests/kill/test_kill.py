@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
+from tests.report.made_up import content_of
 
 NUM_STEPS = 8
 NUM_KILLS = 20
@@ -71,10 +72,15 @@ def fit(config: Path, run: Path, before) -> int:
 
 
 def content(run: Path) -> dict[str, bytes]:
-    """All files of a run but those that say when and how long, and the checkpoints, which are archives."""
+    """All files of a run but those that say when, where and how long, and the checkpoints, which are archives."""
     files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
     names = {path: path.relative_to(run).as_posix() for path in files}
     own = {name: path.read_bytes() for path, name in names.items() if path.suffix not in (".ckpt", ".yaml", ".md")}
+    own |= {"recipe.json": b""}
+    if RunFolder(run).page.is_file():
+        shown = content_of(RunFolder(run).page.read_text())
+        parts = {part: shown[part] for part in ("findings", "last", "samples", "grid", "advice")}
+        own |= {"report.html": json.dumps(parts).encode()}
     return own | {path.name: b"" for path in RunFolder(run).checkpoints()}
 
 
