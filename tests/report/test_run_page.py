@@ -170,6 +170,14 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(run):
     assert not any(own.get(name) for tag, own in parser.found for name in ("src", "href"))
 
 
+def damaged_events(logs):
+    """What a disk has made of a file of TensorBoard: its beginning, then anything."""
+    with SummaryWriter(str(logs)) as writer:
+        writer.add_scalar("train/loss", 1.0, 0)
+    (file,) = logs.iterdir()
+    file.write_bytes(file.read_bytes() + bytes(range(256)) * 4)
+
+
 DAMAGES = {
     "metrics": lambda run: run.metrics.write_text("nonsense\n"),
     "half a record": lambda run: run.metrics.write_text('{"step": 1}\n{"step": 2, "weights": "ema", "judge": "x"}\n'),
@@ -182,6 +190,7 @@ DAMAGES = {
     "a recipe": lambda run: run.recipe.write_text("{"),
     "prompts": lambda run: run.prompts.write_text('[{"a": 1}]'),
     "advice": lambda run: run.advice.write_text('{"step": "x"}\n'),
+    "curves": lambda run: damaged_events(run.logs),
     "not text": lambda run: run.config().write_bytes(b"\xff\xfe\x00"),
 }  # fmt: skip
 
@@ -194,7 +203,7 @@ def test_what_cannot_be_read_is_left_out_and_said(damage, tmp_path):
     text = found.write().read_text()
     content = content_of(text)
     assert content["notes"] == found.notes
-    if damage not in ("half a record", "records of nothing"):  # which say what they can
+    if damage not in ("half a record", "records of nothing", "curves"):  # which say what they can
         assert found.notes
     if damage not in ("metrics", "half a record"):
         assert content["charts"]
