@@ -28,6 +28,9 @@ demo: venv ## training of the built-in model: numbers and pictures before and af
 test: originals ## run the whole test suite
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder  # tests/conftest.py has the order
 
+docs: venv ## the documentation as pages, in docs/_build
+	$(RUN) -m sphinx --builder html --fail-on-warning --quiet docs docs/_build
+
 check: venv ## lint, types, direction of imports
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -37,4 +40,4 @@ check: venv ## lint, types, direction of imports
 clean: ## delete environments and caches, keep runs
 	rm -rf .venv .originals .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help venv originals demo test check clean
+.PHONY: help venv originals demo test docs check clean

@@ -46,3 +46,11 @@ def test_commands_name_files_that_fit_takes(monkeypatch):
     assert len(found) > 5
     for files in found:
         read_config(*files)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_word_in_angle_brackets_is_taken_for_markup_and_lost(page):
+    text = re.sub(r"(?ms)^```.*?^```|^    .*?$|`[^`]*`", "", page.read_text())
+    assert not re.findall(
+        r"<(?!(?:https?|mailto):|/?(?:a|img|br|p|picture|source|sub|sup|details|summary)\b)[A-Za-z/]", text
+    )
