@@ -9,7 +9,7 @@ picture; the adapter's file; and that file read by diffusers alone. Seconds hold
 """
 
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +34,7 @@ from srpo_lightning.jobs.estimate.room import predicted_peaks
 from srpo_lightning.jobs.stand_in import stand_in
 from srpo_lightning.run_folder import RunFolder
 
+LOOK_S = 0.1
 RECIPE = "configs/flux_srpo_qlora.yaml"
 FEW_LAYERS = {"black-forest-labs/FLUX.1-dev": 2}
 """Of text encoders that are larger than what is measured here, and whose features of random weights nobody needs."""
@@ -78,6 +79,19 @@ class Phase(NamedTuple):
     predicted_bytes: int | None = None
 
 
+def peak_so_far(process: int) -> int:
+    """Most bytes that a process has had since it began its program; 0 of one that is gone.
+
+    What `wait4` says would hold the parent's memory too, in which a program begins.
+    """
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) << 10 if found else 0
+
+
 def measured(name: str, command: list[str], log: Path, predicted: int | None = None) -> Phase:
     """Run a command, its output in `log`.
 
@@ -87,11 +101,13 @@ def measured(name: str, command: list[str], log: Path, predicted: int | None = N
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen([sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, peak_so_far(process.pid))
+            time.sleep(LOOK_S)
     if process.returncode:
         raise RuntimeError(f"{name} ended with {process.returncode}:\n{log.read_text(encoding='utf-8')[-4000:]}")
-    return Phase(name, time.perf_counter() - start, usage.ru_maxrss << 10, predicted)
+    return Phase(name, time.perf_counter() - start, peak, predicted)
 
 
 class Size(NamedTuple):
