@@ -37,16 +37,16 @@ def convert(source: str, output: str, processor: str = "laion/CLIP-ViT-H-14-laio
         reward.clip.save_pretrained(incomplete)
         with unreadable_is_refused(processor):
             CLIPTokenizer.from_pretrained(processor).save_pretrained(incomplete)
-        (incomplete / "preprocessor_config.json").write_text(
-            json.dumps(
-                {
-                    "image_processor_type": "CLIPImageProcessor",
-                    "size": {"shortest_edge": size},
-                    "crop_size": {"height": size, "width": size},
-                    "image_mean": CLIP_MEAN,
-                    "image_std": CLIP_STD,
-                },
-                indent=2,
-            )
-        )
+        (incomplete / "preprocessor_config.json").write_text(json.dumps(processor_config(size), indent=2))
     print(f"{folder}: {sum(p.numel() for p in reward.clip.parameters()):,} parameters from {source}")
+
+
+def processor_config(size: int) -> dict[str, object]:
+    """What a CLIP's image processor needs to know, of pictures of so many pixels a side."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }

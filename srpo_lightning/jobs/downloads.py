@@ -13,8 +13,8 @@ from srpo_lightning.config.arguments import read_config
 from srpo_lightning.files.fingerprint import HUB_ID
 from srpo_lightning.files.markdown import markdown_table
 from srpo_lightning.jobs.estimate.prediction import quiet
-from srpo_lightning.jobs.estimate.published import LICENCES, REWARDS, small_files
-from srpo_lightning.jobs.stand_in import pipeline, reward, write_files
+from srpo_lightning.jobs.estimate.published import LICENCES, REWARDS, small_files, write_files
+from srpo_lightning.jobs.stand_in import pipeline, reward
 
 SETTINGS = ("pretrained", "transformer", "processor", "tokenizer")
 """Settings that name a folder or a hub model."""

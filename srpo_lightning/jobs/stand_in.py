@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,14 +16,14 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from srpo_lightning.files.checkpoints import complete_or_absent_folder
-from srpo_lightning.jobs.estimate.published import REWARDS, small_files
+from srpo_lightning.jobs.convert import processor_config
+from srpo_lightning.jobs.estimate.published import REWARDS, small_files, write_files
 from srpo_lightning.jobs.export.streaming import write_shards
 from srpo_lightning.jobs.export.weights import Stored
 from srpo_lightning.jobs.letters import BY_CLASS
 from srpo_lightning.policies import AutoPolicy, loading
 from srpo_lightning.policies.family import families
 from srpo_lightning.policies.flow_policy import FlowPolicy
-from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD
 
 GB = 10**9
 
@@ -95,13 +95,6 @@ def stand_in(
     print(folder)
 
 
-def write_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """The published small files."""
-    for path, content in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
 def check_room(folder: Path, num_bytes: int) -> None:
     """Refuse what has no room on the disk.
 
@@ -120,15 +113,7 @@ def reward(folder: Path) -> Component:
     """A CLIP with what its processor needs."""
     config = transformers.CLIPConfig.from_pretrained(folder)
     config.architectures = ["CLIPModel"]
-    size = config.vision_config.image_size
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
+    write_files(folder, {"preprocessor_config.json": processor_config(config.vision_config.image_size)})
     BY_CLASS["CLIPTokenizer"](config.text_config.max_position_embeddings).save_pretrained(folder)
     config.save_pretrained(folder)
     with torch.device("meta"):

@@ -10,7 +10,7 @@ import transformers
 
 from srpo_lightning.cli import main
 from srpo_lightning.jobs import stand_in as job
-from srpo_lightning.jobs.estimate.published import REWARDS, small_files
+from srpo_lightning.jobs.estimate.published import REWARDS, small_files, write_files
 from srpo_lightning.policies.family import families
 from srpo_lightning.rewards import HPSv2
 from tests import processes
@@ -90,7 +90,7 @@ def test_every_family_opens_as_a_pipeline_and_as_a_policy_whose_numbers_are_fini
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_geometries_have_the_published_numbers_of_weights(tmp_path, name):
     """On the meta device: nothing is drawn."""
-    job.write_files(tmp_path, small_files(name))
+    write_files(tmp_path, small_files(name))
     found = {component.subfolder: component.num_weights / 1e9 for component in job.pipeline(tmp_path, None)}
     assert {"transformer", "vae", "text_encoder"} <= found.keys()
     for part, billions in WEIGHTS.get(name, {}).items():
@@ -98,10 +98,10 @@ def test_published_geometries_have_the_published_numbers_of_weights(tmp_path, na
 
 
 def test_fewer_layers_are_those_of_the_largest_text_encoder_and_no_fewer_than_are_read(tmp_path):
-    job.write_files(tmp_path, small_files("black-forest-labs/FLUX.1-dev"))
+    write_files(tmp_path, small_files("black-forest-labs/FLUX.1-dev"))
     found = {component.subfolder: component.model.config for component in job.pipeline(tmp_path, 2)}
     assert (found["text_encoder"].num_hidden_layers, found["text_encoder_2"].num_layers) == (12, 2)
-    job.write_files(tmp_path, small_files("black-forest-labs/FLUX.2-klein-base-4B"))
+    write_files(tmp_path, small_files("black-forest-labs/FLUX.2-klein-base-4B"))
     with pytest.raises(ValueError, match="text_encoder_layers is 26, and features are read from layer 27"):
         list(job.pipeline(tmp_path, 26))
 

@@ -1,5 +1,6 @@
 """What a rank takes of the machine's own memory, beside that of its device."""
 
+import psutil
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -35,3 +36,8 @@ def _unrounded_bytes(policy: nn.Module) -> list[int]:
 def host_peak(tracker: MemoryTracker, ranks: int) -> int:
     """Bytes of the machine at the highest of both phases, for so many ranks on it."""
     return ranks * (INTERPRETER + max(tracker.reading_bytes, tracker.host_bytes))
+
+
+def machine_memory() -> int:
+    """Bytes of memory that the ranks on this machine share."""
+    return int(psutil.virtual_memory().total)

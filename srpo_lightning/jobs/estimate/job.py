@@ -9,7 +9,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple
 
-import psutil
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
@@ -17,7 +16,7 @@ from srpo_lightning.callbacks.ema import EMA
 from srpo_lightning.config.arguments import choose_strategy, read_config, sharded
 from srpo_lightning.config.classes import of_class
 from srpo_lightning.jobs.estimate.devices import devices_per_node, is_sharded, num_devices
-from srpo_lightning.jobs.estimate.host import INTERPRETER, host_peak
+from srpo_lightning.jobs.estimate.host import INTERPRETER, host_peak, machine_memory
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
 from srpo_lightning.jobs.estimate.published import small_files, write_small_files
@@ -279,7 +278,7 @@ def estimate(
         ValueError: with the cure, if the configuration cannot be read or asks for a model whose shape is not known.
     """
     memory, kept_free = parse_bytes(device_memory), parse_bytes(reserve)
-    machine = int(psutil.virtual_memory().total) if host_memory is None else parse_bytes(host_memory)
+    machine = machine_memory() if host_memory is None else parse_bytes(host_memory)
     settings = read_config(*config)
     if devices is not None:
         use_devices(settings, devices)

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPConfig, CLIPTokenizer
+from transformers import CLIPConfig
 
+from srpo_lightning.jobs import letters
 from srpo_lightning.policies.family import families
 
 
@@ -65,14 +66,16 @@ def small_files(name: str) -> Mapping[str, Mapping[str, Any]] | None:
     return REWARDS.get(name) or next((own.published[name] for own in families() if name in own.published), None)
 
 
+def write_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Small files by path, as JSON."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
 def write_small_files(name: str, files: Mapping[str, Mapping[str, Any]], parent: Path) -> Path:
     """A folder in `parent` with the small files of a model of that name, and a tokenizer of single letters."""
     folder = parent / name.replace("/", "--")
-    for path, content in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(content))
-    letters = [chr(number) for number in range(33, 127)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
-    tokenizer.save_pretrained(folder)
+    write_files(folder, files)
+    letters.clip(77).save_pretrained(folder)
     return folder

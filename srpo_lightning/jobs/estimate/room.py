@@ -6,7 +6,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from srpo_lightning.callbacks.tracking import RewardTracking
 from srpo_lightning.config.classes import is_class
-from srpo_lightning.jobs.estimate.host import host_peak
+from srpo_lightning.jobs.estimate.host import host_peak, machine_memory
 from srpo_lightning.jobs.estimate.job import OPTIONS, local_files
 from srpo_lightning.jobs.estimate.memory import GIB
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
@@ -82,11 +81,6 @@ def check_host(peak: int, memory: int) -> None:
             "is needed by fewer ranks, ShardedStrategy without cpu_offload, model.policy.init_args.dtype bfloat16 or "
             "quantize nf4, or EMA with device: same. With memory_check false it is tried all the same"
         )
-
-
-def machine_memory() -> int:
-    """Bytes of memory that the ranks on this machine share."""
-    return int(psutil.virtual_memory().total)
 
 
 def memory_per_rank(devices: list[torch.device]) -> int | None:

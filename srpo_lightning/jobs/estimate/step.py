@@ -62,9 +62,8 @@ def train(
     offloads = is_sharded(trainer) and trainer.strategy.init_args.cpu_offload
     trained_label, gradient_label, state_label = [HOST] * 3 if offloads else [TRAINED, GRADIENTS, STATES]
     tracker.label(parameters, trained_label)
-    for tensor in (*module.parameters(), *module.buffers()):
-        if not tensor.requires_grad:
-            tracker.label([tensor], HOST if offloads and isinstance(tensor, DTensor) else FROZEN)
+    for tensor in (t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad):
+        tracker.label([tensor], HOST if offloads and isinstance(tensor, DTensor) else FROZEN)
     tracker.label((t for t in tree_leaves(conditions) if isinstance(t, Tensor)), BATCH)
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], gradient_label))
