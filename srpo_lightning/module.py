@@ -28,6 +28,7 @@ from srpo_lightning.policies.base import Policy
 from srpo_lightning.policies.parallel import leave_cudnn_attention_alone
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.training.agreement import check_weights
+from srpo_lightning.training.allocator import return_freed_memory
 from srpo_lightning.training.optimizers import InBackward, check_clipping, check_settings, new_trial
 from srpo_lightning.training.resuming import check_optimizer, check_shapes, checked_policy, name_of_optimizer
 from srpo_lightning.training.skipping import SkipNonFinite
@@ -108,6 +109,8 @@ class SRPOModule(LightningModule):
         leave_cudnn_attention_alone()
         self.policy.load(getattr(self._strategy, "shard", None))
         self.reward.load()
+        if self._strategy is not None and self._strategy.root_device.type == "cpu":
+            return_freed_memory(sum(weight.nbytes for weight in (*self.parameters(), *self.buffers())))
         self.compare_weights()
 
     def on_fit_start(self) -> None:
