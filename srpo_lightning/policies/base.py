@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Size
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.fingerprint import Recorded
@@ -89,6 +90,22 @@ class Policy(Recorded, nn.Module, ABC):
         Args:
             shift: overrides the shift of the model's own scheduler.
         """
+
+    def integrate(
+        self,
+        velocity: Callable[[Tensor, Tensor], Tensor],
+        noise: Float[Tensor, "B *rest"],
+        num_steps: int,
+        size: Size | None = None,
+    ) -> Float[Tensor, "B *rest"]:
+        """Clean latents by the model's own sampler: Euler's steps, unless its pipeline draws by others.
+
+        Args:
+            velocity: called with latents and one noise level per sample.
+            noise: latents at level 1.
+            num_steps: calls of `velocity`.
+        """
+        return flow.integrate(velocity, noise, self.sigmas(num_steps, size=size))
 
     @contextmanager
     def rolling_out(self) -> Iterator[None]:
