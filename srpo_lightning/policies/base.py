@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Size
+from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.fingerprint import Recorded
 
@@ -39,6 +40,9 @@ class Policy(Recorded, nn.Module, ABC):
     def text_shapes(self, wanted: Encoding) -> dict[str, tuple[int, ...]]:
         """The largest shape of one prompt's features by name, without a tokenizer if possible."""
         return self.encoder(wanted).text.shapes
+
+    num_frames: int = 1
+    """Frames of what `decode` makes: clips [B, 3, F, H, W] where they are more than one, else pictures."""
 
     has_negative: bool = False
     """Whether guidance takes a second pass, of the text that it moves away from."""
@@ -82,6 +86,16 @@ class Policy(Recorded, nn.Module, ABC):
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B *rest"], size: Size | None = None) -> Float[Tensor, "B 3 H W"]:
         """Clean latents to images in [0, 1], differentiable."""
+
+    def rewarded_pictures(
+        self, latents: Float[Tensor, "B *rest"], size: Size | None, draws: Draws
+    ) -> list[Float[Tensor, "B 3 H W"]]:
+        """What a reward, which scores pictures, sees of clean latents, with gradient; of a clip some of its frames.
+
+        Args:
+            draws: randomness of the micro-batch.
+        """
+        return [self.decode(latents, size)]
 
     @abstractmethod
     def sigmas(self, num_steps: int, shift: float | None = None, size: Size | None = None) -> Float[Tensor, " N"]:

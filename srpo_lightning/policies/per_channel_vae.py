@@ -74,10 +74,13 @@ class PictureVAE(nn.Module):
         self.video.enable_tiling()
 
 
-def _recomputed(forward: Callable[..., Tensor], x: Tensor, *_: Any, **settings: Any) -> Tensor:
-    """Without the cache of the frames before, of which there are none."""
-    told = {name: value for name, value in settings.items() if not name.startswith("feat_")}
-    found: Tensor = checkpoint(partial(forward, **told), x, use_reentrant=False)
+def _recomputed(
+    forward: Callable[..., Tensor], x: Tensor, feat_cache: Any = None, *rest: Any, **settings: Any
+) -> Tensor:
+    """A block in the backward pass again, unless it has a cache of the frames before."""
+    if feat_cache is not None:
+        return forward(x, feat_cache, *rest, **settings)
+    found: Tensor = checkpoint(partial(forward, **settings), x, use_reentrant=False)
     return found
 
 

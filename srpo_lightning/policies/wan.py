@@ -1,34 +1,37 @@
-"""Wan 2.1 and 2.2's model of 5 B, drawing pictures: videos of one frame.
+"""Wan 2.1 and 2.2's model of 5 B: clips, and pictures, which are clips of one frame.
 
-Source: diffusers' WanTransformer3DModel, AutoencoderKLWan and WanPipeline; names of single files: github.com/Wan-Video/Wan2.1,
-wan/modules/model.py.
+Source: diffusers' WanTransformer3DModel, AutoencoderKLWan and WanPipeline; names of single files:
+github.com/Wan-Video/Wan2.1, wan/modules/model.py.
 """
 
 import html
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import diffusers
 import ftfy
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from jaxtyping import Float
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
 from srpo_lightning import flow
 from srpo_lightning.batch import Size, Text
+from srpo_lightning.draws import Draws
+from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.pretrained import read_json
-from srpo_lightning.policies.family import Latents
+from srpo_lightning.policies.clips import ClipVAE, FrameChoice, chosen_frames
+from srpo_lightning.policies.family import Images, Latents
 from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.policies.geometries import UMT5_XXL, WAN_VAE, WAN_VAE_FINE
-from srpo_lightning.policies.packing import Spatial
-from srpo_lightning.policies.per_channel_vae import PictureVAE
 from srpo_lightning.policies.single_file import SingleFile
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
 
 NUM_TIMES = 1000
+STRIDE = 4
+"""Frames that a latent frame stands for, but for the first, which is one."""
 
 
 class WanTextEncoder(PipelineTextEncoder):
@@ -69,7 +72,15 @@ def _published(shift: float, vae: dict[str, Any], **transformer: Any) -> dict[st
 
 
 class WanPolicy(FlowPolicy):
-    """Wan, of one frame."""
+    """Wan.
+
+    Args:
+        num_frames: number of frames of a clip, one more than a multiple of four; 1 draws pictures.
+        rewarded_frames: frames of a clip that the reward, which scores pictures, sees; the mean of their scores counts.
+            With even they lie from the first to the last at equal distances, with first at the beginning, and with
+            random they are drawn for each micro-batch. What lies behind the last of them is not decoded.
+        num_rewarded_frames: number of these frames.
+    """
 
     transformer_class, pipeline_class, vae_class = "WanTransformer3DModel", "WanPipeline", "AutoencoderKLWan"
     text_encoder = WanTextEncoder
@@ -87,6 +98,27 @@ class WanPolicy(FlowPolicy):
         ),
     }
 
+    def __init__(
+        self,
+        *args: Any,
+        num_frames: PositiveInt = 1,
+        rewarded_frames: FrameChoice = "even",
+        num_rewarded_frames: PositiveInt = 2,
+        **settings: Any,
+    ) -> None:
+        super().__init__(*args, **settings)
+        if num_frames % STRIDE != 1:
+            nearest = (num_frames - 1) // STRIDE * STRIDE + 1
+            raise ValueError(
+                f"num_frames is {num_frames}, and a clip has one more than a multiple of {STRIDE} frames: set it to "
+                f"{nearest} or {nearest + STRIDE}"
+            )
+        self.num_frames, self.rewarded_frames, self.num_rewarded_frames = (
+            num_frames,
+            rewarded_frames,
+            num_rewarded_frames,
+        )
+
     @property
     def cell(self) -> int:  # type: ignore[override]  # a constant of other families
         """Two of the VAE's, which are 8 pixels wide, and 16 in the model of 5 B."""
@@ -98,33 +130,59 @@ class WanPolicy(FlowPolicy):
         return int(read_json(self.pretrained, "vae", "config.json").get("scale_factor_spatial", 8))
 
     def network(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
-        """The level is told in thousandths; text is filled up with zeros to the length that the model was trained on."""
+        """The level is told in thousandths; text is filled up with zeros to the length that training had."""
         rows = text.tensors["prompt_embeds"]
         padding = self.text_encoder.longest(self.pretrained) - rows.shape[1]
         velocity: Tensor = self.transformer(
-            hidden_states=x[:, :, None],
+            hidden_states=x,
             timestep=NUM_TIMES * sigma,
             encoder_hidden_states=functional.pad(rows, (0, 0, 0, padding)),
             return_dict=False,
         )[0]
-        return velocity[:, :, 0]
+        return velocity
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, ...]:
-        """(c, h, w)."""
+        """(c, T, h, w), T latent frames."""
         height, width = size or self.size
-        return int(self.configs["transformer"].get("in_channels", 16)), height // self.factor, width // self.factor
+        channels = int(self.configs["transformer"].get("in_channels", 16))
+        return channels, 1 + self.num_frames // STRIDE, height // self.factor, width // self.factor
 
-    def read_vae(self, dtype: torch.dtype) -> "WanVAE":
-        """The VAE with its weights, of pictures."""
-        return WanVAE(super().read_vae(dtype))
+    def encoder(self, wanted: Encoding) -> Encoder:
+        """Of texts, and of pictures where clips are pictures."""
+        encoder = super().encoder(wanted)
+        return encoder if self.num_frames == 1 else encoder._replace(images=None)
 
-    def to_vae(self, vae: PictureVAE, latents: Latents, size: Size) -> Spatial:
-        """With the VAE's deviations and means."""
+    def read_vae(self, dtype: torch.dtype) -> ClipVAE:
+        """The VAE with its weights."""
+        return ClipVAE(super().read_vae(dtype))
+
+    def to_vae(self, vae: ClipVAE, latents: Latents, size: Size) -> Tensor:
+        """With the VAE's deviations and means, [B, c, T, h, w]."""
         return latents * vae.std + vae.mean
 
-    def from_vae(self, vae: PictureVAE, z: Spatial) -> Latents:
-        """Normalised."""
-        return (z - vae.mean) / vae.std
+    def from_vae(self, vae: ClipVAE, z: Tensor) -> Latents:
+        """Of pictures, normalised."""
+        return (z[:, :, None] - vae.mean) / vae.std
+
+    def decode(self, latents: Latents, size: Size | None = None) -> Float[Tensor, "B 3 *F H W"]:
+        """Clean latents to clips [B, 3, F, H, W] in [0, 1], or to pictures where num_frames is 1; with gradient."""
+        frames = self.frames(latents, range(self.num_frames))
+        return frames[0] if self.num_frames == 1 else torch.stack(frames, dim=2)
+
+    def rewarded_pictures(self, latents: Latents, size: Size | None, draws: Draws) -> list[Images]:
+        """The frames that are chosen, decoded up to the last of them."""
+        wanted = chosen_frames(self.rewarded_frames, self.num_rewarded_frames, self.num_frames, draws)
+        return self.frames(latents, wanted)
+
+    def frames(self, latents: Latents, wanted: Sequence[int]) -> list[Images]:
+        """Frames of clean latents in [0, 1], with gradient.
+
+        Args:
+            latents: latents [B, c, T, h, w].
+            wanted: numbers of the frames.
+        """
+        z = self.to_vae(self.vae, latents, self.size).to(self.vae_dtype)
+        return [(frame.to(latents.dtype) / 2 + 0.5).clamp(0, 1) for frame in self.vae.frames(z, wanted)]
 
     @property
     def is_multistep(self) -> bool:
@@ -160,12 +218,12 @@ class WanPolicy(FlowPolicy):
 
     def pipeline_noise(self, generator: torch.Generator, dtype: torch.dtype) -> Latents:
         """In float32 always."""
-        channels, height, width = self.latent_shape()
-        return torch.randn(1, channels, 1, height, width, generator=generator)[:, :, 0]
+        return torch.randn(1, *self.latent_shape(), generator=generator)
 
     def pipeline_arguments(self, guidance: float, max_sequence_length: int) -> Mapping[str, Any]:
-        """One frame, as a picture."""
-        return {**super().pipeline_arguments(guidance, max_sequence_length), "num_frames": 1, "output_type": "pil"}
+        """As many frames, each as a picture."""
+        common = super().pipeline_arguments(guidance, max_sequence_length)
+        return {**common, "num_frames": self.num_frames, "output_type": "pil"}
 
     single_file = SingleFile(
         outer={
@@ -194,13 +252,3 @@ class WanPolicy(FlowPolicy):
             )
         },
     )
-
-
-class WanVAE(PictureVAE):
-    """Wan's VAE, whose pixels the model of 5 B decodes in cells of 2 x 2."""
-
-    def decode_frame(self, frames: Tensor) -> Tensor:
-        """The first frame repeats nothing in time."""
-        decoded = self.video.decoder(self.video.post_quant_conv(frames), first_chunk=True)
-        side = self.video.config.patch_size
-        return decoded if side is None else unpatchify(decoded, side)

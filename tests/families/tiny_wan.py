@@ -106,7 +106,6 @@ CASE = Case(
     WanPolicy,
     write,
     MISTAKES | {"steps": ByEulersSteps},
-    latents=lambda noise, size: noise[:, :, None],
     refused={"exact_conditioning": (True, "false")},
     features=features,
 )
