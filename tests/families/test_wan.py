@@ -112,11 +112,11 @@ def test_chosen_frames_have_the_pixels_and_gradients_of_the_whole_clip(clips, re
     policy = WanPolicy(clips.pretrained, 32, 32, num_frames=9, vae_checkpointing=recomputes)
     policy.load()
     found = torch.cat(policy.frames(latents, wanted))
-    torch.testing.assert_close(found, expected.clamp(0, 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected.clamp(0, 1), rtol=0, atol=1e-5)
     gradients = [
         torch.autograd.grad((own * weight[:, None]).sum(), latents)[0] for own in (found, expected.clamp(0, 1))
     ]
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
     assert bool(gradients[0][:, :, -1].any()) == (max(wanted) > 4)
 
 
