@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
 from srpo_lightning.errors import naming
@@ -222,10 +221,11 @@ class SRPOModule(LightningModule):
         if noise is None:
             shape = self.policy.latent_shape(conditions.size)
             noise = sample_noise(self.seed, conditions.indices.tolist(), shape, conditions.seeds)
-        latents = flow.integrate(
+        latents = self.policy.integrate(
             lambda x, sigma: self.policy(x, sigma, conditions, self.sample_guidance),
             noise.to(conditions.device),
-            self.policy.sigmas(self.num_sample_steps, size=conditions.size),
+            self.num_sample_steps,
+            conditions.size,
         )
         return self.policy.decode(latents, conditions.size)
 
