@@ -17,7 +17,7 @@ import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat
 
-from benchmarks.gpu.machine import machine
+from benchmarks.gpu.isolated import run_alone
 from benchmarks.gpu.page import page, verdict
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.run import FAILED, run_parts
@@ -60,8 +60,11 @@ def main(
     path.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, Any] = {}
     names = [name for name in PARTS if parts is None or name in parts]
-    results: dict[str, Any] = {"machine": machine(device), "size": size, "parts": done}
-    for name, found in run_parts(names, Scale(device, size, folder), limit_minutes * 60):
+    scale = Scale(device, size, folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    of_device = run_alone("benchmarks.gpu.machine:machine", 120, Path(folder) / "machine.log", device=device)
+    results: dict[str, Any] = {"machine": of_device, "size": size, "parts": done}
+    for name, found in run_parts(names, scale, limit_minutes * 60):
         done[name] = found
         results["verdict"] = verdict(done)
         path.write_text(strict_json(results, indent=1), encoding="utf-8")

@@ -76,7 +76,7 @@ def four_bits(scale: Scale) -> dict[str, Any]:
     layers = {f"{a} to {b}": layer(a, b, 16 if scale.is_small else TOKENS, device) for a, b in shapes}
     memory = memory_of(device)
     passes = {}
-    for quantize in ("none", "nf4", "nf4-double"):
+    for quantize in ("none", "nf4"):
         with settings_of("QLoRA", scale, {f"{POLICY}.quantize": quantize}) as config:
             module = new_module(config, scale)
             with memory.counting(module):

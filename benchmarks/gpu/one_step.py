@@ -101,11 +101,9 @@ def finish_step(module: SRPOModule, optimizer: Optimizer, loss: float) -> Step:
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """A copy in float32; of what ranks divide, the whole."""
-    whole = tensor.detach()
-    if isinstance(whole, DTensor):
-        whole = whole.full_tensor()
-    return whole.to("cpu", torch.float32, copy=True)
+    """A copy in float32; of what ranks divide, this rank's part."""
+    own = tensor.detach()
+    return (own.to_local() if isinstance(own, DTensor) else own).to("cpu", torch.float32, copy=True)
 
 
 def differences(own: Step, reference: Step) -> dict[str, float]:

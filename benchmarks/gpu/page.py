@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.gpu.one_step import NUMBERS
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.run import FAILED, LATE, NOT_REACHED, PASSED
 from srpo_lightning.files.markdown import Markdown, markdown_table
@@ -27,7 +26,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 def blocks(results: Mapping[str, Any]) -> Iterator[str]:
     """Heading, verdict, machine, the list of parts, and each part's tables."""
-    yield f"# {results['machine']['device']}: {results['verdict']}"
+    yield f"# {results['machine'].get('device', 'unknown device')}: {results['verdict']}"
     yield machine_line(results)
     rows = [[name, found["state"], f"{found['seconds']:.0f}"] for name, found in results["parts"].items()]
     yield markdown_table(["part", "result", "seconds"], rows)
@@ -51,7 +50,7 @@ def verdict(parts: Mapping[str, Any]) -> str:
 def machine_line(results: Mapping[str, Any]) -> str:
     """The machine and the versions, in a sentence each."""
     own = dict(results["machine"])
-    versions = ", ".join(f"{name} {number}" for name, number in own.pop("versions").items())
+    versions = ", ".join(f"{name} {number}" for name, number in own.pop("versions", {}).items())
     told = "; ".join(f"{name} {in_words(name, number)}" for name, number in own.items())
     return f"{told}.\n{versions}.\nModels: {results['size']}; weights are random."
 
@@ -73,16 +72,17 @@ def tables(name: str, found: Mapping[str, Any]) -> Iterator[str]:
 
 def differences_table(rows: list[Mapping[str, Any]]) -> str:
     """Each difference beside what is allowed."""
+    names = list(rows[0]["allowed"])
 
     def cells(row: Mapping[str, Any]) -> Iterator[object]:
         yield from (row["trained"], row["numbers"], row["attention"])
         if "error" in row:
-            yield from (row["error"], *[""] * (len(NUMBERS) - 1))
+            yield from (row["error"], *[""] * (len(names) - 1))
         else:
-            yield from (f"{row['measured'][name]:.2g} / {row['allowed'][name]:.2g}" for name in NUMBERS)
+            yield from (f"{row['measured'][name]:.2g} / {row['allowed'][name]:.2g}" for name in names)
         yield {True: "yes", False: Markdown("**no**"), None: "does not run"}[row["passed"]]
 
-    return markdown_table(["trained", "numbers", "attention", *NUMBERS, "right"], map(list, map(cells, rows)))
+    return markdown_table(["trained", "numbers", "attention", *names, "right"], map(list, map(cells, rows)))
 
 
 def peaks_table(found: Mapping[str, Any]) -> str:

@@ -1,8 +1,10 @@
 """The highest point of memory in each phase of a recipe's step, beside what `estimate` predicts."""
 
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ def peaks(scale: Scale, case: str) -> dict[str, Any]:
         or `out of memory`, which says how far the step came.
     """
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
-        prediction = pool.submit(predicted, scale, case)
+        with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # of the process that is started here
+            prediction = pool.submit(predicted, scale, case)
         found: dict[str, Any] = measured(scale, case)
         found["predicted"] = prediction.result()
     if "out of memory" in found:

@@ -18,7 +18,7 @@ from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.base import Rollout
 from srpo_lightning.policies.guided import SparseGuidance
 
-REPEATS = 3
+REPEATS = 2
 UPDATES = (1, 2, 4)
 
 CACHES: Mapping[str, float | None] = {"no cache": None, "a cache that never serves": 1e-9, "one that always does": 1e9}

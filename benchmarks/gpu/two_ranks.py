@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from benchmarks.gpu.correctness import FLOAT32, Way, configuration
 from benchmarks.gpu.isolated import CONTEXT, first_line
@@ -44,11 +44,20 @@ def two_ranks(scale: Scale) -> dict[str, Any]:
         if failures := [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.error"))]:
             return {"could not be tried": failures[0]}
         steps = [Step(**torch.load(folder / f"{rank}.pt", weights_only=True)) for rank in range(RANKS)]
-    whole = steps[0]._replace(loss=sum(step.loss for step in steps) / RANKS)
-    measured = {name: found for name, found in differences(whole, reference).items() if name in COMPARED}
+    measured = {name: found for name, found in differences(joined(steps), reference).items() if name in COMPARED}
     allowed = {name: FLOAT32[name] for name in COMPARED}
     passed = all(measured[name] <= allowed[name] for name in COMPARED)
     return {"measured": measured, "allowed": allowed, "passed": passed}
+
+
+def joined(parts: list[Step]) -> Step:
+    """The step of all ranks: FSDP2 has divided each tensor along its first dimension."""
+
+    def whole(of_ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([own[name] for own in of_ranks]) for name in of_ranks[0]}
+
+    loss = sum(part.loss for part in parts) / len(parts)
+    return Step(loss, whole([part.gradients for part in parts]), whole([part.updates for part in parts]), {})
 
 
 def alone(scale: Scale) -> Step:
@@ -74,7 +83,7 @@ def _rank(folder: Path, rank: int, scale: Scale) -> None:
 
 
 def step_of_rank(rank: int, meeting: Path, scale: Scale) -> Step:
-    """One of the micro-batches, on a part of the weights; every tensor of the result is whole."""
+    """One of the micro-batches; of the result each tensor is this rank's part."""
     compare_in_float32()
     if scale.device == "cuda":
         torch.cuda.set_device(0)  # the same one for every rank

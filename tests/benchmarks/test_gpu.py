@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -20,8 +22,10 @@ from benchmarks.gpu import (
     isolated,
     optimizer_steps,
     page,
+    parts,
     passes,
     peaks,
+    recipes,
     resume,
     rollouts,
     run,
@@ -185,7 +189,7 @@ def test_layers_in_4_bits_are_compared_with_what_they_stand_for(scale, monkeypat
     found = four_bits.four_bits(scale)
     assert found["passed"]
     assert 0.05 < found["layers"]["64 to 96"]["rounding error"] < 0.15
-    assert found["passes"].keys() == {"none", "nf4", "nf4-double"}
+    assert found["passes"].keys() == {"none", "nf4"}
     check("four bits", found)
     right = four_bits.forward_and_backward
     halved = iter((0.5, 1.0, 1.0, 1.0, 1.0))  # only the first call, of the layer in 4 bits
@@ -244,20 +248,20 @@ def give(scale, passed: bool = True) -> dict:
 
 
 def test_a_part_that_hangs_fails_or_crashes_leaves_the_others_alone(scale, monkeypatch):
-    parts = {
+    tried = {
         "hangs": Part("hang", 1, "", {}),
         "fails": Part("fail", 60, ""),
         "crashes": Part("crash", 60, ""),
         "works": Part("give", 60, ""),
         "is wrong": Part("give", 60, "", {"passed": False}),
     }
-    monkeypatch.setattr(run, "PARTS", parts)
+    monkeypatch.setattr(run, "PARTS", tried)
     monkeypatch.setattr(run, "LEAST_S", 0.5)
     alone = run.run_alone
     monkeypatch.setattr(
         run, "run_alone", lambda function, *all, **own: alone(f"{__name__}:{function.rpartition('.')[2]}", *all, **own)
     )
-    found = dict(run.run_parts(parts, scale, 100))
+    found = dict(run.run_parts(tried, scale, 100))
     states = [run.LATE, run.FAILED, run.FAILED, run.PASSED, run.FAILED]
     assert [own["state"] for own in found.values()] == states
     assert found["fails"]["error"] == "RuntimeError: first line"
@@ -265,7 +269,7 @@ def test_a_part_that_hangs_fails_or_crashes_leaves_the_others_alone(scale, monke
     child = int((Path(scale.folder) / "child").read_text())
     while Path(f"/proc/{child}/stat").is_file() and " Z " not in Path(f"/proc/{child}/stat").read_text():
         time.sleep(0.05)  # for ever, where it lives on
-    assert [own["state"] for _, own in run.run_parts(parts, scale, 0.1)] == [run.NOT_REACHED] * len(parts)
+    assert [own["state"] for _, own in run.run_parts(tried, scale, 0.1)] == [run.NOT_REACHED] * len(tried)
 
 
 def test_the_command_writes_numbers_and_a_page_after_every_part(scale, monkeypatch, tmp_path, capsys):
@@ -305,3 +309,16 @@ def test_without_a_gpu_it_says_so_and_ends_with_2(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main() == 2
     assert capsys.readouterr().out == "There is no CUDA GPU here: nothing was measured.\n"
+
+
+def test_recipes_are_those_whose_memory_is_measured():
+    assert (*parts.RECIPES, *parts.VARIANTS) == tuple(recipes.CASES)
+
+
+def test_the_process_that_starts_the_parts_imports_nothing_that_takes_the_gpus_memory():
+    """bitsandbytes does, when it is imported, and peft and diffusers import it."""
+    program = (
+        "import sys, benchmarks.gpu.__main__ as _; print({'bitsandbytes', 'peft', 'diffusers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
