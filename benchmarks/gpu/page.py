@@ -1,18 +1,19 @@
 """The results on one page of Markdown."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.run import FAILED, LATE, NOT_REACHED, PASSED
-from srpo_lightning.files.markdown import Markdown, markdown_table
+from srpo_lightning.files.markdown import Markdown, code, markdown_table
 from srpo_lightning.jobs.estimate.memory import GIB
 
 BYTES = ("peak", "states", "beside", "highest memory of the process", "files in 4 bits", "optimizer states", "weights")
 """Names of numbers that are in bytes."""
 
-LEFT_OUT = ("state", "seconds", "passed", "error", "device", "reserved", "used")
+LEFT_OUT = ("state", "seconds", "passed", "step")
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -35,6 +36,7 @@ def blocks(results: Mapping[str, Any]) -> Iterator[str]:
             yield f"## {name}: {found['state']}"
             yield PARTS[name].shows
             yield from tables(name, found)
+    yield from compiled_over_eager(results["parts"])
 
 
 def verdict(parts: Mapping[str, Any]) -> str:
@@ -63,11 +65,21 @@ def tables(name: str, found: Mapping[str, Any]) -> Iterator[str]:
         yield differences_table(found["rows"])
     elif name.startswith("memory"):
         yield peaks_table(found)
+    elif name in ("speed", "compiled"):
+        yield from nested({**found, "phases": {**found["phases"], "in all": found["step"]}, "step": None})
     else:
         yield from nested(found)
-    if name in ("speed", "compiled") and "phases" in found:
-        rate, first = found["matrix rate"] / 1e12, found["seconds of the first step"]
-        yield f"Matrix rate {rate:.1f} TFLOP/s; the first step took {first:.1f} s."
+
+
+def compiled_over_eager(parts: Mapping[str, Any]) -> Iterator[str]:
+    """The ratio of their seconds, where both were measured."""
+    both = [parts.get(name, {}).get("phases") for name in ("compiled", "speed")]
+    if all(both):
+        rows = {
+            phase: {"compiled / eager": both[0][phase]["seconds"] / own["seconds"]} for phase, own in both[1].items()
+        }
+        yield "## compiled over eager, seconds"
+        yield rows_table("phase", rows)
 
 
 def differences_table(rows: list[Mapping[str, Any]]) -> str:
@@ -75,14 +87,19 @@ def differences_table(rows: list[Mapping[str, Any]]) -> str:
     names = list(rows[0]["allowed"])
 
     def cells(row: Mapping[str, Any]) -> Iterator[object]:
-        yield from (row["trained"], row["numbers"], row["attention"])
+        yield from (row["trained"], row["numbers"], code(row["attention"]))
         if "error" in row:
-            yield from (row["error"], *[""] * (len(names) - 1))
+            yield from (shortened(row["error"]), *[""] * (len(names) - 1))
         else:
             yield from (f"{row['measured'][name]:.2g} / {row['allowed'][name]:.2g}" for name in names)
         yield {True: "yes", False: Markdown("**no**"), None: "does not run"}[row["passed"]]
 
     return markdown_table(["trained", "numbers", "attention", *names, "right"], map(list, map(cells, rows)))
+
+
+def shortened(message: str) -> str:
+    """An error as a cell has room for it; the numbers have it whole."""
+    return textwrap.shorten(message, 90, placeholder=" ...")
 
 
 def peaks_table(found: Mapping[str, Any]) -> str:
@@ -147,4 +164,8 @@ def in_words(name: str, value: Any) -> str:
         return f"{value:.1%}"
     if name == "model FLOPs":
         return f"{value:.3g}"
+    if name == "matrix rate":
+        return f"{value / 1e12:.3g} TFLOP/s"
+    if name == "error":
+        return shortened(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from srpo_lightning.flow import inject
 from srpo_lightning.jobs.estimate.job import POLICY, local_files
 from srpo_lightning.jobs.estimate.prediction import fake_conditions
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.training.optimizers import is_eight_bit
 
 LORA, QLORA, ALL = (f"configs/flux_srpo_{name}.yaml" for name in ("lora", "qlora", "1gpu"))
 ASSETS = "srpo_lightning/assets"
@@ -72,7 +74,12 @@ def settings_of(case: str, scale: Scale, changes: Mapping[str, object] | None = 
 
 
 def shrink(config: Namespace) -> None:
-    """Put the built-in models in the place of published ones, in place."""
+    """Put the built-in models in the place of published ones, in place.
+
+    And torch's AdamW in the place of optimizers that compile their kernels, which the counter of a CPU does not bear.
+    """
+    if is_eight_bit(resolve_name(config.model.optimizer.class_path)):
+        config.model.optimizer = Namespace(class_path="torch.optim.AdamW", init_args=Namespace(lr=5e-6))
     config[f"{POLICY}.pretrained"] = f"{ASSETS}/emoji-flux"
     config[f"{POLICY}.height"] = config[f"{POLICY}.width"] = SMALL_PX
     config.model.reward = built_in_reward()

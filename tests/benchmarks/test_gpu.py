@@ -141,6 +141,13 @@ def test_peaks_are_measured_by_phase_beside_the_predicted_ones(scale):
     assert f"{found['ratio']:.3f}" in check("memory: QLoRA", found)
 
 
+@pytest.mark.parametrize("case", [parts.RECIPES[2], *parts.VARIANTS[:3]])
+def test_every_kind_of_recipe_is_measured(scale, case):
+    found = peaks.measured(scale, case)
+    assert found["measured"].keys() >= {ROLLOUT, DECODE, BACKWARD}
+    assert len(found["seconds of steps"]) == 2
+
+
 def test_what_does_not_fit_says_how_far_it_came(scale, monkeypatch):
     class TooLarge:
         def __init__(self, *_):
@@ -163,7 +170,7 @@ def test_phases_have_seconds_and_their_share_of_the_matrix_rate(scale):
     step = found["step"]
     assert step["of the matrix rate"] == pytest.approx(step["model FLOPs"] / step["seconds"] / found["matrix rate"])
     assert found["phases"][FORWARD]["of the matrix rate"] > 0
-    assert "Matrix rate" in check("speed", found)
+    assert "matrix rate" in check("speed", found)
 
 
 def test_a_kept_rollout_a_cache_and_sparse_guidance_are_timed(scale):
