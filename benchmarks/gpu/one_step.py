@@ -57,7 +57,8 @@ def make_step(module: SRPOModule, config: Namespace, attention: str = "native") 
         attention: Attention kernel by diffusers' name; native is torch's choice. Where none is set, diffusers takes the
             one that was last set on any model of the process.
     """
-    module.policy.transformer.set_attention_backend(attention)
+    policy: Any = module.policy
+    policy.transformer.set_attention_backend(attention)
     start_adapters(module)
     conditions = new_conditions(module, config)
     alone = transformer_gradients(module, config, conditions)

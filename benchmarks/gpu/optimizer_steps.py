@@ -25,7 +25,8 @@ def optimizer_steps(scale: Scale) -> dict[str, Any]:
     length of the latter.
     """
     with settings_of("all weights, 8-bit states", scale) as config, quiet():
-        outline = new_module(config).policy.outline()
+        policy: Any = new_module(config).policy
+        outline = policy.outline()
     first = [block for name, block in blocks(outline) if name.endswith(".0")]
     shapes = [parameter.shape for block in first for parameter in block.parameters()]
     memory = memory_of(scale.torch_device)  # on a CPU nothing is counted: compiled steps do not bear it

@@ -61,7 +61,7 @@ def tables(name: str, found: Mapping[str, Any]) -> Iterator[str]:
     """Those of a part."""
     if "error" in found:
         yield str(found["error"])
-    elif name in ("correctness", "cuDNN attention"):
+    elif name.startswith(("correctness", "cuDNN attention")):
         yield differences_table(found["rows"])
     elif name.startswith("memory"):
         yield peaks_table(found)

@@ -24,17 +24,27 @@ class Part(NamedTuple):
         limit_s: Seconds that it may take, with its start.
         shows: What it shows, in a sentence.
         arguments: Further arguments.
+        decides: Whether its failure is one of the whole.
     """
 
     function: str
     limit_s: int
     shows: str
     arguments: Mapping[str, Any] = {}
+    decides: bool = True
 
 
 def _peaks(case: str) -> Part:
     shows = "Highest memory by phase of the second of two steps, and what `estimate` predicts: within 10 %."
     return Part("peaks:peaks", 240, shows, {"case": case})
+
+
+def _cudnn_attention(trained: str) -> Part:
+    shows = (
+        "The part `correctness` with cuDNN's attention, which no run uses, because its gradient was wrong: whether it "
+        "still is. It decides nothing."
+    )
+    return Part("correctness:cudnn_attention", 180, shows, {"trained": trained}, decides=False)
 
 
 PARTS: Mapping[str, Part] = {
@@ -95,11 +105,6 @@ PARTS: Mapping[str, Part] = {
         180,
         "AdamW by several libraries on the weights of two of FLUX.1-dev's blocks.",
     ),
-    "cuDNN attention": Part(
-        "correctness:cudnn_attention",
-        240,
-        "The part `correctness` with cuDNN's attention, which no run uses: whether its gradient is still wrong. For "
-        "information; it decides nothing here.",
-    ),
+    **{f"cuDNN attention: {trained}": _cudnn_attention(trained) for trained in ("LoRA", "QLoRA")},
 }
 """By name."""

@@ -53,17 +53,18 @@ def attention_kernels(scale: Scale, names: Sequence[str] | None = None) -> dict[
     found: dict[str, Any] = {}
     with settings_of("LoRA", scale) as config:
         module = new_module(config, scale)
+        transformer: Any = module.policy.transformer
         conditions = new_conditions(module, config)
         with memory.counting(module):
             for name in installed() if names is None else names:
                 try:
-                    module.policy.transformer.set_attention_backend(name)
+                    transformer.set_attention_backend(name)
                     found[name] = times_of_passes(module, conditions, memory)
                 except Exception as error:  # of compiled code there are many kinds
                     found[name] = {"error": first_line(error)}
                 module.zero_grad()
                 free_cached(module.device)
-        module.policy.transformer.set_attention_backend("native")  # or the next model of this process has the last one
+        transformer.set_attention_backend("native")  # or the next model of this process has the last one
     return {"kernels": found}
 
 
@@ -73,7 +74,7 @@ def checkpointing(scale: Scale, sides: Sequence[int] = (720, 512, 256)) -> dict[
     found: dict[str, Any] = {}
     with settings_of("LoRA", scale) as config:
         module = new_module(config, scale)
-        transformer = module.policy.transformer
+        transformer: Any = module.policy.transformer
         with memory.counting(module):
             for side in (32, 64) if scale.is_small else sides:
                 conditions = new_conditions(module, config)._replace(size=(side, side))

@@ -75,4 +75,4 @@ def measured(scale: Scale, case: str) -> dict[str, Any]:
             result["optimizer states"] = sum(state.nbytes for state in states if isinstance(state, Tensor))
     except torch.OutOfMemoryError as error:
         result["out of memory"] = f"in: {counter.phase or 'making the weights'}. {first_line(error)}"
-    return result | memory.device_bytes()
+    return {**result, **memory.device_bytes()}

@@ -24,6 +24,8 @@ RECIPE = "configs/emoji_srpo.yaml"
 STEPS = 3
 
 ADAPTER: Mapping[str, Any] = {"adapter": {"rank": 4}, "dtype": "bfloat16"}
+PROMPTS = ("red apple", "old clock", "green tree", "small boat", "happy cat", "yellow car")
+
 TRAINED: Mapping[str, Mapping[str, Any]] = {
     "all weights, float32": {},
     "LoRA, bfloat16": ADAPTER,
@@ -33,13 +35,20 @@ TRAINED: Mapping[str, Mapping[str, Any]] = {
 
 
 def settings(policy: Mapping[str, Any], run: Path, device: str) -> dict[str, Any]:
-    """What differs from the recipe."""
+    """What differs from the recipe; its prompts are written beside the run."""
+    prompts = run.with_suffix(".txt")
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     return {
         "model": {
             "policy": {"init_args": {**policy, "height": 32, "width": 32, "quantize_dir": None}},
             "objective": {"init_args": {"num_rollout_steps": 2}},
         },
-        "data": {"batch_size": 2, "cache_dir": str(run.with_suffix(".features"))},
+        "data": {
+            "train": str(prompts),
+            "evaluation": str(prompts),
+            "batch_size": 2,
+            "cache_dir": str(run.with_suffix(".features")),
+        },
         "checkpoint": {"every_n_steps": 1, "monitor": None},
         "trainer": {
             "accelerator": device,
@@ -89,7 +98,9 @@ def resume(
     folder = Path(scale.folder) / "resume"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    straight, begun, resumed = [], [], []
+    straight: list[list[str]] = []
+    begun: list[list[str]] = []
+    resumed: list[list[str]] = []
     for number, name in enumerate(names):
         for kind, commands, steps in (("straight", straight, STEPS), ("parted", begun, STEPS - 1)):
             path = folder / f"{kind}_{number}"

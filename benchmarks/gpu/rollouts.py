@@ -67,7 +67,8 @@ def rollouts(scale: Scale) -> dict[str, Any]:
             seconds = seconds_of(partial(steps, module, conditions, count), module.device, REPEATS)
             kept[f"updates_per_rollout {count}"] = {"seconds per training step": seconds / count}
         cached: dict[str, Any] = {}
-        for name, module.policy.rollout_cache in CACHES.items():
+        policy: Any = module.policy
+        for name, policy.rollout_cache in CACHES.items():
             cached[name] = {"seconds": seconds_of(partial(roll_out, module, conditions), module.device, REPEATS)}
     return {"kept rollouts": kept, "rollout_cache": cached}
 
@@ -95,12 +96,13 @@ def guidance(scale: Scale) -> dict[str, Any]:
         module = new_module(config, scale)
         conditions = new_conditions(module, config)
         found: dict[str, Any] = {}
-        for name, module.policy.sparse_guidance in GUIDED.items():
+        policy: Any = module.policy
+        for name, policy.sparse_guidance in GUIDED.items():
             found[name] = {"seconds": seconds_of(partial(roll_out, module, conditions), module.device, REPEATS)}
         rollout = roll_out(module, conditions)
         trained: dict[str, Any] = {}
         for name in ("conditional", "detached"):
-            module.policy.trained_guidance = name
+            policy.trained_guidance = name
             run = partial(update, module, conditions, rollout)
             trained[f"trained_guidance {name}"] = {"seconds": seconds_of(run, module.device, REPEATS)}
-    return {"rollouts": found, "updates": trained, "policy": type(module.policy).__name__}
+    return {"rollouts": found, "updates": trained, "policy": type(policy).__name__}

@@ -20,6 +20,7 @@ from benchmarks.gpu import (
     correctness,
     four_bits,
     isolated,
+    one_step,
     optimizer_steps,
     page,
     parts,
@@ -80,38 +81,44 @@ def test_a_step_is_compared_with_the_cpus_and_a_wrong_gradient_of_one_attention_
     make_step = correctness.make_step
 
     def wrong_in_one_kernel(module, config, attention):
-        if attention == "_native_math":
+        if attention == "_native_flash":
             attn = module.policy.transformer.transformer_blocks[0].attn
             attn.register_forward_hook(lambda _, __, output: tuple(2 * own.detach() - own for own in output))
         return make_step(module, config, attention)
 
     monkeypatch.setattr(correctness, "make_step", wrong_in_one_kernel)
     monkeypatch.setattr(correctness, "TRAINED", {"QLoRA": correctness.TRAINED["QLoRA"]})
-    found = correctness.correctness(scale, ["native", "_native_math"])
+    found = correctness.correctness(scale, ["native", "_native_flash"])
     passed = [(row["numbers"], row["attention"], row["passed"]) for row in found["rows"]]
-    assert passed == [("float32", "native", True), ("bfloat16", "native", True), ("bfloat16", "_native_math", False)]
+    assert passed == [
+        ("float32", "native", True),
+        ("bfloat16", "_native_math", True),
+        ("bfloat16", "native", True),
+        ("bfloat16", "_native_flash", False),
+    ]
     assert found["passed"] is False
+    wrong = found["rows"][3]
     assert found["rows"][0]["measured"]["transformer alone"] == 0
-    assert found["rows"][2]["measured"]["transformer alone"] > 2 * found["rows"][2]["allowed"]["transformer alone"]
+    assert wrong["measured"]["transformer alone"] > 2 * wrong["allowed"]["transformer alone"]
     assert "**no**" in check("correctness", found)
 
 
-def test_a_gradient_that_is_not_finite_or_not_there_is_wrong():
-    step = correctness.Step(1.0, {"a": torch.ones(3)}, {"a": torch.ones(3)}, {"a": torch.ones(3)})
-    allowed = correctness.tolerances(correctness.Way("LoRA", "float32"), {})
+def test_a_gradient_that_is_not_finite_or_not_there_is_wrong(scale, monkeypatch):
+    """Also of plain attention, whose rounding then allows nothing to others."""
+    step = one_step.Step(1.0, {"a": torch.ones(3)}, {"a": torch.ones(3)}, {"a": torch.ones(3)})
+    assert one_step.differences(step, step) == dict.fromkeys(correctness.MOST, 0)
     for gradients in ({"a": torch.tensor([1.0, torch.nan, 1.0])}, {}):
-        found = correctness.differences(step._replace(gradients=gradients), step)
-        assert not found["gradient"] <= allowed["gradient"]
-    assert correctness.differences(step, step) == dict.fromkeys(allowed, 0)
+        monkeypatch.setattr(correctness, "step_of", lambda *_, own=gradients: step._replace(gradients=own))
+        rows = correctness.bfloat16_rows("LoRA", ["native"], scale, step)
+        assert [row["passed"] for row in rows] == [False, False]
+        assert rows[1]["allowed"] == correctness.MOST
 
 
 def test_a_kernel_that_does_not_run_is_told_and_fails_nothing(scale, monkeypatch):
     monkeypatch.setattr(correctness, "step_of", lambda *_: (_ for _ in ()).throw(RuntimeError("No kernel.\nMore.")))
-    step = correctness.Step(1.0, {}, {}, {})
-    rounding = dict.fromkeys(correctness.LEAST, 0.0)
-    row = correctness.row(correctness.Way("LoRA", "bfloat16", "flex"), scale, step, rounding)
-    assert (row["passed"], row["error"]) == (None, "RuntimeError: No kernel.")
-    assert correctness.row(correctness.Way("LoRA", "bfloat16"), scale, step, rounding)["passed"] is False
+    rows = correctness.bfloat16_rows("LoRA", ["native", "flex"], scale, one_step.Step(1.0, {}, {}, {}))
+    assert [row["passed"] for row in rows] == [None, False, None]
+    assert rows[2]["error"] == "RuntimeError: No kernel."
 
 
 def test_a_resumed_run_is_the_straight_one_and_one_changed_number_is_found(scale):
@@ -261,6 +268,7 @@ def test_a_part_that_hangs_fails_or_crashes_leaves_the_others_alone(scale, monke
         "crashes": Part("crash", 60, ""),
         "works": Part("give", 60, ""),
         "is wrong": Part("give", 60, "", {"passed": False}),
+        "decides nothing": Part("crash", 60, "", decides=False),
     }
     monkeypatch.setattr(run, "PARTS", tried)
     monkeypatch.setattr(run, "LEAST_S", 0.5)
@@ -269,7 +277,7 @@ def test_a_part_that_hangs_fails_or_crashes_leaves_the_others_alone(scale, monke
         run, "run_alone", lambda function, *all, **own: alone(f"{__name__}:{function.rpartition('.')[2]}", *all, **own)
     )
     found = dict(run.run_parts(tried, scale, 100))
-    states = [run.LATE, run.FAILED, run.FAILED, run.PASSED, run.FAILED]
+    states = [run.LATE, run.FAILED, run.FAILED, run.PASSED, run.FAILED, run.MEASURED]
     assert [own["state"] for own in found.values()] == states
     assert found["fails"]["error"] == "RuntimeError: first line"
     assert "status -6" in found["crashes"]["error"]
