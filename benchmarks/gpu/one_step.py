@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from benchmarks.gpu.recipes import new_conditions
+from benchmarks.gpu.recipes import attention_kernel, new_conditions
 from benchmarks.optimizers import distance
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import keyed_generator
@@ -54,15 +54,13 @@ def make_step(module: SRPOModule, config: Namespace, attention: str = "native") 
     Args:
         module: Module whose models are loaded.
         config: Configuration that it was made of.
-        attention: Attention kernel by diffusers' name; native is torch's choice. Where none is set, diffusers takes the
-            one that was last set on any model of the process.
+        attention: Attention kernel by diffusers' name; native is torch's choice.
     """
-    policy: Any = module.policy
-    policy.transformer.set_attention_backend(attention)
     start_adapters(module)
     conditions = new_conditions(module, config)
-    alone = transformer_gradients(module, config, conditions)
-    loss = accumulate(module, config, conditions)
+    with attention_kernel(module, attention):
+        alone = transformer_gradients(module, config, conditions)
+        loss = accumulate(module, config, conditions)
     return finish_step(module, module.configure_optimizers(), loss)._replace(alone=alone)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.correctness import installed
 from benchmarks.gpu.isolated import first_line
-from benchmarks.gpu.recipes import fresh_inputs, new_conditions, new_module, settings_of
+from benchmarks.gpu.recipes import attention_kernel, fresh_inputs, new_conditions, new_module, settings_of
 from benchmarks.gpu.scale import Memory, Scale, free_cached, memory_of
 from srpo_lightning.batch import Conditions
 from srpo_lightning.module import SRPOModule
@@ -53,18 +53,16 @@ def attention_kernels(scale: Scale, names: Sequence[str] | None = None) -> dict[
     found: dict[str, Any] = {}
     with settings_of("LoRA", scale) as config:
         module = new_module(config, scale)
-        transformer: Any = module.policy.transformer
         conditions = new_conditions(module, config)
         with memory.counting(module):
             for name in installed() if names is None else names:
                 try:
-                    transformer.set_attention_backend(name)
-                    found[name] = times_of_passes(module, conditions, memory)
+                    with attention_kernel(module, name):
+                        found[name] = times_of_passes(module, conditions, memory)
                 except Exception as error:  # of compiled code there are many kinds
                     found[name] = {"error": first_line(error)}
                 module.zero_grad()
                 free_cached(module.device)
-        transformer.set_attention_backend("native")  # or the next model of this process has the last one
     return {"kernels": found}
 
 

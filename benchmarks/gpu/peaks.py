@@ -41,9 +41,9 @@ def peaks(scale: Scale, case: str) -> dict[str, Any]:
 
 
 def predicted(scale: Scale, case: str) -> dict[str, int]:
-    """What `estimate` says of a CUDA device."""
+    """What `estimate` says of the device's kind."""
     with settings_of(case, scale) as config, quiet():
-        tracker = predict(config)
+        tracker = predict(config, scale.device)
     return {phase: peak.total for phase, peak in tracker.peaks.items()}
 
 

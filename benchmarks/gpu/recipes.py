@@ -99,6 +99,20 @@ def new_module(config: Namespace, scale: Scale) -> SRPOModule:
     return load(config, scale.torch_device, "flux")
 
 
+@contextmanager
+def attention_kernel(module: SRPOModule, name: str) -> Iterator[None]:
+    """Attention by a kernel of diffusers, then by torch's choice again.
+
+    Where a model has none set, diffusers takes the one that was last set on any model of the process.
+    """
+    policy: Any = module.policy
+    policy.transformer.set_attention_backend(name)
+    try:
+        yield
+    finally:
+        policy.transformer.set_attention_backend("native")
+
+
 def new_step(module: SRPOModule, config: Namespace) -> BareStep:
     """A step as the recipe's accumulation leaves it: with the gradients of the micro-batch before."""
     step = BareStep(module, config, new_conditions(module, config), module.configure_optimizers())
