@@ -17,6 +17,7 @@ from benchmarks.gpu.isolated import CONTEXT, first_line
 from benchmarks.gpu.one_step import Step, accumulate, differences, finish_step
 from benchmarks.gpu.recipes import new_conditions
 from benchmarks.gpu.scale import Scale, compare_in_float32
+from benchmarks.gpu.stand_ins import flux_stand_in
 from benchmarks.step import load
 from srpo_lightning.config.arguments import new_module
 from srpo_lightning.module import SRPOModule
@@ -30,6 +31,7 @@ COMPARED = ("loss", "gradient", "update")
 def two_ranks(scale: Scale) -> dict[str, Any]:
     """A step of two micro-batches: one process accumulates both, and each of two ranks makes one."""
     compare_in_float32()
+    flux_stand_in(scale, blocks=1)  # before any two could write it
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [CONTEXT.Process(target=_rank, args=(folder, rank, scale)) for rank in range(RANKS)]  # type: ignore[attr-defined]
@@ -41,8 +43,9 @@ def two_ranks(scale: Scale) -> dict[str, Any]:
             if any(process.exitcode for process in processes):  # the other one would wait for it
                 for process in processes:
                     process.kill()
-        if failures := [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.error"))]:
-            return {"could not be tried": failures[0]}
+        if statuses := [process.exitcode for process in processes if process.exitcode]:
+            told = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.error"))]
+            return {"could not be tried": (told or [f"a rank ended with status {statuses[0]}"])[0]}
         steps = [Step(**torch.load(folder / f"{rank}.pt", weights_only=True)) for rank in range(RANKS)]
     measured = {name: found for name, found in differences(joined(steps), reference).items() if name in COMPARED}
     allowed = {name: FLOAT32[name] for name in COMPARED}

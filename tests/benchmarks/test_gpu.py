@@ -1,8 +1,10 @@
 """The benchmark of a GPU on a CPU, at the size of the built-in model: every part runs, and finds what is wrong."""
 
+import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -237,6 +239,7 @@ def test_two_ranks_make_the_step_of_one(scale):
 
 def test_two_ranks_that_do_not_meet_say_why(scale, monkeypatch):
     monkeypatch.setattr(two_ranks, "alone", lambda _: None)
+    monkeypatch.setattr(two_ranks, "flux_stand_in", lambda *_, **__: "")
     found = two_ranks.two_ranks(scale._replace(size="full", folder="/proc/nowhere"))
     assert run.state_of(found) == run.MEASURED
     assert "could not be tried" in check("two ranks", found)
@@ -330,6 +333,13 @@ def test_without_a_gpu_it_says_so_and_ends_with_2(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main() == 2
     assert capsys.readouterr().out == "There is no CUDA GPU here: nothing was measured.\n"
+
+
+def test_the_documentation_has_every_part_with_its_limit():
+    told = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    rows = re.findall(r"(?m)^\| `([^`]+)` \|.*\| (\d+)(?: each)? \|$", told)
+    expected = [(name.split(":")[0], str(part.limit_s)) for name, part in PARTS.items()]
+    assert [(name.split(":")[0], limit) for name, limit in rows] == [pair for pair, _ in itertools.groupby(expected)]
 
 
 def test_recipes_are_those_whose_memory_is_measured():
