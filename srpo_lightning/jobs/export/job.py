@@ -15,6 +15,7 @@ from srpo_lightning.files.checkpoints import check_whole, complete_or_absent_fol
 from srpo_lightning.jobs.export import usage
 from srpo_lightning.jobs.export.comparison import Difference, difference, own_picture, write_pictures
 from srpo_lightning.jobs.export.formats import DiffusersFolder, Format, SingleFile
+from srpo_lightning.jobs.export.hub import make_repository, upload
 from srpo_lightning.jobs.export.lora_formats import LoraComfy, LoraFiles
 from srpo_lightning.jobs.export.model_card import Export, card
 from srpo_lightning.jobs.export.weights import Kind, read_trained
@@ -52,6 +53,8 @@ def export(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     check: bool = True,
     device: str = "auto",
+    push_to_hub: str | None = None,
+    private: bool = True,
 ) -> None:
     """Write a checkpoint as a diffusers transformer, a single file for ComfyUI, or LoRA files, with a model card.
 
@@ -67,6 +70,9 @@ def export(
         check: Whether to run the code of the model card and compare its picture of the first evaluation prompt with
             the checkpoint's own. Both are written to `check/`. Takes the memory of sampling.
         device: Device that draws both pictures: auto, cuda or cpu; auto takes a GPU if there is one.
+        push_to_hub: Name of a repository of the hub, such as me/my-model, that gets what is written, with its card but
+            without `check/`; it is made if it is not there. The base model's licence counts there too.
+        private: Whether a repository that is made is private.
 
     Raises:
         ValueError: naming the cure, if configuration, checkpoint and format do not fit together, or the check fails.
@@ -78,6 +84,8 @@ def export(
     settings = read_config(config)
     run = RunFolder.of_config(config, settings.trainer.default_root_dir)
     checkpoint = whole_checkpoint(run, ckpt_path, settings)
+    if push_to_hub is not None:
+        make_repository(push_to_hub, private=private)
     module = exported_module(settings)
     policy = module.policy
     assert isinstance(policy, FlowPolicy)
@@ -102,6 +110,8 @@ def export(
         (incomplete / "README.md").write_text(card(exported, module), encoding="utf-8")
         shutil.copy(Path(config).expanduser(), incomplete / "config.yaml")
     print(f"{folder}: step {module.loaded_steps}, {weights}, {dtype}")
+    if push_to_hub is not None:
+        print(f"on the hub: {upload(folder, push_to_hub)}")
 
 
 def check_format(name: str, policy: FlowPolicy) -> None:
