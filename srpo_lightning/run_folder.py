@@ -106,6 +106,11 @@ class RunFolder:
         """The settings of the run; those of a run that was resumed from a checkpoint have a file of their own."""
         return self.path / (f"config-{resumed.stem}.yaml" if resumed else "config.yaml")
 
+    @property
+    def wandb_id(self) -> Path:
+        """The id of the run in Weights & Biases, where it logs there."""
+        return self.path / "wandb_id"
+
     def configs(self) -> list[Path]:
         """The settings of every start of the run."""
         return sorted([*self.path.glob("config.yaml"), *self.path.glob("config-step-*.yaml")])

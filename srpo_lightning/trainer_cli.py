@@ -22,6 +22,7 @@ from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.settings import RunSettings, settings_of
 from srpo_lightning.config.arguments import Parser, add_project_arguments, choose_strategy, read_config
 from srpo_lightning.config.effects import check_effects, check_single
+from srpo_lightning.config.loggers import go_on_in_the_same
 from srpo_lightning.config.loops import check_loops
 from srpo_lightning.data import PromptData
 from srpo_lightning.errors import naming
@@ -98,7 +99,7 @@ class SRPOCLI(LightningCLI):
         if config.trainer.logger in (None, True):
             run = RunFolder(config.trainer.default_root_dir)
             logs = (run if self.command == "fit" else run.validation).logs
-            kwargs["logger"] = TensorBoardLogger(logs.parent, name=logs.name, version="")
+            kwargs["logger"] = TensorBoardLogger(logs.parent, name=logs.name, version="", default_hp_metric=False)
         chosen = built.trainer.callbacks
         chosen = [own for own in (chosen if isinstance(chosen, list) else [chosen]) if own]
         check_single([*chosen, built.checkpoint])
@@ -140,8 +141,11 @@ class SRPOCLI(LightningCLI):
             if not others_have_started():
                 raise
             self.refusal, config.ckpt_path = str(error), None
+        run = RunFolder(config.trainer.default_root_dir)
+        if self.command == "fit" and is_first_rank():
+            go_on_in_the_same(config.trainer.logger, run.wandb_id, is_resumed=config.ckpt_path is not None)
         if config.trainer.fast_dev_run:
-            config.trainer.default_root_dir = str(RunFolder(config.trainer.default_root_dir).trial.path)
+            config.trainer.default_root_dir = str(run.trial.path)
 
     def _find_checkpoint(self, config: Namespace) -> None:
         run = RunFolder(config.trainer.default_root_dir)

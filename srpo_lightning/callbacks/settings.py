@@ -83,7 +83,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
 
 
 class RunSettings(Callback):
-    """Keeps the run's settings in its checkpoints, and says in which of them a resumed run differs.
+    """Keeps the run's settings in its checkpoints and its loggers, and says in which of them a resumed run differs.
 
     Optimizer and scheduler are made from the present configuration. The learning rate goes on from the step of the
     checkpoint, as if it had been the present one from the start. What OverOptimizationGuard lowered stays lowered, as a
@@ -96,6 +96,11 @@ class RunSettings(Callback):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._has_another_schedule = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell all loggers the settings, before Lightning has them write down what the module told: nothing."""
+        for logger in trainer.loggers if stage == TrainerFn.FITTING else ():
+            logger.log_hyperparams(self.settings)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings of the run."""

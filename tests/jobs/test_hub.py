@@ -41,7 +41,9 @@ class Calls(BaseHTTPRequestHandler):
 
     def do_GET(self):
         is_known = any(name in self.path for name in self.server.repositories) or "whoami" in self.path
-        self.answer(200 if is_known else 404, {"name": "me", "type": "user", "id": "me", "sha": "0" * 40, "siblings": []})
+        self.answer(
+            200 if is_known else 404, {"name": "me", "type": "user", "id": "me", "sha": "0" * 40, "siblings": []}
+        )
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
