@@ -30,6 +30,22 @@ GROUPS = {
 UNSAID = {"help", "print_config", "weights_only", "return_predictions"}
 """What every parser has, and what this project has settled."""
 
+SOURCES = "a path, a mapping, or a list of these"
+WORDS = KINDS | {
+    "str, Path": "a text",
+    "bool | int": "a whole number",
+    "int, float": "a number",
+    "list[str]": "a list of texts",
+    "str | dict[str, Any] | list[str | dict[str, Any]]": SOURCES,
+    "str, dict[str, Any], list[str | dict[str, Any]]": SOURCES,
+    "Callable[[Iterable], Optimizer]": "the class_path and init_args of an optimizer",
+    "Callable[[Optimizer], Union[LRScheduler, ReduceLROnPlateau]]": "the class_path and init_args of a scheduler",
+    "Policy": "the class_path and init_args of a Policy",
+    "Reward": "the class_path and init_args of a Reward",
+    "Objective": "the class_path and init_args of an Objective",
+}
+"""Types in words."""
+
 NO_HELP = {
     "seed_everything": "Number from which every random number of the run follows.",
 }
@@ -109,7 +125,7 @@ def entry(action: Any, dashes: str) -> str:
     name = f"{dashes}{action.dest}" if action.option_strings else f"{action.metavar or action.dest} ..."
     given = "must be given" if action.required else f"default `{value(action.default)}`"
     text = CHECKPOINT if action.dest == "ckpt_path" else plain(action.help or NO_HELP.get(action.dest, ""))
-    return f"`{name}`\n: {text}\n: {kind(action)}, {given}"
+    return f"`{name}` {kind(action)}, {given}\n: {text}"
 
 
 def kind(action: Any) -> str:
@@ -119,7 +135,7 @@ def kind(action: Any) -> str:
     text = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", text)
     text = re.sub(r"^(?:Optional|Union)\[(.*?)(?:, NoneType)?\]$", r"\1 | None", text)
     own, end = (text.removesuffix(" | None"), " or null") if text.endswith(" | None") else (text, "")
-    return KINDS.get(own, f"`{own}`") + end
+    return WORDS.get(own, f"`{own}`") + end
 
 
 def value(default: Any) -> str:

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *DOCS]
 
-DIRECTIVES = frozenset({"{toctree}", "{glossary}"})
+DIRECTIVES = frozenset({"{toctree}", "{glossary}", "{include}"})
 KINDS = frozenset({"shell", "python", "yaml", "text"}) | DIRECTIVES
 """All that a block may be; `text` is shown and not run: outputs, trees, files of prompts."""
 
@@ -77,7 +77,8 @@ def blocks(page: Path) -> list[Block]:
     for token in MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8")):
         if token.type in ("fence", "code_block"):
             kind, _, file = token.info.partition(" ") if token.type == "fence" else (guess(token.content), "", "")
-            found.append(Block(page.name, token.map[0] + 1, kind, token.content, file))
+            own = "" if kind in DIRECTIVES else file
+            found.append(Block(page.name, token.map[0] + 1, kind, token.content, own))
     return found
 
 
