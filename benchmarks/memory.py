@@ -98,9 +98,9 @@ def table(sides: tuple[int, ...] = (512, 720, 1024), start: str = "configs/flux_
             print(f"| {name} | {side} | {row[0]:.1f} | {row[1]:.1f} |", flush=True)
 
 
-def changed(start: str, changes: Mapping[str, object]) -> Namespace:
-    """A configuration with other settings, and of its callbacks the average alone."""
-    settings = read_config(start)
+def changed(start: str, changes: Mapping[str, object], *more: str) -> Namespace:
+    """A configuration, and `more` files on top of it, with other settings; of its callbacks the average alone."""
+    settings = read_config(start, *more)
     settings.trainer.callbacks = of_class(settings.trainer.callbacks, EMA)
     for key, value in changes.items():
         settings[key] = value

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from srpo_lightning import __version__
 from srpo_lightning.config.names import ALWAYS, COMMANDS, callee, check_files, check_options, known_names
+from srpo_lightning.config.shipped import with_recipes
 from srpo_lightning.errors import TRACEBACK, one_line
 from srpo_lightning.suggestions import nearest
 
@@ -63,6 +64,7 @@ def main(args: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if args is None else args
     with as_program():
+        words = with_recipes(words)
         check_command(words)
         command = words[0]
         if command in ("-h", "--help"):
@@ -75,7 +77,9 @@ def main(args: list[str] | None = None) -> None:
             from srpo_lightning.trainer_cli import run_trainer  # imports take seconds, which a typo need not wait for
 
             without_progress_bars()
-            run_trainer(args, command)
+            if args is None:  # Lightning reads them there, and so do the processes that it starts
+                sys.argv[1:] = words
+            run_trainer(None if args is None else words, command)
         else:
             name = command.replace("-", "_")
             job = callee(JOBS[command], name)

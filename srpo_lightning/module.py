@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from srpo_lightning import flow
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
 from srpo_lightning.errors import naming
@@ -28,6 +27,7 @@ from srpo_lightning.policies.base import Policy
 from srpo_lightning.policies.parallel import leave_cudnn_attention_alone
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.training.agreement import check_weights
+from srpo_lightning.training.allocator import return_freed_memory
 from srpo_lightning.training.optimizers import InBackward, check_clipping, check_settings, new_trial
 from srpo_lightning.training.resuming import check_optimizer, check_shapes, checked_policy, name_of_optimizer
 from srpo_lightning.training.skipping import SkipNonFinite
@@ -108,6 +108,8 @@ class SRPOModule(LightningModule):
         leave_cudnn_attention_alone()
         self.policy.load(getattr(self._strategy, "shard", None))
         self.reward.load()
+        if self._strategy is not None and self._strategy.root_device.type == "cpu":
+            return_freed_memory(sum(weight.nbytes for weight in (*self.parameters(), *self.buffers())))
         self.compare_weights()
 
     def on_fit_start(self) -> None:
@@ -219,10 +221,11 @@ class SRPOModule(LightningModule):
         if noise is None:
             shape = self.policy.latent_shape(conditions.size)
             noise = sample_noise(self.seed, conditions.indices.tolist(), shape, conditions.seeds)
-        latents = flow.integrate(
+        latents = self.policy.integrate(
             lambda x, sigma: self.policy(x, sigma, conditions, self.sample_guidance),
             noise.to(conditions.device),
-            self.policy.sigmas(self.num_sample_steps, size=conditions.size),
+            self.num_sample_steps,
+            conditions.size,
         )
         return self.policy.decode(latents, conditions.size)
 

@@ -1,6 +1,6 @@
-"""Statistics of pictures that read no text, by name: what hacked rewards move, and what a reward may be told to keep.
+"""Statistics of pictures and clips that read no text, by name: what hacked rewards move, and may be told to keep.
 
-Shapes: B pictures of H x W pixels.
+Shapes: B pictures of H x W pixels, clips of F frames.
 """
 
 from collections.abc import Callable
@@ -38,11 +38,23 @@ def high_frequency(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     return (power * fine).sum((-2, -1)) / total.clamp(min=1e-12)
 
 
+def motion(clips: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, " B"]:
+    """Mean absolute change of a clip's values in [0, 1] from one frame to the next; 0 where it stands still."""
+    return clips.diff(dim=2).abs().mean((1, 2, 3, 4))
+
+
+def flicker(clips: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, " B"]:
+    """Mean absolute difference of a frame's brightness from its neighbours' mean; 0 where light moves evenly."""
+    light = torch.einsum("bcfhw,c->bf", clips, clips.new_tensor(LUMA)) / (clips.shape[-2] * clips.shape[-1])
+    return (light[:, 1:-1] - (light[:, :-2] + light[:, 2:]) / 2).abs().mean(1)
+
+
 class Statistic(NamedTuple):
-    """A number of every evaluation picture, logged by its name.
+    """A number of every evaluation sample, logged by its name.
 
     Args:
-        measure: Numbers [B] of images [B, 3, H, W] in [0, 1]; the first line of its docstring says what they are.
+        measure: Numbers [B] of images [B, 3, H, W], or of clips [B, 3, F, H, W], in [0, 1]; the first line of its
+            docstring says what they are.
         is_compared: Whether more is better, so that samples win against the base's by it.
     """
 
@@ -62,7 +74,31 @@ PICTURE_STATISTICS = {
 }
 """What is measured on every evaluation picture, by the name of its column: a function and a line here make one more."""
 
+CLIP_STATISTICS = {"motion": Statistic(motion), "flicker": Statistic(flicker)}
+"""What is measured on every clip beside, likewise."""
+
+STATISTICS = PICTURE_STATISTICS | CLIP_STATISTICS
+
 
 def luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B H W"]:
     """Brightness of every pixel."""
     return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
+
+
+SCORED_FRAMES = 4
+"""Frames of a clip at which an evaluation measures what pictures have."""
+
+
+def evenly(number: int, num_frames: int) -> list[int]:
+    """Frames from the first to the last at equal distances, as many or all; one alone is the middle one."""
+    number = min(number, num_frames)
+    if number == 1:
+        return [num_frames // 2]
+    return [round(place * (num_frames - 1) / (number - 1)) for place in range(number)]
+
+
+def over_frames(images: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is measured of images [B, 3, H, W]; of clips [B, 3, F, H, W] the mean over frames at equal distances."""
+    if images.ndim == 4:
+        return measure(images)
+    return torch.stack([measure(images[:, :, frame]) for frame in evenly(SCORED_FRAMES, images.shape[2])]).mean(0)

@@ -45,6 +45,7 @@ LONGEST = (
     "tests/ranks/test_host_memory.py",
     "tests/kill/test_cache.py",
     "tests/ranks/test_sharded_export.py",
+    "tests/benchmarks/test_gpu.py",
     "tests/cli/test_cache.py",
 )
 """Files that take longest, in that order: one that begins last would have all workers but its own wait."""

@@ -100,8 +100,8 @@ def command_line(models, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     text = (EXAMPLES / "my.yaml").read_text()
     for old, new in {
-        "srpo_lightning/assets/emoji-flux": models.pipeline,
-        "srpo_lightning/assets/prompts/eval.txt": models.train,
+        "builtin:emoji-flux": models.pipeline,
+        "builtin:prompts/eval.txt": models.train,
         "runs/my": tmp_path / "run",
     }.items():
         assert old in text, old

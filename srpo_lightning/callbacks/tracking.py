@@ -38,7 +38,7 @@ from srpo_lightning.evaluation.metrics import FEW_GROUPS, SampleTable, Table, is
 from srpo_lightning.files.fingerprint import fingerprint
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.reward_forms import RewardForm
-from srpo_lightning.picture_statistics import PICTURE_STATISTICS
+from srpo_lightning.picture_statistics import CLIP_STATISTICS, PICTURE_STATISTICS, STATISTICS, over_frames
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.run_folder import RunFolder
@@ -96,13 +96,14 @@ class RewardTracking(Recorder, OffersWeights):
         self.base: Table | None = None
         self.evaluations: Evaluations | None = None
         self.tables: dict[str, SampleTable] = {}
+        self.has_clips = False
         self._needs_base = False
         self._start_s = 0.0
 
     def _check(self) -> None:
-        taken = self.scorers.keys() & {*OWN_COLUMNS, self.top, *OF_ALL_SAMPLES}
+        taken = self.scorers.keys() & {*OWN_COLUMNS, *CLIP_STATISTICS, self.top, *OF_ALL_SAMPLES}
         if taken:
-            meant = "".join(f" ({PICTURE_STATISTICS[name].meaning})" for name in taken & PICTURE_STATISTICS.keys())
+            meant = "".join(f" ({STATISTICS[name].meaning})" for name in taken & STATISTICS.keys())
             raise ValueError(f"metrics has {', '.join(taken)}, which is logged already{meant}: choose another name")
         if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels is {self.labels}: give two or more, all different, or none")
@@ -131,7 +132,8 @@ class RewardTracking(Recorder, OffersWeights):
     @property
     def columns(self) -> list[str]:
         """The numbers that every sample gets."""
-        return [*(name for name in OWN_COLUMNS if name != LABEL or self.labels), self.top, *self.scorers]
+        own = [name for name in OWN_COLUMNS if name != LABEL or self.labels]
+        return [*own, *(CLIP_STATISTICS if self.has_clips else ()), self.top, *self.scorers]
 
     @property
     def has_features(self) -> bool:
@@ -148,6 +150,8 @@ class RewardTracking(Recorder, OffersWeights):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
+        assert isinstance(pl_module, SRPOModule)
+        self.has_clips = pl_module.policy.num_frames > 1
         for model in self.models:
             model.load()
             model.requires_grad_(False)
@@ -188,7 +192,8 @@ class RewardTracking(Recorder, OffersWeights):
             images = images.float()
             scores = self.scores(pl_module, images, batch.prompts)
             none = images.new_empty(len(images), 0)
-            features = self.judge.image_features(images) if isinstance(self.judge, ClipReward) else none
+            judge = self.judge
+            features = over_frames(images, judge.image_features) if isinstance(judge, ClipReward) else none
             self.tables[weights].update(batch.indices, scores, features)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -224,20 +229,24 @@ class RewardTracking(Recorder, OffersWeights):
     on_test_epoch_end = on_validation_epoch_end
 
     def scores(self, module: SRPOModule, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The numbers of each image, [B], by column."""
+        """The numbers of each image, [B], by column; of a clip the means over its frames."""
         candidates = list(dict.fromkeys([*self.candidates, *prompts]))
         truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=images.device)
         form = self.form or module.objective
-        scores = {
-            "reward": form.score(module.reward, images, prompts),
-            "judge": form.score(self.judge, images, prompts),
-            "prompt": self.judge(images, prompts),
-            **{name: own.measure(images) for name, own in PICTURE_STATISTICS.items()},
-            self.top: is_in_top(self.judge.compare(images, candidates), truth, self.top_k),
+        measures = {
+            "reward": lambda shown: form.score(module.reward, shown, prompts),
+            "judge": lambda shown: form.score(self.judge, shown, prompts),
+            "prompt": lambda shown: self.judge(shown, prompts),
+            **{name: own.measure for name, own in PICTURE_STATISTICS.items()},
+            **{name: partial(scored, scorer, prompts) for name, scorer in self.scorers.items()},
         }
+        scores = {name: over_frames(images, measure) for name, measure in measures.items()}
+        compared = over_frames(images, lambda shown: self.judge.compare(shown, candidates))
+        scores[self.top] = is_in_top(compared, truth, self.top_k)
         if self.labels:
-            scores[LABEL] = most_like(self.judge.compare(images, self.labels))
-        scores |= {name: scorer(images, prompts) for name, scorer in self.scorers.items()}
+            scores[LABEL] = most_like(over_frames(images, lambda shown: self.judge.compare(shown, self.labels)))
+        if self.has_clips:
+            scores |= {name: own.measure(images) for name, own in CLIP_STATISTICS.items()}
         return scores | {HELD_OUT: sum(weight * scores[name] for name, weight in self.held_out.items())}
 
     def key(self, trainer: Trainer, module: SRPOModule) -> str:
@@ -287,3 +296,9 @@ class RewardTracking(Recorder, OffersWeights):
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)
+
+
+def scored(scorer: Reward, prompts: Sequence[str], images: Tensor) -> Tensor:
+    """A reward's scores of images under their prompts."""
+    scores: Tensor = scorer(images, prompts)
+    return scores

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from srpo_lightning.callbacks import RunCheckpoint
+from srpo_lightning.config.shipped import with_builtin
 from srpo_lightning.config.values import check_values
 from srpo_lightning.data import PromptData
 from srpo_lightning.encoding import Encoder, Encoding
@@ -48,6 +49,7 @@ class Parser(LightningArgumentParser):
         """What cannot be read at all is no traceback either."""
         with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
             values = super().parse_args(*args, **kwargs)
+            _name_builtin(values)
         plain = values.as_dict()
         check_settings(plain.get(str(plain.get("subcommand")), plain))
         return values
@@ -73,6 +75,20 @@ class Parser(LightningArgumentParser):
         """What a class refuses is told by its name."""
         with naming():
             return super().instantiate_classes(*args, **kwargs)
+
+
+def _name_builtin(settings: Namespace) -> None:
+    """Put paths in the place of names of what comes with the package."""
+    for key, value in vars(settings).items():
+        if isinstance(value, Namespace):
+            _name_builtin(value)
+        elif isinstance(value, list):
+            for own in value:
+                if isinstance(own, Namespace):
+                    _name_builtin(own)
+            setattr(settings, key, [own if isinstance(own, Namespace) else with_builtin(own) for own in value])
+        else:
+            setattr(settings, key, with_builtin(value))
 
 
 def _empty_groups(settings: Any, prefix: str, places: set[str]) -> Iterator[tuple[dict[str, Any], str]]:

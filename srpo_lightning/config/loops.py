@@ -58,6 +58,13 @@ def _check_training(trainer: Any, evaluation: str) -> None:
             raise ValueError(
                 f"trainer.{name} is 0: nothing would be trained; `validate` measures the weights as they are"
             )
+    ends = (trainer.max_time, None if trainer.max_epochs == -1 else trainer.max_epochs)
+    if trainer.max_steps in (None, -1) and ends == (None, None):
+        raise ValueError(
+            "trainer.max_steps is not set, and the stream of prompts has no end: set it, usually to 20 for all weights "
+            "(the official run's) or 40 for an adapter, and to some hundreds for other objectives; or set "
+            "trainer.max_time"
+        )
     if trainer.max_steps > 0 and (trainer.min_steps or 0) > trainer.max_steps:
         raise ValueError(
             f"trainer.min_steps is {trainer.min_steps}, more than trainer.max_steps, {trainer.max_steps}: leave it out"

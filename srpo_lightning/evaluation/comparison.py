@@ -24,7 +24,7 @@ from srpo_lightning.evaluation.metrics import (
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import escaped, markdown_table
 from srpo_lightning.files.strict_json import strict_json
-from srpo_lightning.picture_statistics import PICTURE_STATISTICS
+from srpo_lightning.picture_statistics import STATISTICS
 
 BASE = "base"
 """The name of the weights before training, beside `policy` and `ema`."""
@@ -35,7 +35,7 @@ HELD_OUT = "held_out"
 LABEL = "label"
 """The column with the number of the label that the judge finds an image most like."""
 
-NOT_WON = (LABEL, *(name for name, own in PICTURE_STATISTICS.items() if not own.is_compared))
+NOT_WON = (LABEL, *(name for name, own in STATISTICS.items() if not own.is_compared))
 """Columns of which more is not better."""
 
 HEADER = "table"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from srpo_lightning.picture_statistics import PICTURE_STATISTICS
+from srpo_lightning.picture_statistics import STATISTICS
 
 MEANINGS: Mapping[str, str] = {
     "reward": "The objective's form of the training reward on evaluation samples: what training raises.",
@@ -10,7 +10,7 @@ MEANINGS: Mapping[str, str] = {
     "prompt": "The judge's score of picture and prompt: whether the picture still shows what was asked for.",
     "held_out": "The one number to choose checkpoints by: RewardTracking.held_out of the scores that training never "
     "sees, by default judge + prompt.",
-    **{name: f"{own.meaning}." for name, own in PICTURE_STATISTICS.items()},
+    **{name: f"{own.meaning}." for name, own in STATISTICS.items()},
     "diversity": "Mean cosine distance between the judge's features of different pictures. It falls when they become "
     "alike.",
     "prompt_diversity": "The same between pictures of one prompt, mean over the prompts.",

@@ -15,6 +15,7 @@ from torch import Tensor
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.provenance import software
 from srpo_lightning.files.strict_json import strict_json
+from srpo_lightning.picture_statistics import evenly
 
 DRAWN_FROM = ("prompt", "seed", "guidance", "num_steps")
 """The entries of their records in which pictures must agree to be compared."""
@@ -23,8 +24,14 @@ LABEL_PX = 14
 LETTER_PX = 6  # of Pillow's own font, on average
 
 
+STRIP_FRAMES = 8
+"""Frames of a clip that stand beside each other, at most."""
+
+
 def as_picture(image: Tensor) -> Image.Image:
-    """An image [3, H, W] in [0, 1] in 8 bits."""
+    """An image [3, H, W] in [0, 1] in 8 bits; of a clip [3, F, H, W] frames beside each other."""
+    if image.ndim == 4:
+        image = torch.cat([image[:, frame] for frame in evenly(STRIP_FRAMES, image.shape[1])], dim=-1)
     return Image.fromarray((image.float().cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 

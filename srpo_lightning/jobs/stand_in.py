@@ -131,7 +131,8 @@ def pipeline(folder: Path, text_encoder_layers: int | None) -> Iterator[Componen
         made.save_config(path.parent)
         index[name] = ["diffusers", cls]
         yield Component(name, loading.STEM, made)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(policy.configs["scheduler"])
+    named = policy.configs["scheduler"].get("_class_name", "FlowMatchEulerDiscreteScheduler")
+    scheduler = getattr(diffusers, named).from_config(policy.configs["scheduler"])
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     for name, cls in encoder.tokenizer_classes.items():

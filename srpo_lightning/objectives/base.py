@@ -104,8 +104,10 @@ class FormObjective(Objective):
         weight: Float[Tensor, " B"] | None = None,
         signs: Sequence[int] | None = None,
     ) -> Float[Tensor, " B"]:
-        """What the form rewards in the pictures that `latents` decode to; arguments as in RewardForm."""
-        return self.form(reward, policy.decode(latents, conditions.size), conditions, draws, weight, signs)
+        """What the form rewards in what `latents` decode to, a mean over frames; arguments as in RewardForm."""
+        pictures = policy.rewarded_pictures(latents, conditions.size, draws)
+        scored = [self.form(reward, own, conditions, draws, weight, signs) for own in pictures]
+        return torch.stack(scored).mean(0)
 
     def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """What the form rewards."""

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from srpo_lightning import flow
 from srpo_lightning.batch import Conditions, Size
+from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.fingerprint import Recorded
 
@@ -38,6 +40,9 @@ class Policy(Recorded, nn.Module, ABC):
     def text_shapes(self, wanted: Encoding) -> dict[str, tuple[int, ...]]:
         """The largest shape of one prompt's features by name, without a tokenizer if possible."""
         return self.encoder(wanted).text.shapes
+
+    num_frames: int = 1
+    """Frames of what `decode` makes: clips [B, 3, F, H, W] where they are more than one, else pictures."""
 
     has_negative: bool = False
     """Whether guidance takes a second pass, of the text that it moves away from."""
@@ -82,6 +87,16 @@ class Policy(Recorded, nn.Module, ABC):
     def decode(self, latents: Float[Tensor, "B *rest"], size: Size | None = None) -> Float[Tensor, "B 3 H W"]:
         """Clean latents to images in [0, 1], differentiable."""
 
+    def rewarded_pictures(
+        self, latents: Float[Tensor, "B *rest"], size: Size | None, draws: Draws
+    ) -> list[Float[Tensor, "B 3 H W"]]:
+        """What a reward, which scores pictures, sees of clean latents, with gradient; of a clip some of its frames.
+
+        Args:
+            draws: randomness of the micro-batch.
+        """
+        return [self.decode(latents, size)]
+
     @abstractmethod
     def sigmas(self, num_steps: int, shift: float | None = None, size: Size | None = None) -> Float[Tensor, " N"]:
         """The schedule of an Euler sampler, `num_steps + 1` levels from 1 to 0, in float64.
@@ -89,6 +104,22 @@ class Policy(Recorded, nn.Module, ABC):
         Args:
             shift: overrides the shift of the model's own scheduler.
         """
+
+    def integrate(
+        self,
+        velocity: Callable[[Tensor, Tensor], Tensor],
+        noise: Float[Tensor, "B *rest"],
+        num_steps: int,
+        size: Size | None = None,
+    ) -> Float[Tensor, "B *rest"]:
+        """Clean latents by the model's own sampler: Euler's steps, unless its pipeline draws by others.
+
+        Args:
+            velocity: called with latents and one noise level per sample.
+            noise: latents at level 1.
+            num_steps: calls of `velocity`.
+        """
+        return flow.integrate(velocity, noise, self.sigmas(num_steps, size=size))
 
     @contextmanager
     def rolling_out(self) -> Iterator[None]:

@@ -34,6 +34,10 @@ class Family(Policy):
 
     vae_class: ClassVar[str] = "AutoencoderKL"
     pipeline_class: ClassVar[str]
+
+    pipeline_picture: ClassVar[str] = "images[0]"
+    """Where the first picture is in what the pipeline returns."""
+
     text_encoder: ClassVar[type[PipelineTextEncoder]]
 
     single_file: ClassVar[SingleFile | None] = None

@@ -56,8 +56,13 @@ class PictureVAE(nn.Module):
         if self.video.use_tiling:
             decoded = self.video.decode(frames, return_dict=False)[0]
         else:
-            decoded = self.video.decoder(self.video.post_quant_conv(frames))
+            decoded = self.decode_frame(frames)
         return (decoded[:, :, 0],)
+
+    def decode_frame(self, frames: Tensor) -> Tensor:
+        """Latents [B, c, 1, h, w] to pixels [B, 3, 1, H, W], without the cache."""
+        decoded: Tensor = self.video.decoder(self.video.post_quant_conv(frames))
+        return decoded
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block of the decoder in the backward pass, for which diffusers has no switch here."""
@@ -69,9 +74,13 @@ class PictureVAE(nn.Module):
         self.video.enable_tiling()
 
 
-def _recomputed(forward: Callable[[Tensor], Tensor], x: Tensor, *_: Any) -> Tensor:
-    """Without the cache of the frames before, of which there are none."""
-    found: Tensor = checkpoint(forward, x, use_reentrant=False)
+def _recomputed(
+    forward: Callable[..., Tensor], x: Tensor, feat_cache: Any = None, *rest: Any, **settings: Any
+) -> Tensor:
+    """A block in the backward pass again, unless it has a cache of the frames before."""
+    if feat_cache is not None:
+        return forward(x, feat_cache, *rest, **settings)
+    found: Tensor = checkpoint(partial(forward, **settings), x, use_reentrant=False)
     return found
 
 

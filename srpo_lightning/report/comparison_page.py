@@ -13,7 +13,7 @@ from srpo_lightning.evaluation.pictures import DRAWN_FROM
 from srpo_lightning.files import records
 from srpo_lightning.files.provenance import software
 from srpo_lightning.files.records import Record
-from srpo_lightning.picture_statistics import PICTURE_STATISTICS
+from srpo_lightning.picture_statistics import STATISTICS
 from srpo_lightning.report import curves, samples
 from srpo_lightning.report.configuration import OF_ONE_START, asked_for, class_of, flat, read_configuration
 from srpo_lightning.report.page import write_page
@@ -185,7 +185,7 @@ def definition(settings: Mapping[str, Any], name: str) -> Any:
     objective = (model.get("objective") or {}).get("init_args") or {}
     form = tracking.get("form") or objective.get("form") or [objective.get(own) for own in OF_THE_FORM]
     name = name.removeprefix("win/")
-    if name in PICTURE_STATISTICS:
+    if name in STATISTICS:
         return None
     if name == "reward":
         return [model.get("reward"), form]

@@ -6,7 +6,7 @@ from typing import Any
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT
 from srpo_lightning.evaluation.meanings import meaning
 from srpo_lightning.files.records import Record
-from srpo_lightning.picture_statistics import PICTURE_STATISTICS
+from srpo_lightning.picture_statistics import STATISTICS
 from srpo_lightning.report.thumbnails import thinned
 from srpo_lightning.run_folder import RunFolder
 
@@ -26,7 +26,7 @@ def group_of(name: str) -> str:
         return "Labels"
     if name.startswith("win/") or name == "drift":
         return "Against the base"
-    return "Pictures" if name in {*PICTURE_STATISTICS, "diversity", "prompt_diversity"} else "Scores"
+    return "Pictures" if name in {*STATISTICS, "diversity", "prompt_diversity"} else "Scores"
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from srpo_lightning.run_folder import RunFolder
 from tests import processes, tiny
 
 REPOSITORY = Path(__file__).parents[2]
-PROMPTS = "srpo_lightning/assets/prompts/photo"
+PROMPTS = "builtin:prompts/photo"
 
 
 def run_recipe(

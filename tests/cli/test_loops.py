@@ -19,6 +19,10 @@ def config(models, features, tmp_path) -> str:
 @pytest.mark.parametrize(
     ("flags", "cure"),
     [
+        (
+            ["max_steps=-1"],
+            "the stream of prompts has no end: set it, usually to 20 for all weights .* or 40 for an ad",
+        ),
         (["max_epochs=1"], "no epochs: set trainer.max_steps .*, or give epochs a length with trainer.limit_train_b"),
         (["num_sanity_val_steps=2"], "set it to -1 for all of it, or to 0 for none, and data.num_eval_prompts"),
         (["limit_val_batches=1"], "leave it out .* set data.num_eval_prompts"),

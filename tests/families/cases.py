@@ -1,6 +1,15 @@
 """The families that the common tests are run for."""
 
-from tests.families import tiny_chroma, tiny_flux2, tiny_flux2_dev, tiny_krea2, tiny_qwen_image, tiny_sd3, tiny_z_image
+from tests.families import (
+    tiny_chroma,
+    tiny_flux2,
+    tiny_flux2_dev,
+    tiny_krea2,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_wan,
+    tiny_z_image,
+)
 from tests.families.case import Case
 
 CASES: dict[str, Case] = {
@@ -10,5 +19,6 @@ CASES: dict[str, Case] = {
     "krea2": tiny_krea2.CASE,
     "qwen_image": tiny_qwen_image.CASE,
     "sd3": tiny_sd3.CASE,
+    "wan": tiny_wan.CASE,
     "z_image": tiny_z_image.CASE,
 }

@@ -22,6 +22,9 @@ BILLIONS = {
     "stabilityai/stable-diffusion-3.5-large": 8.06,
     "stabilityai/stable-diffusion-3.5-medium": 2.24,
     "Tongyi-MAI/Z-Image": 6.16,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.42,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.29,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.00,
 }
 """Parameters of the transformer, as its publisher says or counted from its published configuration."""
 

@@ -2,15 +2,18 @@ import platform
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from tests.processes import LIMIT_S
 
 PROGRAM = """
 import resource, sys
-from srpo_lightning.training.allocator import keep_freed_memory
-if sys.argv[1] == "keep":
+from srpo_lightning.training.allocator import keep_freed_memory, return_freed_memory
+if sys.argv[1] != "leave":
     keep_freed_memory()
+if sys.argv[1] == "return":
+    return_freed_memory(int(sys.argv[2]))
 import ctypes
 malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
 malloc.restype, free.argtypes, malloc.argtypes = ctypes.c_void_p, [ctypes.c_void_p], [ctypes.c_size_t]
@@ -29,10 +32,13 @@ print(faults() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
 def test_what_a_step_frees_is_there_for_the_next_without_page_faults():
-    def faults(choice: str) -> int:
-        command = [sys.executable, "-c", PROGRAM, choice]
+    def faults(*choice: str) -> int:
+        command = [sys.executable, "-c", PROGRAM, *choice]
         return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S).stdout)
 
     once = 2 * (9 << 20) // 4096
     assert faults("keep") < 2 * once
     assert faults("leave") > 2 * once
+    memory = psutil.virtual_memory().total
+    assert faults("return", str(memory // 5)) > 2 * once
+    assert faults("return", str(memory // 20)) < 2 * once

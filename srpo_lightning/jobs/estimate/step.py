@@ -19,6 +19,7 @@ from srpo_lightning.draws import Draws
 from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices
 from srpo_lightning.jobs.estimate.memory import HOST, MemoryTracker
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.picture_statistics import over_frames
 from srpo_lightning.rewards.base import Reward
 
 TRAINED, FROZEN, JUDGES = "trained weights", "frozen weights", "judges of evaluation"
@@ -111,7 +112,7 @@ def evaluate(
             latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
             images = module.policy.decode(latents[: conditions.batch_size])  # a group has more
         for judge in judges:
-            judge(images.float(), conditions.prompts)
+            over_frames(images.float(), lambda shown, judge=judge: judge(shown, conditions.prompts))
 
 
 def new_optimizer(module: SRPOModule, parameters: list[torch.nn.Parameter], *, on_cuda: bool) -> Optimizer:

@@ -33,7 +33,7 @@ class Difference(NamedTuple):
 
 
 def own_picture(module: SRPOModule, encoder: TextEncoder, prompt: str, device: torch.device) -> Image:
-    """By the module's sampler, from the noise that a generator with the module's seed gives diffusers.
+    """By the module's sampler, from the noise that a generator with its seed gives diffusers; a clip's first frame.
 
     Text encoders and transformer are on the device one after the other. In bfloat16 it computes under autocast.
 
@@ -59,7 +59,7 @@ def own_picture(module: SRPOModule, encoder: TextEncoder, prompt: str, device: t
     conditions = conditions._replace(unconditional=negative[0] if negative else None)
     with torch.autocast(device.type, torch.bfloat16, enabled=encoder.dtype == torch.bfloat16):
         images = module.sample(conditions, noise)
-    return as_picture(images[0])
+    return as_picture(images[0] if images.ndim == 4 else images[0, :, 0])
 
 
 def difference(ours: Image, theirs: Image, allowed: float) -> Difference:

@@ -41,7 +41,7 @@ def python(written: Format, module: SRPOModule, folder: Path, prompt: str, max_s
         f"    num_inference_steps={module.num_sample_steps},",
         *(f"    {name}={value!a}," for name, value in arguments.items()),
         f"    generator=torch.Generator().manual_seed({module.seed}),",
-        ").images[0]",
+        f").{policy.pipeline_picture}",
     ]
     classes = ("FlowMatchEulerDiscreteScheduler", policy.pipeline_class, policy.transformer_class)
     used = [name for name in classes if any(f"{name}." in line for line in lines)]

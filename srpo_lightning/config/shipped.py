@@ -1,0 +1,72 @@
+"""Names of what comes with the package: `recipe:` of configurations, `builtin:` of models and prompts."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from srpo_lightning.suggestions import nearest
+
+PACKAGE = Path(__file__).parents[1]
+ASSETS = PACKAGE / "assets"
+RECIPES = next((own for own in (PACKAGE / "configs", PACKAGE.parent / "configs") if own.is_dir()), PACKAGE)
+"""In a wheel they lie in the package, in a checkout beside it."""
+
+RECIPE, BUILTIN = "recipe:", "builtin:"
+CONFIG = ("-c", "--config")
+
+
+def recipes() -> list[str]:
+    """The names of all recipes, those in folders with the folder's."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def with_recipes(words: Sequence[str]) -> list[str]:
+    """A command line whose `--config recipe:NAME` are files.
+
+    Raises:
+        ValueError: naming the recipe and the nearest one.
+    """
+    return list(_with_recipes(words))
+
+
+def _with_recipes(words: Sequence[str]) -> Iterator[str]:
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.partition("=")
+        if equals and option in CONFIG and value.startswith(RECIPE):
+            yield f"{option}={_recipe(value)}"
+        else:
+            yield str(_recipe(word)) if before in CONFIG and word.startswith(RECIPE) else word
+
+
+def _recipe(name: str) -> Path:
+    path = RECIPES / f"{name.removeprefix(RECIPE)}.yaml"
+    if not path.is_file():
+        known = [f"{RECIPE}{own}" for own in recipes()]
+        likely = nearest(name, known) or f"; there are {', '.join(known)}"
+        raise ValueError(f"{name}: there is no such recipe{likely}")
+    return path
+
+
+def with_builtin(value: Any) -> Any:
+    """Settings whose texts `builtin:NAME`, in lists and mappings too, are paths in the package.
+
+    Raises:
+        ValueError: naming what there is not, and the nearest that there is.
+    """
+    if isinstance(value, str):
+        return _builtin(value) if value.startswith(BUILTIN) else value
+    if isinstance(value, dict):
+        return {with_builtin(key): with_builtin(own) for key, own in value.items()}
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(with_builtin(own) for own in value)
+    return value
+
+
+def _builtin(name: str) -> str:
+    path = ASSETS / name.removeprefix(BUILTIN)
+    if not path.exists():
+        folders = [own.name for own in ASSETS.iterdir() if own.is_dir() and own.name.startswith("emoji-")]
+        files = [f"prompts/{own.name}" for own in (ASSETS / "prompts").iterdir()]
+        known = [f"{BUILTIN}{own}" for own in sorted([*folders, *files])]
+        raise ValueError(f"{name}: nothing of that name comes with the package{nearest(name, known) or ''}")
+    return str(path)
