@@ -1,6 +1,7 @@
 """Sphinx makes pages of docs/*.md: `make docs`."""
 
 import re
+import sys
 from importlib import import_module
 from inspect import Signature, isabstract, signature
 from pathlib import Path
@@ -11,16 +12,22 @@ from srpo_lightning import __version__
 project = "SRPO-Lightning"
 copyright = "the authors of SRPO-Lightning"  # Sphinx' name
 release = __version__
+sys.path.insert(0, str(Path(__file__).parent))  # for listings.py
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+smartquotes = False  # which makes dashes of options
 autodoc_typehints = "none"
 default_role = "code"
 napoleon_include_init_with_doc = False
 
 REPOSITORY = Path(__file__).parents[1]
+LISTED = re.compile(r"^@(commands|configuration|metrics)$", re.MULTILINE)
 CLASSES = re.compile(r"^@classes (\S+)$", re.MULTILINE)
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 
@@ -49,6 +56,14 @@ def with_classes(_app: Any, _page: str, source: list[str]) -> None:
     source[0] = CLASSES.sub(listed, source[0])
 
 
+def with_listings(_app: Any, _page: str, source: list[str]) -> None:
+    """Put the commands, the keys of a configuration or the numbers of a run in the place of a line `@commands`."""
+    if LISTED.search(source[0]):
+        from listings import LISTINGS  # imports of seconds, for three pages
+
+        source[0] = LISTED.sub(lambda found: LISTINGS[found[1]](), source[0])
+
+
 def is_named(cls: type, package: str) -> bool:
     """Whether a class of a package is one that a configuration can name by its `class_path`."""
     return cls.__module__.startswith(package) and not isabstract(cls) and not issubclass(cls, tuple)
@@ -67,3 +82,4 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-signature", own_signature)
     app.connect("source-read", without_links_out)
     app.connect("source-read", with_classes)
+    app.connect("source-read", with_listings)

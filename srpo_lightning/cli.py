@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
+from typing import TYPE_CHECKING
 
 from srpo_lightning import __version__
 from srpo_lightning.config.names import ALWAYS, COMMANDS, callee, check_files, check_options, known_names
 from srpo_lightning.config.shipped import with_recipes
 from srpo_lightning.errors import TRACEBACK, one_line
 from srpo_lightning.suggestions import nearest
+
+if TYPE_CHECKING:
+    from srpo_lightning.config.arguments import Parser
 
 JOBS = {
     "cache": "srpo_lightning.jobs.cache",
@@ -144,11 +148,23 @@ def run_job(job: Callable[..., None], name: str, args: list[str]) -> None:
         name: Name of the program and the command, for the help.
         args: Command line behind that name.
     """
+    without_progress_bars()
+    parser = job_parser(job, name)
+    values = parser.instantiate_classes(parser.parse_args(args))
+    job(**{argument: values[argument] for argument in signature(job).parameters})
+
+
+def job_parser(job: Callable[..., None], name: str) -> "Parser":
+    """What reads the command line of a function.
+
+    Args:
+        job: Function that the command line is for.
+        name: Name of the program and the command, for the help.
+    """
     from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # it is public and documented
 
     from srpo_lightning.config.arguments import Parser
 
-    without_progress_bars()
     own = signature(job).parameters
     parser = Parser(prog=name, description=(job.__doc__ or "").partition("\n")[0])
     takes_several = "config" in own and own["config"].annotation == list[str]
@@ -160,8 +176,7 @@ def run_job(job: Callable[..., None], name: str, args: list[str]) -> None:
         parser.add_argument("runs", nargs="+", type=str, metavar="RUN", help=RUNS)
     skip: set[str | int] = {"config"} if takes_several else {"runs"} if "runs" in own else set()
     parser.add_function_arguments(job, as_positional=False, skip=skip, sub_configs=True)
-    values = parser.instantiate_classes(parser.parse_args(args))
-    job(**{argument: values[argument] for argument in own})
+    return parser
 
 
 def without_progress_bars() -> None:

@@ -38,6 +38,7 @@ LONGEST = (
     "tests/cli/test_odd_configurations.py",
     "tests/ranks/test_two_ranks.py",
     "tests/policies/test_parallel.py",
+    "tests/docs/test_start_pages.py",
     "tests/cli/test_emoji_run.py",
     "tests/cli/test_commands.py",
     "tests/cli/test_family_files.py",

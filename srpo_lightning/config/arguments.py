@@ -177,15 +177,8 @@ def new_data(settings: Namespace, policy: Policy) -> PromptData:
     return PromptData(encoder=policy.encoder, **vars(values))
 
 
-def read_config(*paths: str) -> Namespace:
-    """What `fit --config` would read; a run's own config.yaml, which `fit` has written, as well.
-
-    Args:
-        paths: Configuration files; each changes what those before it say.
-
-    Raises:
-        ValueError: if a file is missing, or `fit` would not take it.
-    """
+def config_parser() -> Parser:
+    """What reads configuration files for all commands, without a command's own settings; it raises what it refuses."""
     parser = Parser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_argument("--seed_everything", type=bool | int, default=0)
@@ -195,6 +188,19 @@ def read_config(*paths: str) -> Namespace:
     parser.add_lightning_class_args(SRPOModule, "model")
     parser.add_lightning_class_args(PromptData, "data")
     add_project_arguments(parser)
+    return parser
+
+
+def read_config(*paths: str) -> Namespace:
+    """What `fit --config` would read; a run's own config.yaml, which `fit` has written, as well.
+
+    Args:
+        paths: Configuration files; each changes what those before it say.
+
+    Raises:
+        ValueError: if a file is missing, or `fit` would not take it.
+    """
+    parser = config_parser()
     try:
         values = parser.parse_args([word for path in paths for word in ("--config", path)])
     except (jsonargparse.ArgumentError, TypeError) as error:

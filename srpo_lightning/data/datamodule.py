@@ -30,36 +30,39 @@ class PromptData(LightningDataModule):
     """Training and evaluation prompts with their cached text features, and real pictures with their cached latents.
 
     Args:
-        train: training prompts: a path, or a source with its columns, or a list of these.
-        encoder: the policy's way to its encoders, `Policy.encoder` (follows model.policy).
-        evaluation: held-out prompts for validate, test and predict; None: `validation_fraction` of those to train.
-        validation_fraction: of the training prompts, held out by a hash of the text: adding prompts moves none.
-        images: captions with real pictures; None: those training records that name one.
-        offline_ratio: the share of steps that train on these pictures instead of the policy's own.
-        picture_latents: the mode of the VAE's posterior, or a sample of it as in the research code of SRPO, drawn once
-            for each picture.
-        batch_size: training prompts per rank and micro-batch.
-        repeats: how often each batch comes in a row (follows model.updates_per_rollout).
-        eval_batch_size: evaluation prompts per rank and batch.
-        num_eval_prompts: the first so many prompts of `evaluation`; None: all.
-        eval_samples_per_prompt: how often each of them is drawn, from other noise each time.
-        sizes: [width, height] of pictures in pixels, for records without their own: one is drawn per step, and a real
-            picture goes to that of the nearest aspect ratio. None: the policy's own.
-        cache_dir: where text features and latents are kept between runs; on s3://, gs:// or hf:// they are only read.
-        mirror_dir: where files that come from there are kept on this machine.
+        train: Training prompts: a path, or a source with its columns, or a list of these.
+        encoder: Way of the policy to its encoders, `Policy.encoder` (follows model.policy).
+        evaluation: Held-out prompts for validate, test and predict; null takes `validation_fraction` of
+            the training prompts.
+        validation_fraction: Share of the training prompts that is held out, by a hash of the text: adding prompts
+            moves none.
+        images: Captions with real pictures; null takes those training records that name one.
+        offline_ratio: Share of the steps that train on real pictures instead of the policy's own.
+        picture_latents: Latents of a real picture: the mode of the VAE's posterior, or a sample of it as in the
+            research code of SRPO, drawn once for each picture.
+        batch_size: Training prompts per rank and micro-batch.
+        repeats: Times that each batch comes in a row (follows model.updates_per_rollout).
+        eval_batch_size: Evaluation prompts per rank and batch.
+        num_eval_prompts: Number of prompts of `evaluation` that are drawn, from the first on; null draws all.
+        eval_samples_per_prompt: Pictures of each evaluation prompt, from other noise each time.
+        sizes: Sizes [width, height] of pictures in pixels, for records without their own: one is drawn per step, and a
+            real picture goes to that of the nearest aspect ratio; null takes the policy's own.
+        cache_dir: Folder where text features and latents are kept between runs; on s3://, gs:// or hf:// they are only
+            read.
+        mirror_dir: Folder of this machine where files of a remote `cache_dir` are kept.
         mirror_gigabytes: Disk space for files in `mirror_dir`: those go that were not used for longest, unless they
-            are open. None: no limit.
-        max_picture_megapixels: real pictures of more are refused before they are decoded.
-        max_picture_megabytes: files of real pictures that are larger are refused before they are read.
-        max_prompts_to_encode: the most that fit encodes by itself; beyond it says how to run `cache`.
-        max_sequence_length: T5 tokens per prompt; None: what the tokenizer states, at most 512.
-        text_dtype: what features are computed and kept in.
-        text_quantize: keep T5 in 8 (int8) or 4 (nf4) bits per weight while encoding.
-        text_batch_size: prompts or pictures encoded at once.
-        text_device: where prompts and pictures are encoded.
-        shuffle_window: in larger sets prompts are shuffled within stretches of so many, so that few files are open.
-        num_workers: processes that read features.
-        seed: of the order of training prompts (follows model.seed).
+            are open; null is no limit.
+        max_picture_megapixels: Megapixels of the largest real picture that is decoded; larger ones are refused before.
+        max_picture_megabytes: Megabytes of the largest real picture file that is read; larger ones are refused before.
+        max_prompts_to_encode: Number of new prompts that fit encodes by itself; beyond it says how to run `cache`.
+        max_sequence_length: T5 tokens per prompt; null takes what the tokenizer states, at most 512.
+        text_dtype: Precision in which text features are computed and kept.
+        text_quantize: Bits per weight of T5 while it encodes: 8 (int8), 4 (nf4) or all (none).
+        text_batch_size: Prompts or pictures encoded at once.
+        text_device: Device on which prompts and pictures are encoded.
+        shuffle_window: Number of prompts of a large set that are shuffled among each other, so that few files are open.
+        num_workers: Processes that read features.
+        seed: Seed of the order of training prompts (follows model.seed).
     """
 
     def __init__(
