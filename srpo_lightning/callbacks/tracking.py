@@ -1,9 +1,10 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -233,14 +234,14 @@ class RewardTracking(Recorder, OffersWeights):
         candidates = list(dict.fromkeys([*self.candidates, *prompts]))
         truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=images.device)
         form = self.form or module.objective
-        measures = {
+        measures: dict[str, Callable[[Tensor], Tensor]] = {
             "reward": lambda shown: form.score(module.reward, shown, prompts),
             "judge": lambda shown: form.score(self.judge, shown, prompts),
-            "prompt": lambda shown: self.judge(shown, prompts),
+            "prompt": self.judge.under(prompts),
             **{name: own.measure for name, own in PICTURE_STATISTICS.items()},
-            **{name: partial(scored, scorer, prompts) for name, scorer in self.scorers.items()},
+            **{name: scorer.under(prompts) for name, scorer in self.scorers.items()},
         }
-        scores = {name: over_frames(images, measure) for name, measure in measures.items()}
+        scores: dict[str, Any] = {name: over_frames(images, measure) for name, measure in measures.items()}
         compared = over_frames(images, lambda shown: self.judge.compare(shown, candidates))
         scores[self.top] = is_in_top(compared, truth, self.top_k)
         if self.labels:
@@ -296,9 +297,3 @@ class RewardTracking(Recorder, OffersWeights):
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)
-
-
-def scored(scorer: Reward, prompts: Sequence[str], images: Tensor) -> Tensor:
-    """A reward's scores of images under their prompts."""
-    scores: Tensor = scorer(images, prompts)
-    return scores

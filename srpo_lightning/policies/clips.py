@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -81,6 +80,8 @@ class ClipVAE(PictureVAE):
         self.recomputes = True
 
     def _frame_by_frame(self, z: Tensor) -> list[Tensor]:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d  # only a loaded VAE needs it
+
         convolutions = sum(isinstance(module, WanCausalConv3d) for module in self.video.decoder.modules())
         cache: Cache = [None] * convolutions
         parts = []
@@ -97,5 +98,7 @@ class ClipVAE(PictureVAE):
         return self._pixels(self.video.decoder(latent, feat_cache=after, feat_idx=[0], first_chunk=is_first)), after
 
     def _pixels(self, decoded: Tensor) -> Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
         side = self.video.config.patch_size
         return decoded if side is None else unpatchify(decoded, side)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import diffusers
-import ftfy
 import torch
 from jaxtyping import Float
 from jsonargparse.typing import PositiveInt
@@ -51,6 +50,8 @@ class WanTextEncoder(PipelineTextEncoder):
 
     def templated(self, prompt: str) -> str:
         """With broken encodings mended, HTML's entities read twice and white space as single blanks."""
+        import ftfy  # only what encodes texts needs it
+
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
     def features(self, prompts: list[str], models: Mapping[str, Any]) -> list[dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """What a reward model is: a frozen, differentiable judge of images under texts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -59,6 +59,15 @@ class Reward(Recorded, nn.Module, ABC):
             images: Pictures [B, 3, H, W] in [0, 1].
             texts: Texts, one for each picture.
         """
+
+    def under(self, texts: Sequence[str]) -> Callable[[Images], Scores]:
+        """The reward under these texts, as a function of pictures."""
+
+        def scored(images: Images) -> Scores:
+            scores: Scores = self(images, texts)
+            return scores
+
+        return scored
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
         """The score of each image under T texts of its own.

@@ -112,7 +112,7 @@ def evaluate(
             latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
             images = module.policy.decode(latents[: conditions.batch_size])  # a group has more
         for judge in judges:
-            over_frames(images.float(), lambda shown, judge=judge: judge(shown, conditions.prompts))
+            over_frames(images.float(), judge.under(conditions.prompts))
 
 
 def new_optimizer(module: SRPOModule, parameters: list[torch.nn.Parameter], *, on_cuda: bool) -> Optimizer:

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-FAILURES = (OSError, ValueError, HfHubHTTPError.__bases__[0])
+FAILURES: tuple[type[BaseException], ...] = (OSError, ValueError, HfHubHTTPError.__bases__[0])
 """What its client raises; the last is the HTTP library's own, httpx in version 1 and httpx2 in version 2."""
 
 
