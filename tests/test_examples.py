@@ -1,6 +1,7 @@
 """The examples of a reward, an objective and a policy of one's own run, also by the command line."""
 
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import yaml
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.cli import main
+from srpo_lightning.cli import QUIET, main
 from srpo_lightning.draws import Draws
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
@@ -140,3 +141,37 @@ def test_a_policy_without_an_encoder_is_refused(command_line, tmp_path, monkeypa
     for command in ("fit", "estimate", "cache"):
         with pytest.raises(SystemExit, match=r"PixelFlow has no method `encoder`, .*: give it one"):
             main([command, *command_line])
+
+
+def test_the_script_trains_without_the_command_line_and_goes_on(models, features, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (EXAMPLES / "train.py").read_text()
+    for old, new in {
+        'with_builtin("builtin:emoji-flux")': repr(str(models.pipeline)),
+        'with_builtin("builtin:emoji-clip")': repr(str(models.clip)),
+        'with_builtin("builtin:prompts/train.txt")': repr(str(models.train)),
+        'with_builtin("builtin:prompts/eval.txt")': repr(str(models.evaluation)),
+        "height=64, width=64": "height=32, width=32",
+        "batch_size=4": f"batch_size=4, cache_dir={str(features)!r}",
+    }.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    (tmp_path / "first.py").write_text(text.replace("max_steps=8", "max_steps=4"))
+    (tmp_path / "whole.py").write_text(text)
+    run = RunFolder("runs/library")
+    run_script(tmp_path / "first.py")
+    assert [path.name for path in run.checkpoints()] == ["step-00000004.ckpt"]
+    resumed = run_script(tmp_path / "whole.py")["trainer"]
+    assert resumed.global_step == 8
+    assert resumed.gradient_clip_val == 0.1
+    assert [path.name for path in run.checkpoints()] == ["step-00000004.ckpt", "step-00000008.ckpt"]
+    assert {int(path.parts[-3].removeprefix("step-")) for path in run.samples.pictures()} == {0, 4, 8}
+    assert list(run.logs.glob("events.*"))
+
+
+def run_script(path: Path) -> dict:
+    """What a script leaves, with the warnings of Lightning and torch that the command line keeps quiet."""
+    with warnings.catch_warnings():
+        for message in QUIET:
+            warnings.filterwarnings("ignore", message)
+        return runpy.run_path(str(path))
