@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
-from srpo_lightning.callbacks.settings import RunSettings, settings_of
+from srpo_lightning.callbacks.settings import RunSettings, everything_of, settings_of
 from srpo_lightning.config.arguments import Parser, add_project_arguments, choose_strategy, read_config
 from srpo_lightning.config.effects import check_effects, check_single
 from srpo_lightning.config.loggers import go_on_in_the_same
@@ -108,7 +108,8 @@ class SRPOCLI(LightningCLI):
         progress = [] if has_choice or sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
         predictions = [Predictions(config.output)] if self.command == "predict" else []
         settings = settings_of(config.as_dict())
-        self.trainer_defaults["callbacks"] = [*progress, RunSettings(settings), *predictions, Progress()]
+        told = RunSettings(settings, everything_of(config.as_dict()))
+        self.trainer_defaults["callbacks"] = [*progress, told, *predictions, Progress()]
         # Agreement comes before any that reads weights.
         kwargs["callbacks"] = [Agreement(settings, config.ckpt_path, self.refusal), *chosen]
         kwargs["plugins"] = with_atomic_checkpoints(built.trainer.get("plugins"))
@@ -142,10 +143,10 @@ class SRPOCLI(LightningCLI):
                 raise
             self.refusal, config.ckpt_path = str(error), None
         run = RunFolder(config.trainer.default_root_dir)
-        if self.command == "fit" and is_first_rank():
-            go_on_in_the_same(config.trainer.logger, run.wandb_id, is_resumed=config.ckpt_path is not None)
-        if config.trainer.fast_dev_run:
+        if config.trainer.fast_dev_run:  # which logs nowhere
             config.trainer.default_root_dir = str(run.trial.path)
+        elif self.command == "fit" and is_first_rank():
+            go_on_in_the_same(config.trainer.logger, run.wandb_id, is_resumed=config.ckpt_path is not None)
 
     def _find_checkpoint(self, config: Namespace) -> None:
         run = RunFolder(config.trainer.default_root_dir)

@@ -63,6 +63,15 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     return {name: value for name, value in _flat("", plain) if name not in WITHOUT_EFFECT}
 
 
+def everything_of(config: Mapping[str, Any]) -> Settings:
+    """A whole configuration as plain values by dotted name.
+
+    Args:
+        config: Configuration of a command, as nested mappings.
+    """
+    return dict(_flat("", json.loads(json.dumps(dict(config), default=str))))
+
+
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for name, own in value.items():
@@ -91,16 +100,17 @@ class RunSettings(Callback):
 
     Args:
         settings: Plain values by dotted name, from `settings_of`.
+        everything: The whole configuration likewise, from `everything_of`, for loggers.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, everything: Settings) -> None:
+        self.settings, self.everything = settings, everything
         self._has_another_schedule = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell all loggers the settings, before Lightning has them write down what the module told: nothing."""
+        """Tell all loggers the configuration, before Lightning has them write down what the module told: nothing."""
         for logger in trainer.loggers if stage == TrainerFn.FITTING else ():
-            logger.log_hyperparams(self.settings)
+            logger.log_hyperparams(self.everything)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings of the run."""

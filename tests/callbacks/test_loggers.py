@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import wandb
 import yaml
 from jsonargparse import Namespace
 
@@ -30,7 +31,8 @@ def test_tensorboard_has_the_whole_configuration_without_being_told(config, tmp_
     told = yaml.safe_load((RunFolder(tmp_path / "run").logs / "hparams.yaml").read_text())
     assert told["model.objective.init_args.num_rollout_steps"] == 2
     assert told["model.policy.init_args.height"] == 32
-    assert told["trainer.gradient_clip_val"] == 0.1
+    assert (told["trainer.gradient_clip_val"], told["trainer.max_steps"]) == (0.1, 2)
+    assert told["checkpoint.every_n_steps"] == 2
 
 
 def test_every_logger_gets_it(config, tmp_path):
@@ -62,7 +64,6 @@ def test_a_resumed_run_has_the_id_of_its_beginning_and_a_new_one_another(tmp_pat
 
 
 def test_weights_and_biases_offline_gets_settings_and_pictures_and_goes_on(config, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = {
         "class_path": "lightning.pytorch.loggers.WandbLogger",

@@ -30,7 +30,7 @@ def fit(models, features, folder, max_steps, settings, lr=1e-3, scheduler=None, 
     module = tiny.new_module(models, optimizer=lambda params: torch.optim.AdamW(params, lr=lr), lr_scheduler=scheduler)
     module.__class__ = Module
     trainer = tiny.new_trainer(
-        folder, [RunCheckpoint(1, keep=9), RunSettings(settings), *callbacks], max_steps=max_steps
+        folder, [RunCheckpoint(1, keep=9), RunSettings(settings, settings), *callbacks], max_steps=max_steps
     )
     path = RunFolder(folder).checkpoint(resume) if resume else None
     trainer.fit(module, tiny.new_data(models, features), ckpt_path=path)

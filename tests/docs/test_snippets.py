@@ -56,8 +56,10 @@ def test_programs_targets_files_and_extras_of_commands_are_there(block):
         program, *rest = command.words
         if program == "make":
             subprocess.run(["make", "--dry-run", *rest], cwd=REPOSITORY, capture_output=True, check=True)
+        elif program == "python" and rest[0].endswith(".py"):
+            assert (REPOSITORY / rest[0]).is_file(), f"{block}: {rest[0]}"
         elif program == "python":
-            assert rest[0] == "-m", f"{block}: python -m MODULE"
+            assert rest[0] == "-m", f"{block}: python -m MODULE, or a file"
             module = REPOSITORY.joinpath(*rest[1].split("."))
             assert module.is_dir() or module.with_suffix(".py").is_file(), f"{block}: {rest[1]}"
         elif program == "pip":
