@@ -27,6 +27,7 @@ class Progress(Callback):
         self._begun: tuple[float, int] = (0.0, 0)
         self._calls = 0
         self._shown_s = 0.0
+        self._evaluation_s = self._evaluation_start_s = 0.0
         self._hook: RemovableHandle | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,10 +59,28 @@ class Progress(Callback):
             self._begun = time.monotonic(), first
         elif start_s and done == TIMED_STEPS:
             seconds = (time.monotonic() - start_s) / (TIMED_STEPS - 1)
-            left = trainer.max_steps - trainer.global_step
-            until = f", {timedelta(seconds=round(seconds * left))} for the {left} left" if left > 0 else ""
-            rank_zero_info(f"{seconds:.3g} s per step{until}, without evaluations")
+            rank_zero_info(f"{seconds:.3g} s per step{self._until(trainer, seconds)}")
             self._begun = 0.0, -1
+
+    def _until(self, trainer: Trainer, seconds: float) -> str:
+        """How long the steps that are left will take, with the evaluations between them if one was timed."""
+        left = trainer.max_steps - trainer.global_step
+        if left <= 0:
+            return ""
+        between = trainer.val_check_batch
+        batches = left * trainer.accumulate_grad_batches
+        count = int(batches // between) if self._evaluation_s and between else 0
+        time_left = timedelta(seconds=round(seconds * left + self._evaluation_s * count))
+        told = f"with {count} evaluations of {self._evaluation_s:.0f} s or more" if count else "without evaluations"
+        return f", {time_left} for the {left} left, {told}"
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time an evaluation; the first is of one kind of weights, later ones may be of several."""
+        self._evaluation_start_s = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep its time."""
+        self._evaluation_s = time.monotonic() - self._evaluation_start_s
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count no more."""
