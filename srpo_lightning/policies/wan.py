@@ -66,7 +66,12 @@ def _published(shift: float, vae: dict[str, Any], **transformer: Any) -> dict[st
     return {
         "transformer/config.json": {"_class_name": "WanTransformer3DModel", **transformer},
         "vae/config.json": vae,
-        "scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler", "flow_shift": shift},
+        "scheduler/scheduler_config.json": {
+            "_class_name": "UniPCMultistepScheduler",
+            "flow_shift": shift,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+        },
         "text_encoder/config.json": UMT5_XXL,
         "tokenizer/tokenizer_config.json": {"model_max_length": 512},
     }
