@@ -12,6 +12,7 @@ from experiments.objectives.results import Results, difference, last_of, with_ha
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import markdown_table
 
+FEW_SEEDS = 3
 OF_A_STRENGTH = ("saturation", "drift")  # beside the judge, the wanted label and the concept
 
 
@@ -119,12 +120,17 @@ def draw(
         for place, row in enumerate(rows_of(results)):
             style = {"color": "black" if row == "base" else colours(place % 10), "capsize": 2}
             for part, line in ((known, "-"), ([name for name in places if name not in known], "")):
-                of_row = [(places[name], last_of(results[name][row], number)) for name in part if row in results[name]]
+                own = [name for name in part if row in results[name]]
+                of_row = [(places[name], last_of(results[name][row], number)) for name in own]
+                are_few = [len(results[name][row]) < FEW_SEEDS for name in own]  # whose bars would hide all others
                 whole: dict[str, Any] = {"label": row} if part is known else {}
                 axis.errorbar(
                     [x + 0.02 * (place - 4) for x, _ in of_row],
                     [value.value for _, value in of_row],
-                    yerr=[value.half if value.is_known else 0.0 for _, value in of_row],
+                    yerr=[
+                        value.half if value.is_known and not few else 0.0
+                        for (_, value), few in zip(of_row, are_few, strict=True)
+                    ],
                     marker="o",
                     markersize=3,
                     linestyle=line,
