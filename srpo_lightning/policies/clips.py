@@ -4,7 +4,7 @@ Source: diffusers' AutoencoderKLWan. Its first latent frame is one frame of the 
 causal convolution hands its last two inputs to the next latent frame.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -78,6 +78,12 @@ class ClipVAE(PictureVAE):
         """Recompute each block where a clip has one latent frame, else each latent frame."""
         super().enable_gradient_checkpointing()
         self.recomputes = True
+
+    @staticmethod
+    def recomputed(forward: Callable[..., Tensor], x: Tensor, *rest: Any, **settings: Any) -> Tensor:
+        """The same, unless it has a cache, which the next latent frame goes on from."""
+        has_cache = settings.get("feat_cache") is not None
+        return forward(x, *rest, **settings) if has_cache else PictureVAE.recomputed(forward, x, **settings)
 
     def _frame_by_frame(self, z: Tensor) -> list[Tensor]:
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d  # only a loaded VAE needs it

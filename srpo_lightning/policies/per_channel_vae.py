@@ -67,21 +67,18 @@ class PictureVAE(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block of the decoder in the backward pass, for which diffusers has no switch here."""
         for block in (self.video.decoder.mid_block, *self.video.decoder.up_blocks):
-            block.forward = partial(_recomputed, block.forward)
+            block.forward = partial(self.recomputed, block.forward)
+
+    @staticmethod
+    def recomputed(forward: Callable[..., Tensor], x: Tensor, *_: Any, **settings: Any) -> Tensor:
+        """A block that is computed again in the backward pass, without the cache of the frames before."""
+        told = {name: value for name, value in settings.items() if not name.startswith("feat_")}
+        found: Tensor = checkpoint(partial(forward, **told), x, use_reentrant=False)
+        return found
 
     def enable_tiling(self) -> None:
         """Decode large pictures tile by tile."""
         self.video.enable_tiling()
-
-
-def _recomputed(
-    forward: Callable[..., Tensor], x: Tensor, feat_cache: Any = None, *rest: Any, **settings: Any
-) -> Tensor:
-    """A block in the backward pass again, unless it has a cache of the frames before."""
-    if feat_cache is not None:
-        return forward(x, feat_cache, *rest, **settings)
-    found: Tensor = checkpoint(partial(forward, **settings), x, use_reentrant=False)
-    return found
 
 
 class PerChannelFamily(PackedFamily):

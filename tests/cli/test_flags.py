@@ -95,7 +95,7 @@ FLAGS = {
     OverOptimizationGuard: "weights action patience min_diversity max_drift learning_rate_factor",
     RewardTracking: "judge labels candidates top_k metrics held_out form",
     Report: "num_columns scale",
-    export: "config output ckpt_path format weights dtype check device",
+    export: "config output ckpt_path format weights dtype check device push_to_hub private",
 }
 
 

@@ -57,6 +57,9 @@ LICENCES: dict[str, str] = {
     "stabilityai/stable-diffusion-3.5-medium": COMMUNITY,
     "stabilityai/stable-diffusion-3.5-large": COMMUNITY,
     "lodestones/Chroma1-HD": "Apache-2.0",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "Apache-2.0",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "Apache-2.0",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "Apache-2.0",
 }
 """In short: read the models' own pages before use."""
 
