@@ -27,6 +27,7 @@ JOBS = {
     "downloads": "srpo_lightning.jobs.downloads",
     "estimate": "srpo_lightning.jobs.estimate.job",
     "export": "srpo_lightning.jobs.export.job",
+    "rate": "srpo_lightning.jobs.rate.job",
     "report": "srpo_lightning.jobs.report",
     "reward-bias": "srpo_lightning.jobs.reward_bias",
     "stand-in": "srpo_lightning.jobs.stand_in",
