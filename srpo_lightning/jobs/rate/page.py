@@ -94,7 +94,9 @@ def make_page(study: Study, paths: Mapping[tuple[int, int], Path]) -> gr.Blocks:
 
         def returning(request: gr.Request) -> list[Any]:
             text = str(request.query_params.get("rater") or "")
-            return [text, *(view(study, paths, text) if text else [gr.skip()] * len(outputs))]
+            if not text:  # somebody may be typing a name already
+                return [gr.skip()] * (1 + len(outputs))
+            return [text, *view(study, paths, text)]
 
         for event in (begin.click, name.submit):
             event(look, name, outputs, api_visibility="private").success(None, name, None, js=REMEMBER)
