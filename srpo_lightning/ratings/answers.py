@@ -113,7 +113,8 @@ class Answers:
 def _checked(record: Record, place: str) -> tuple[Answer, str | None]:
     value = record.get("value")
     try:
-        answer = Answer(*(record[name] for name in Answer._fields[:3]), str(value), record["left"])
+        rater, item, question, left = (record[name] for name in ("rater", "item", "question", "left"))
+        answer = Answer(rater, item, question, str(value), left)
         is_right = isinstance(answer.rater, str) and isinstance(answer.question, str) and isinstance(answer.left, int)
     except KeyError:
         is_right = False

@@ -39,12 +39,12 @@ class Picture(NamedTuple):
 
     Args:
         source: Number of its source.
-        index: Number of the evaluation sample.
+        sample: Number of the evaluation sample.
         sum: SHA-256 of its pixels.
     """
 
     source: int
-    index: int
+    sample: int
     sum: str
 
 
@@ -150,7 +150,7 @@ def _pictures(sources: Sequence[Source], place: Place) -> list[Picture]:
         if picture is None:
             raise ValueError(f"picture {shown.path} is missing or damaged: draw it again, or name another step")
         sizes[picture.size] = shown.path
-        found.append(Picture(number, shown.index, hashlib.sha256(picture.tobytes()).hexdigest()))
+        found.append(Picture(number, shown.sample, hashlib.sha256(picture.tobytes()).hexdigest()))
     if len(sizes) > 1:
         told = " and ".join(f"{path} {width} x {height}" for (width, height), path in sizes.items())
         raise ValueError(f"pictures of one prompt differ in size, by which raters would know them: {told}")

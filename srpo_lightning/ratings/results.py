@@ -22,7 +22,7 @@ class Comparison(NamedTuple):
         first: Number of a source.
         second: Number of another one, above `first`.
         outcome: 1 if the first was preferred, 0 if the second, 1/2 if they are alike.
-        indices: Numbers of the evaluation samples of both.
+        samples: Numbers of the evaluation samples of both.
     """
 
     prompt: int
@@ -30,7 +30,7 @@ class Comparison(NamedTuple):
     first: int
     second: int
     outcome: float
-    indices: tuple[int, int]
+    samples: tuple[int, int]
 
 
 class Win(NamedTuple):
@@ -41,14 +41,14 @@ class Win(NamedTuple):
         second: Name of the other.
         rate: Share of comparisons that the first won; ties count half.
         ties: Share of ties.
-        count: Number of comparisons.
+        comparisons: Number of comparisons.
     """
 
     first: str
     second: str
     rate: Interval
     ties: float
-    count: int
+    comparisons: int
 
 
 class Judged(NamedTuple):
@@ -98,7 +98,7 @@ def comparisons(plan: Plan, answers: Sequence[Answer]) -> Iterator[Comparison]:
             value = {"left": 1.0, "equal": 0.5, "right": 0.0}[own.value]
             outcome = value if own.left == first.source else 1 - value
             yield Comparison(
-                prompts[own.item], own.rater, first.source, second.source, outcome, (first.index, second.index)
+                prompts[own.item], own.rater, first.source, second.source, outcome, (first.sample, second.sample)
             )
         return
     places = same_place(plan)
@@ -111,8 +111,8 @@ def comparisons(plan: Plan, answers: Sequence[Answer]) -> Iterator[Comparison]:
             first, second = (plan.items[own.item].pictures[0] for own in (one, other))
             difference = GRADES.index(one.value) - GRADES.index(other.value)
             outcome = 0.5 + 0.5 * np.sign(difference)
-            indices = (first.index, second.index)
-            yield Comparison(prompts[one.item], rater, first.source, second.source, float(outcome), indices)
+            samples = (first.sample, second.sample)
+            yield Comparison(prompts[one.item], rater, first.source, second.source, float(outcome), samples)
 
 
 def same_place(plan: Plan) -> list[int]:

@@ -23,12 +23,12 @@ class Shown(NamedTuple):
 
     Args:
         path: File of the picture.
-        index: Number of the evaluation sample.
+        sample: Number of the evaluation sample.
         scores: Scores that the run has logged of it, by their name; those that are no numbers are left out.
     """
 
     path: Path
-    index: int
+    sample: int
     scores: Mapping[str, float]
 
 

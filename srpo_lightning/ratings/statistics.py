@@ -118,8 +118,9 @@ def strengths(wins: Float[Array, "... S S"]) -> Float[Array, "... S"]:
         power = power / np.exp(np.log(power).mean(-1, keepdims=True))
         if np.abs(power - before).max() < TOLERANCE * np.abs(power).max():
             break
-    reach = np.linalg.matrix_power(compared + np.eye(wins.shape[-1]), wins.shape[-1]) > 0
-    return np.where(reach.all((-1, -2))[..., None], np.log(power), np.nan)
+    reach = np.linalg.matrix_power(compared + np.eye(wins.shape[-1]), wins.shape[-1])
+    is_connected = reach.min((-1, -2), keepdims=True)[..., 0] > 0
+    return np.where(is_connected, np.log(power), np.nan)
 
 
 def strengths_with_intervals(wins: Float[Array, "G S S"]) -> list[Interval]:

@@ -79,8 +79,9 @@ def of_question(judged: Judged) -> Iterator[str]:
         rows = [[name, *(percent(own[grade]) for grade in heads[1:])] for name, own in judged.shares.items()]
         yield markdown_table(heads, rows)
     if judged.wins:
-        rows = [[own.first, own.second, percent(own.rate), f"{own.ties:.0%}", own.count] for own in judged.wins]
-        yield markdown_table(["preferred", "to", "win rate", "ties", "comparisons"], rows)
+        heads = ["preferred", "to", "win rate", "ties", "comparisons"]
+        won = [(own.first, own.second, percent(own.rate), f"{own.ties:.0%}", own.comparisons) for own in judged.wins]
+        yield markdown_table(heads, won)
     heads = ["Bradley-Terry", "strength"]
     yield markdown_table(heads, [[name, number(own, "+.2f")] for name, own in judged.strengths.items()])
     yield f"Raters agree with each other by Krippendorff's alpha {number(judged.alpha, '.2f')}."
@@ -89,7 +90,7 @@ def of_question(judged: Judged) -> Iterator[str]:
 def rewards(found: Mapping[str, Trust]) -> str:
     """The table of scores, the best first by accuracy."""
     ordered = sorted(found.items(), key=lambda item: -nan_last(item[1].accuracy.value))
-    rows = [[name, percent(own.accuracy), number(own.correlation, "+.2f"), own.count] for name, own in ordered]
+    rows = [[name, percent(own.accuracy), number(own.correlation, "+.2f"), own.preferences] for name, own in ordered]
     return markdown_table(["score", "has people's preference", "rank correlation", "preferences"], rows)
 
 

@@ -23,12 +23,12 @@ class Trust(NamedTuple):
     Args:
         accuracy: Share of people's preferences that the score has too; ties of people are left out, of the score half.
         correlation: Spearman's rank correlation of the score with what people said.
-        count: Number of preferences.
+        preferences: Number of preferences.
     """
 
     accuracy: Interval
     correlation: Interval
-    count: int
+    preferences: int
 
 
 class Scores(NamedTuple):
@@ -49,13 +49,13 @@ def logged_scores(plan: Plan, sources: Sequence[Source]) -> Scores:
     Raises:
         ValueError: naming the file, if the configuration of a run cannot be read.
     """
-    shown = {(picture.source, picture.index) for item in plan.items for picture in item.pictures}
+    shown = {(picture.source, picture.sample) for item in plan.items for picture in item.pictures}
     found: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
     for number, source in enumerate(sources):
         for picture in source.pictures.values():
-            if (number, picture.index) in shown:
+            if (number, picture.sample) in shown:
                 for name, value in picture.scores.items():
-                    found[name][number, picture.index] = value
+                    found[name][number, picture.sample] = value
     settings = {own.run.path: read_configuration(own.run)[1] for own in sources}
     left_out = {}
     for name in [own for own in found if own not in NOT_WON]:
@@ -83,7 +83,7 @@ def _trust(
     compared: Sequence[Comparison],
     values: Mapping[tuple[int, int], float],
 ) -> Trust:
-    differences = [values[one.first, one.indices[0]] - values[one.second, one.indices[1]] for one in compared]
+    differences = [values[one.first, one.samples[0]] - values[one.second, one.samples[1]] for one in compared]
     preferred = [(one, own) for one, own in zip(compared, differences, strict=True) if one.outcome != 0.5]
     is_right = np.array([0.5 + 0.5 * np.sign(own) * (2 * one.outcome - 1) for one, own in preferred])
     groups = np.array([one.prompt for one, _ in preferred])
@@ -109,7 +109,7 @@ def _by_picture(
     prompts = prompts_of(plan)
     said = np.array([np.mean(own) for own in grades.values()])
     pictures = [plan.items[item].pictures[0] for item in grades]
-    scored = np.array([values[own.source, own.index] for own in pictures])
+    scored = np.array([values[own.source, own.sample] for own in pictures])
     return said, scored, np.array([prompts[item] for item in grades])
 
 
@@ -119,7 +119,7 @@ def _by_pair(compared: Sequence[Comparison], differences: Sequence[float]) -> tu
     scored: dict[tuple[int, int, tuple[int, int]], float] = {}
     prompts = {}
     for one, difference in zip(compared, differences, strict=True):
-        key = one.first, one.second, one.indices
+        key = one.first, one.second, one.samples
         outcomes[key].append(one.outcome - 0.5)
         scored[key], prompts[key] = difference, one.prompt
     said = np.array([np.mean(own) for own in outcomes.values()])

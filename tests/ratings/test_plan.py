@@ -56,7 +56,7 @@ def test_pictures_of_one_prompt_are_paired_in_their_order_whatever_their_number(
     prompts = ["a", "b", "a"]
     one, two = write_run(tmp_path / "one", RED, prompts), write_run(tmp_path / "two", GREEN, ["c", *prompts])
     plan = make_plan(read_sources([str(one.path), str(two.path)]), "pairs", 3)
-    assert [(own.prompt, *(picture.index for picture in own.pictures)) for own in plan.items] == [
+    assert [(own.prompt, *(picture.sample for picture in own.pictures)) for own in plan.items] == [
         ("a", 0, 1), ("b", 1, 2), ("a", 2, 3),
     ]  # fmt: skip
 

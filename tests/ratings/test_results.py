@@ -42,7 +42,7 @@ def test_what_raters_prefer_wins_on_whichever_side_it_was(runs, tmp_path, task):
     made, _ = study(runs, tmp_path, task)
     for found in judged(made.plan, made.answers).values():
         (win,) = found.wins
-        assert (win.first, win.second, win.count, win.ties) == ("one policy 20", "two policy 20", 2 * COUNT, 0)
+        assert (win.first, win.second, win.comparisons, win.ties) == ("one policy 20", "two policy 20", 2 * COUNT, 0)
         assert win.rate.value == pytest.approx(1 / (2 * COUNT))
         assert win.rate.low < win.rate.value < win.rate.high < 0.3
         expected = math.log((2 * COUNT - 0.5) / 1.5) / 2
@@ -91,7 +91,7 @@ def test_a_score_that_goes_with_people_is_told_from_one_that_goes_against_them(r
         assert found["good"].accuracy.value == pytest.approx(1 - 1 / (2 * COUNT))
         assert found["bad"].accuracy.value == pytest.approx(1 / (2 * COUNT))
         assert found["good"].accuracy.low > 0.7
-        assert found["good"].count == 2 * COUNT
+        assert found["good"].preferences == 2 * COUNT
         assert found["good"].correlation.value == pytest.approx(-found["bad"].correlation.value)
         assert found["good"].correlation.value > 0
 

@@ -106,7 +106,9 @@ def show(study: Study, sources: Sequence[Source], host: str, port: int) -> None:
     from srpo_lightning.jobs.rate.page import open_page  # gradio takes seconds, which results need not wait for
 
     paths = {
-        (number, picture.index): picture.path for number, own in enumerate(sources) for picture in own.pictures.values()
+        (number, picture.sample): picture.path
+        for number, own in enumerate(sources)
+        for picture in own.pictures.values()
     }
     plan = study.plan
     print(f"{len(plan.items)} items for {plan.num_raters} raters, {study.missing()} answers missing", flush=True)

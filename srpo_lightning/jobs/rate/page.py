@@ -143,7 +143,7 @@ def sheet_of(plan: Plan, turn: Turn, rater: str, paths: Mapping[tuple[int, int],
     """A prompt, its pictures and the question, as HTML in which no foreign text is markup."""
     sides = ("left", "right") if len(turn.pictures) > 1 else ("the picture",)
     figures = "".join(
-        f'<figure><img src="{data_uri(paths[own.source, own.index])}" alt="{side}"></figure>'
+        f'<figure><img src="{data_uri(paths[own.source, own.sample])}" alt="{side}"></figure>'
         for own, side in zip(turn.pictures, sides, strict=True)
     )
     names = list(plan.questions)
