@@ -13,3 +13,4 @@ from srpo_lightning.rewards.motion import Motion as Motion
 from srpo_lightning.rewards.statistic import PictureStatistic as PictureStatistic
 from srpo_lightning.rewards.weighted import Term as Term
 from srpo_lightning.rewards.weighted import WeightedReward as WeightedReward
+from srpo_lightning.rewards.xclip import XClipReward as XClipReward
