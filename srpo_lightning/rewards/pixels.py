@@ -113,7 +113,7 @@ def resize(images: Images, size: tuple[int, int], clamp: bool = True, resample: 
 
 
 def _along_an_axis(images: Images, size: tuple[int, int], resample: Filter) -> Resized:
-    """By `interpolate`; on CUDA by `products`, since there the gradient of `interpolate` is another one in every run."""
+    """By `interpolate`; on CUDA by `products`: there the gradient of `interpolate` is another one in every run."""
     if images.device.type == "cuda":
         return products(images, size, resample)
     return functional.interpolate(images, size=size, mode=resample, antialias=True)
@@ -131,9 +131,7 @@ def products(images: Images, size: tuple[int, int], resample: Filter = "bicubic"
 
 
 @lru_cache(maxsize=64)
-def _weights(
-    source: int, target: int, device: torch.device, resample: Filter
-) -> Float[Tensor, "target source"]:
+def _weights(source: int, target: int, device: torch.device, resample: Filter) -> Float[Tensor, "target source"]:
     """Of resizing along one axis, on the device from then on: copying makes the host wait."""
     with torch.inference_mode(False), torch.no_grad():
         each = torch.eye(source, dtype=torch.float64, device="cpu")[None, None]
@@ -158,9 +156,7 @@ def resize_and_crop(
     return resize(images, fitting, clamp, resample)[..., top : top + size[0], left : left + size[1]]
 
 
-def resize_and_pad(
-    images: Images, size: tuple[int, int], clamp: bool = True, resample: Filter = "bicubic"
-) -> Resized:
+def resize_and_pad(images: Images, size: tuple[int, int], clamp: bool = True, resample: Filter = "bicubic") -> Resized:
     """Resize until the picture just fits into `size`, then centre it on black."""
     height, width = images.shape[-2:]
     factor = min(size[0] / height, size[1] / width)

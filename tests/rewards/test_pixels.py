@@ -154,5 +154,5 @@ def test_a_processors_configuration_is_read_as_transformers_reads_it(config, exp
 def test_the_filter_is_the_processors_and_another_is_refused():
     assert Preprocessing.from_config({"resample": 2}, 16).resample == "bilinear"
     assert Preprocessing.from_config({}, 16).resample == "bicubic"
-    with pytest.raises(ValueError, match="resample 1, which is not known here: it is 2 .bilinear. or 3 .bicubic."):
+    with pytest.raises(ValueError, match=r"resample 1, which is not known here: it is 2 \(bilinear\) or 3 \(bicubic\)"):
         Preprocessing.from_config({"resample": 1}, 16)

@@ -49,7 +49,7 @@ def poses(motions: Tensor, draw: torch.Generator) -> Poses:
     round_trip = torch.sin(math.tau * (time / (NUM_FRAMES - 1) + phase))
     hop = torch.sin(math.pi * (time / (NUM_FRAMES - 1) * 2 + phase)).abs()  # two hops in a clip
     quick = torch.sin(math.tau * (time / 4 + phase.mul(4).floor() / 4 + 0.125)) * math.sqrt(2)
-    across = (time / (NUM_FRAMES - 1) - 0.5) * side * 0.76
+    across = (time / (NUM_FRAMES - 1) - 0.5) * side * 0.64
     return Poses(
         right=where("sliding", across * strength) + where("shaking", 0.07 * quick * strength) + still[0],
         down=where("bouncing", (0.24 - 0.5 * hop) * strength) + still[1],
@@ -59,8 +59,8 @@ def poses(motions: Tensor, draw: torch.Generator) -> Poses:
     )
 
 
-def clips(layers: Tensor, where: Poses) -> Tensor:
-    """Clips [N, 3, F, 64, 64] in [0, 1] of icons on white.
+def layers_of(layers: Tensor, where: Poses) -> Tensor:
+    """Moved icons with their transparency, [N, F, 4, 64, 64].
 
     Args:
         layers: colour times alpha, and alpha, [N, 4, 64, 64] in [0, 1].
@@ -72,7 +72,11 @@ def clips(layers: Tensor, where: Poses) -> Tensor:
     matrices = (torch.stack(rows, -1) / where.scale[..., None]).view(count * frames, 2, 3)
     # Two samples a side for each pixel: an icon that shrinks would flicker else.
     grid = F.affine_grid(matrices, [count * frames, 4, 2 * SIZE_PX, 2 * SIZE_PX], align_corners=False)
-    repeated = layers.repeat_interleave(frames, 0)
-    moved = F.avg_pool2d(F.grid_sample(repeated, grid, padding_mode="zeros", align_corners=False), 2)
-    drawn = moved[:, :3] + 1 - moved[:, 3:]
-    return drawn.view(count, frames, 3, SIZE_PX, SIZE_PX).transpose(1, 2).clamp(0, 1)
+    moved = F.grid_sample(layers.repeat_interleave(frames, 0), grid, align_corners=False)
+    return F.avg_pool2d(moved, 2).unflatten(0, (count, frames))
+
+
+def clips(layers: Tensor, where: Poses) -> Tensor:
+    """Clips [N, 3, F, 64, 64] in [0, 1] of icons on white; see `layers_of`."""
+    moved = layers_of(layers, where)
+    return (moved[:, :, :3] + 1 - moved[:, :, 3:]).transpose(1, 2).clamp(0, 1)

@@ -1,0 +1,30 @@
+"""`python -m tools.moving build`: the world that moves, from nothing."""
+
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+
+import srpo_lightning
+
+from .build import Build, Steps
+
+WORK = Path(".work/moving")
+ASSETS = Path(srpo_lightning.__file__).parent / "assets"
+
+
+def build(work: Path = WORK, assets: Path = ASSETS, steps: Steps = Steps(), threads: int = 2) -> None:  # noqa: B008
+    """Make the models of the moving world from nothing, or go on where an earlier call was stopped.
+
+    Args:
+        work: folder for pictures, checkpoints and logs.
+        assets: folder that gets the finished models.
+        steps: length of each stage.
+        threads: CPU threads to train with.
+    """
+    torch.set_num_threads(threads)
+    Build(work, assets, steps).everything()
+
+
+if __name__ == "__main__":
+    auto_cli([build])
