@@ -1,4 +1,4 @@
-"""`python -m tools.moving build`: the world that moves, from nothing."""
+"""`python -m tools.moving`: `build` the models of the moving world, `evaluate` them."""
 
 from pathlib import Path
 
@@ -6,8 +6,10 @@ import torch
 from jsonargparse import auto_cli
 
 import srpo_lightning
+from tools.emoji.world import build_world
 
 from .build import Build, Steps
+from .evaluate import evaluate_assets
 
 WORK = Path(".work/moving")
 ASSETS = Path(srpo_lightning.__file__).parent / "assets"
@@ -26,5 +28,15 @@ def build(work: Path = WORK, assets: Path = ASSETS, steps: Steps = Steps(), thre
     Build(work, assets, steps).everything()
 
 
+def evaluate(work: Path = WORK, assets: Path = ASSETS) -> None:
+    """Print the table of quality of the finished models, and write moving sheets into the work folder.
+
+    Args:
+        work: folder for the pictures and the sheets.
+        assets: folder of the finished models.
+    """
+    print(evaluate_assets(assets, build_world(work / "icons", work / "world.npz"), work / "sheets"))
+
+
 if __name__ == "__main__":
-    auto_cli([build])
+    auto_cli([build, evaluate])

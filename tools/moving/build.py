@@ -22,6 +22,7 @@ from .captions import Captions
 from .motions import MOTIONS, clips, poses
 from .xclip import JUDGE, REWARD, Size, XClipTraining, new_xclip, save_xclip
 
+NUM_FOLDED = 100  # clips that the statistics of latents are taken from
 NUM_POSES = 2  # clips of each thing in each style and motion that the clip model sees
 
 
@@ -82,8 +83,10 @@ class Build:
                 )
             )
         draw = torch.Generator().manual_seed(0)
-        pictures = torch.randint(len(self.layers), (200,), generator=draw)
-        return vae.fold(model.eval(), clips(self.layers[pictures], poses(torch.arange(200) % len(MOTIONS), draw)))
+        pictures = torch.randint(len(self.layers), (NUM_FOLDED,), generator=draw)
+        return vae.fold(
+            model.eval(), clips(self.layers[pictures], poses(torch.arange(NUM_FOLDED) % len(MOTIONS), draw))
+        )
 
     def all_clips(self, batch: int, seed: int) -> Iterable[Tensor]:
         """Clips of everything, in the order concept, style, motion, pose."""
