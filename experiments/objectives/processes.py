@@ -68,7 +68,9 @@ class Runner:
                 self.finish(run)
         waiting = [run for run in runs if run not in self.archive]
         tables = {run.base.folder for run in waiting if run.base is not None}  # which these begin with
-        missing = [own for own in bases.values() if own not in self.archive or own.folder in tables and not is_done(own)]
+        missing = [
+            own for own in bases.values() if own not in self.archive or own.folder in tables and not is_done(own)
+        ]
         self.carry_out(list(missing))
         if not all(map(is_done, missing)):
             raise ValueError("the weights before training could not be evaluated: see the log above")

@@ -110,20 +110,17 @@ class WanPolicy(FlowPolicy):
         num_frames: PositiveInt = 1,
         rewarded_frames: FrameChoice = "even",
         num_rewarded_frames: PositiveInt = 2,
-        **settings: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **settings)
+        super().__init__(*args, **kwargs)
         if num_frames % STRIDE != 1:
             nearest = (num_frames - 1) // STRIDE * STRIDE + 1
             raise ValueError(
                 f"num_frames is {num_frames}, and a clip has one more than a multiple of {STRIDE} frames: set it to "
                 f"{nearest} or {nearest + STRIDE}"
             )
-        self.num_frames, self.rewarded_frames, self.num_rewarded_frames = (
-            num_frames,
-            rewarded_frames,
-            num_rewarded_frames,
-        )
+        self.num_frames = num_frames
+        self.rewarded_frames, self.num_rewarded_frames = rewarded_frames, num_rewarded_frames
 
     @property
     def cell(self) -> int:  # type: ignore[override]  # a constant of other families
@@ -219,7 +216,9 @@ class WanPolicy(FlowPolicy):
         x = noise
         for time in scheduler.timesteps:
             level = (time / NUM_TIMES).to(x).expand(len(x))
-            x = scheduler.step(velocity(x, level), time, x, return_dict=False)[0]
+            v = velocity(x, level)
+            with torch.autocast(x.device.type, enabled=False):  # which would round the scheduler's own products
+                x = scheduler.step(v, time, x, return_dict=False)[0]
         return x
 
     def pipeline_noise(self, generator: torch.Generator, dtype: torch.dtype) -> Latents:
@@ -227,8 +226,8 @@ class WanPolicy(FlowPolicy):
         return torch.randn(1, *self.latent_shape(), generator=generator)
 
     def pipeline_arguments(self, guidance: float, max_sequence_length: int) -> Mapping[str, Any]:
-        """As many frames, each as a picture."""
-        common = super().pipeline_arguments(guidance, max_sequence_length)
+        """As many frames, each as a picture; texts are filled up with zeros as far as `network` does it."""
+        common = super().pipeline_arguments(guidance, self.text_encoder.longest(self.pretrained))
         return {**common, "num_frames": self.num_frames, "output_type": "pil"}
 
     single_file = SingleFile(

@@ -46,5 +46,5 @@ def test_the_outline_is_the_models_but_for_the_tables_numbers(pipeline):
 
 
 def test_a_kernel_that_no_block_would_call_is_refused(pipeline):
-    with pytest.raises(ValueError, match="attention is set, but the blocks of SD3Policy call torch's.*set it to null"):
+    with pytest.raises(ValueError, match=r"attention is set, but the blocks of SD3Policy call torch's.*set it to null"):
         SD3Policy(pipeline, 32, 32, attention="_native_math")

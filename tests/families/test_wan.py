@@ -43,6 +43,31 @@ def test_pictures_are_the_pipelines_at_each_number_of_steps(variant):
         torch.testing.assert_close(variant.decode(x0), theirs.frames[:, 0], rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_prompts_that_are_cut_shorter_are_drawn_as_the_card_tells_the_pipeline(variant):
+    text = variant.encoder(Encoding(max_sequence_length=8)).text
+    features, none = (Text.collate(text.encode(own), text.ragged) for own in (["a cat"], [text.negative]))
+    conditions = Conditions(["a cat"], features, torch.arange(1), unconditional=none)
+    noise = sample_noise(0, [0], variant.latent_shape())
+    pipe = diffusers.WanPipeline.from_pretrained(variant.pretrained)
+    pipe.set_progress_bar_config(disable=True)
+    told = dict(variant.pipeline_arguments(5.0, text.max_sequence_length), output_type="pt")
+    x0 = variant.integrate(lambda x, s: variant(x, s, conditions, 5.0), noise, 3)
+    theirs = pipe(["a cat"], None, *variant.size, num_inference_steps=3, latents=noise, **told)
+    torch.testing.assert_close(variant.decode(x0), theirs.frames[:, 0], rtol=0, atol=1e-5)
+
+
+def test_the_sampler_is_exact_under_autocast(variant):
+    noise = sample_noise(0, [0, 1], variant.latent_shape())
+
+    def drawn() -> torch.Tensor:
+        return variant.integrate(lambda x, sigma: x.sin() * sigma[0], noise, 7)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = drawn()
+    assert torch.equal(mixed, drawn())
+
+
 @pytest.mark.parametrize("num_steps", [3, 50])
 def test_levels_are_the_schedulers(variant, num_steps):
     scheduler = diffusers.WanPipeline.from_pretrained(variant.pretrained).scheduler

@@ -172,21 +172,21 @@ def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, trac
 @contextmanager
 def phases(module: SRPOModule, tracker: Phased) -> Iterator[None]:
     """Tell the tracker when images are decoded and scored, and when their gradients are."""
-    decode, score = module.policy.decode, module.reward.contrast
+    decode, score = module.policy.rewarded_pictures, module.reward.contrast
 
-    def tracked_decode(*args: Any) -> Tensor:
+    def tracked_decode(*args: Any) -> list[Tensor]:
         tracker.phase = DECODE
-        images = decode(*args)
-        if images.requires_grad:
+        pictures = decode(*args)
+        for images in (own for own in pictures if own.requires_grad):
             images.register_hook(lambda _: setattr(tracker, "phase", DECODE))
-        return images
+        return pictures
 
     def tracked_score(*args: Any) -> Tensor:
         tracker.phase = REWARD
         return score(*args)
 
     with (
-        patch.dict(vars(module.policy), {"decode": tracked_decode}),
+        patch.dict(vars(module.policy), {"rewarded_pictures": tracked_decode}),
         patch.dict(vars(module.reward), {"contrast": tracked_score}),
     ):
         yield
