@@ -172,9 +172,9 @@ class Plan(NamedTuple):
         return [] if own.learning_rate_of else sorted(own.learning_rates or self.learning_rates)
 
     def base(self, seed: int) -> Run:
-        """The evaluation of the weights before training, which is the same for all rows; `validate` asks for an objective.
+        """The evaluation of the weights before training, which is the same for all rows.
 
-        Earlier versions had the first row's in its key, whichever that was.
+        `validate` asks for an objective; earlier versions had that of the first row in the key, whichever that was.
         """
         folder = self.folder / "base" / f"seed-{seed}"
         settings = merged(self.fit, {"seed_everything": seed, "trainer": {"default_root_dir": str(folder)}})

@@ -69,7 +69,7 @@ class Runner:
         waiting = [run for run in runs if run not in self.archive]
         tables = {run.base.folder for run in waiting if run.base is not None}  # which these begin with
         missing = [
-            own for own in bases.values() if own not in self.archive or own.folder in tables and not is_done(own)
+            own for own in bases.values() if own not in self.archive or (own.folder in tables and not is_done(own))
         ]
         self.carry_out(list(missing))
         if not all(map(is_done, missing)):

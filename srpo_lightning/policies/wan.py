@@ -216,9 +216,7 @@ class WanPolicy(FlowPolicy):
         x = noise
         for time in scheduler.timesteps:
             level = (time / NUM_TIMES).to(x).expand(len(x))
-            v = velocity(x, level)
-            with torch.autocast(x.device.type, enabled=False):  # which would round the scheduler's own products
-                x = scheduler.step(v, time, x, return_dict=False)[0]
+            x = scheduler.step(velocity(x, level), time, x, return_dict=False)[0]
         return x
 
     def pipeline_noise(self, generator: torch.Generator, dtype: torch.dtype) -> Latents:
