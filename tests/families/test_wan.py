@@ -89,6 +89,26 @@ def test_sizes_are_multiples_of_the_models_own_cells(variant):
         WanPolicy(variant.pretrained, cell, 3 * cell // 2)
 
 
+def test_a_shift_by_the_resolution_is_refused(variant):
+    with pytest.raises(ValueError, match=r"resolution_shift is true, but .* Wan .*: set it to null"):
+        WanPolicy(variant.pretrained, *variant.size, resolution_shift=True)
+
+
+@torch.no_grad()
+def test_no_step_reads_a_file_or_asks_the_hub(variant, monkeypatch):
+    """As it would in every pass of a model by its hub id, which one answer that does not come would end."""
+    conditions = Conditions(["a"], Text({"prompt_embeds": torch.randn(1, 5, 16)}), torch.arange(1))
+    variant(sample_noise(0, [0], variant.latent_shape()), torch.ones(1), conditions, 1.0)  # once it may
+
+    def refused(*arguments):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr("srpo_lightning.files.pretrained.part", refused)
+    noise = sample_noise(0, [0], variant.latent_shape())
+    variant(noise, torch.ones(1), conditions, 1.0)
+    assert len(variant.sigmas(3)) == 4
+
+
 FRAMES = {"coarse": ({}, 9), "fine": ({"vae": tiny_wan.FINE}, 9)}
 
 
