@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.training.context import data_rank
+from srpo_lightning.training.context import context_degree, data_rank
 
 TIMED_STEPS = 3
 PATIENCE_S = 2.0
@@ -112,9 +112,11 @@ def describe(trainer: Trainer, module: SRPOModule) -> str:
     device = trainer.strategy.root_device
     batch_size = getattr(trainer.datamodule, "batch_size", 1)  # type: ignore[attr-defined]
     samples = batch_size * data_rank(trainer).num_ranks * trainer.accumulate_grad_batches
+    degree = context_degree(trainer.strategy)
+    shared = f", {degree} ranks per sample" if degree > 1 else ""
     steps = trainer.max_steps if trainer.max_steps > 0 else "no limit of"
     return (
         f"{type(module.objective).__name__} on {trainer.world_size} x {device.type} "
-        f"({type(trainer.strategy).__name__}, {trainer.precision}): trains {trained:,} parameters of {of_policy:,} in "
+        f"({type(trainer.strategy).__name__}, {trainer.precision}{shared}): trains {trained:,} parameters of {of_policy:,} in "
         f"{type(module.policy).__name__}; {steps} steps of {samples} samples; {trainer.default_root_dir}"
     )

@@ -102,9 +102,10 @@ def check_text(degree: int, num_tokens: int) -> None:
     """
     if num_tokens % degree:
         below = num_tokens - num_tokens % degree
+        fitting = " or ".join(str(number) for number in (below, below + degree) if number)
         raise ValueError(
             f"{SETTING} is {degree}, which does not divide the {num_tokens} tokens of a text, and this model attends "
-            f"to padding: set data.max_sequence_length to {below or degree} or {below + degree}"
+            f"to padding: set data.max_sequence_length to {fitting}"
         )
 
 
@@ -154,7 +155,7 @@ def divide(transformer: Any, context: Context) -> None:
     example = next(transformer.parameters())
     config.setup(context.mesh.get_rank(), context.mesh.size(), example.device, mesh=context.mesh)
     for module in transformer.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = config
             for name in NORMS:

@@ -27,7 +27,7 @@ from srpo_lightning.files.checkpoints import METADATA, begin_folder, finish_fold
 from srpo_lightning.files.full_disk import FullDiskError, room_for
 from srpo_lightning.files.owners import partial_path
 from srpo_lightning.files.sharded_checkpoint import INDEX, SafeReader, read_into, sums_of, write_sums
-from srpo_lightning.training.context import Context, check_degree, new_context
+from srpo_lightning.training.context import Context, new_context
 
 PARAMETER_LIKE = ("ema",)
 """Keys of a checkpoint that hold tensors by parameter name, sharded as the parameters are."""
@@ -83,7 +83,6 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"shard_size {self.shard_size} x replicate_size {self.replicate_size} is not the number of ranks, "
                 f"{world_size}: set their product to it, for instance shard_size {world_size} and replicate_size 1"
             )
-        check_degree(self.context_parallel, world_size)
         super().setup_environment()
         self.make_mesh(self.root_device.type)
         assert self.mesh is not None
@@ -206,10 +205,8 @@ class ReplicatedStrategy(DDPStrategy):
 
     def setup_environment(self) -> None:
         """Connect the ranks."""
-        num_ranks = self.num_nodes * self.num_processes
-        check_degree(self.context_parallel, num_ranks)
         super().setup_environment()
-        self.context = new_context(self.context_parallel, num_ranks, self.root_device.type, self.patience)
+        self.context = new_context(self.context_parallel, self.world_size, self.root_device.type, self.patience)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None

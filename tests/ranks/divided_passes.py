@@ -12,7 +12,6 @@ from srpo_lightning.encoding import Encoding
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.training.context import new_context
-from tests import tiny
 from tests.families.cases import CASES
 
 PROMPTS = ["a cat", "3 dogs, running in the park"]
