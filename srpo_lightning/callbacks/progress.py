@@ -117,6 +117,6 @@ def describe(trainer: Trainer, module: SRPOModule) -> str:
     steps = trainer.max_steps if trainer.max_steps > 0 else "no limit of"
     return (
         f"{type(module.objective).__name__} on {trainer.world_size} x {device.type} "
-        f"({type(trainer.strategy).__name__}, {trainer.precision}{shared}): trains {trained:,} parameters of {of_policy:,} in "
-        f"{type(module.policy).__name__}; {steps} steps of {samples} samples; {trainer.default_root_dir}"
+        f"({type(trainer.strategy).__name__}, {trainer.precision}{shared}): trains {trained:,} parameters of "
+        f"{of_policy:,} in {type(module.policy).__name__}; {steps} steps of {samples} samples; {trainer.default_root_dir}"
     )
