@@ -118,5 +118,6 @@ def describe(trainer: Trainer, module: SRPOModule) -> str:
     return (
         f"{type(module.objective).__name__} on {trainer.world_size} x {device.type} "
         f"({type(trainer.strategy).__name__}, {trainer.precision}{shared}): trains {trained:,} parameters of "
-        f"{of_policy:,} in {type(module.policy).__name__}; {steps} steps of {samples} samples; {trainer.default_root_dir}"
+        f"{of_policy:,} in {type(module.policy).__name__}; {steps} steps of {samples} samples; "
+        f"{trainer.default_root_dir}"
     )
