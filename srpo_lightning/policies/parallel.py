@@ -1,6 +1,6 @@
 """How a transformer's blocks run: which attention kernel they call, and whether they are compiled.
 
-What is divided over ranks is the strategy's; recomputing blocks is one call of diffusers' own.
+What is divided over ranks is the strategy's, and of tokens divided.py's; recomputing blocks is one call of diffusers'.
 """
 
 from collections.abc import Iterable

@@ -160,6 +160,10 @@ class WanPolicy(FlowPolicy):
         channels = int(self.configs["transformer"].get("in_channels", 16))
         return channels, 1 + self.num_frames // STRIDE, height // self.factor, width // self.factor
 
+    def num_tokens(self, size: Size) -> int:
+        """Of all latent frames."""
+        return super().num_tokens(size) * (1 + self.num_frames // STRIDE)
+
     def encoder(self, wanted: Encoding) -> Encoder:
         """Of texts, and of pictures where clips are pictures."""
         encoder = super().encoder(wanted)
