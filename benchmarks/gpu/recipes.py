@@ -9,9 +9,9 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from benchmarks.bare_step import BareStep, load, on_device
 from benchmarks.gpu.scale import Scale
 from benchmarks.memory import changed
-from benchmarks.step import BareStep, load, on_device
 from srpo_lightning.batch import Conditions
 from srpo_lightning.flow import inject
 from srpo_lightning.jobs.estimate.job import POLICY, local_files
