@@ -240,7 +240,7 @@ class RewardTracking(Recorder, OffersWeights):
     on_test_epoch_end = on_validation_epoch_end
 
     def features(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The judge's features [B, E], of a clip the mean over scored frames, and what those of all frames say of it."""
+        """The judge's features [B, E], of a clip their mean over scored frames; and what those of all frames say."""
         if not isinstance(self.judge, ClipReward):
             return images.new_empty(len(images), 0), {}
         if not self.has_clips:

@@ -155,9 +155,8 @@ class WanPolicy(FlowPolicy):
         return channels, 1 + self.num_frames // STRIDE, height // self.factor, width // self.factor
 
     def encoder(self, wanted: Encoding) -> Encoder:
-        """Of texts, and of pictures where clips are pictures."""
-        encoder = super().encoder(wanted)
-        return encoder if self.num_frames == 1 else encoder._replace(images=None)
+        """Of texts, and of clips of as many frames."""
+        return super().encoder(wanted)._replace(num_frames=self.num_frames)
 
     def read_vae(self, dtype: torch.dtype) -> ClipVAE:
         """The VAE with its weights."""
@@ -168,8 +167,8 @@ class WanPolicy(FlowPolicy):
         return latents * vae.std + vae.mean
 
     def from_vae(self, vae: ClipVAE, z: Tensor) -> Latents:
-        """Of pictures, normalised."""
-        return (z[:, :, None] - vae.mean) / vae.std
+        """Of pictures [B, c, h, w] or clips [B, c, T, h, w], normalised."""
+        return ((z[:, :, None] if z.ndim == 4 else z) - vae.mean) / vae.std
 
     def decode(self, latents: Latents, size: Size | None = None) -> Float[Tensor, "B 3 *F H W"]:
         """Clean latents to clips [B, 3, F, H, W] in [0, 1], or to pictures where num_frames is 1; with gradient."""

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from srpo_lightning.batch import Conditions, Text
@@ -57,12 +59,38 @@ def test_a_run_measures_motion_shows_strips_and_goes_on_where_it_was_stopped(con
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
-def test_real_pictures_are_refused_where_clips_are_trained(config, tmp_path, capsys):
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "a.png")
-    (tmp_path / "pictures" / "a.txt").write_text("a cat")
-    words = ["--data.images", str(tmp_path / "pictures"), "--data.offline_ratio", "0.5"]
-    refused(["fit", "--config", config, *words], "the policy trains on no real pictures: set it to 0", capsys)
+def test_clips_are_trained_on_in_the_place_of_rollouts_and_a_picture_is_refused(config, tmp_path, capsys, caplog):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    np.save(folder / "a.npy", pixels)
+    first, *rest = map(Image.fromarray, pixels)
+    first.save(folder / "b.webp", save_all=True, append_images=rest, lossless=True)
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text(f"a {name}")
+    words = ["fit", "--config", config, "--data.images", str(folder), "--data.offline_ratio", "1.0"]
+    main([*words, "--trainer.max_steps", "1", "--trainer.callbacks", "[]"])
+    assert "pictures: 2 to train on; latents: 2 computed" in caplog.text
+    Image.new("RGB", (32, 32)).save(folder / "c.png")
+    (folder / "c.txt").write_text("a c")
+    words += ["--trainer.default_root_dir", str(tmp_path / "other")]
+    refused(words, "c.png has 1 frame, fewer than the 5 of the policy's num_frames", capsys)
+
+
+def test_a_clip_is_encoded_as_the_causal_vae_encodes_it_from_its_beginning_on(case):
+    policy = WanPolicy(str(case.folder), 32, 32, num_frames=9)
+    clip = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0))
+    encoder = policy.encoder(Encoding())
+    assert encoder.num_frames == 9
+    assert encoder.images is not None
+    found = encoder.images().encode(clip)
+    assert found.shape[1:] == policy.latent_shape()
+    vae = AutoencoderKLWan.from_pretrained(case.folder / "vae")
+    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = (vae.encode(clip * 2 - 1).latent_dist.mode() - mean) / std
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(encoder.images().encode(clip[:, :, 0])[:, :, 0], found[:, :, 0])
 
 
 def test_rewards_are_the_mean_over_the_chosen_frames_and_their_gradient_ends_there(case):
