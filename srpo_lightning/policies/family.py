@@ -36,6 +36,7 @@ class Family(Policy):
     pipeline_class: ClassVar[str]
 
     pipeline_picture: ClassVar[str] = "images[0]"
+    pipeline_clip: ClassVar[str] = ""
     """Where the first picture is in what the pipeline returns."""
 
     text_encoder: ClassVar[type[PipelineTextEncoder]]

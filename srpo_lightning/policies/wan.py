@@ -91,7 +91,7 @@ class WanPolicy(FlowPolicy):
 
     transformer_class, pipeline_class, vae_class = "WanTransformer3DModel", "WanPipeline", "AutoencoderKLWan"
     text_encoder = WanTextEncoder
-    pipeline_picture = "frames[0][0]"
+    pipeline_picture, pipeline_clip = "frames[0][0]", "frames[0]"
     shifts_twice = True
     tied = ("in_channels", "text_dim")
     hub_tag = "wan"

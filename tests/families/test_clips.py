@@ -1,6 +1,9 @@
 """A run on clips by the command line: what a reward, a judge, pictures and records see of them."""
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoding
+from srpo_lightning.evaluation.pictures import clip_if_whole
 from srpo_lightning.objectives import DirectAlign
 from srpo_lightning.picture_statistics import consistency, evenly, flicker, motion, over_frames
 from srpo_lightning.policies import WanPolicy
@@ -21,6 +25,7 @@ from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.families import tiny_wan
 from tests.families.test_families import Red, write_config
+from tests.notebooks import NOTEBOOKS, executed
 from tests.refusals import refused
 
 
@@ -50,13 +55,46 @@ def test_a_run_measures_motion_shows_strips_and_goes_on_where_it_was_stopped(con
     strip = next((tmp_path / "run" / "samples").rglob("*.png"))
     with Image.open(strip) as picture:
         assert picture.size == (5 * 32, 32)
-    assert "motion" in (tmp_path / "run" / "report.html").read_text()
+    with Image.open(strip.with_suffix(".webp")) as clip:
+        assert (clip.n_frames, clip.size) == (5, (32, 32))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "motion" in page
+    (shown, *_) = re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page)
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).n_frames == 5
+    with Image.open(tmp_path / "run" / "before_after.webp") as sheet:
+        assert sheet.n_frames == 5
+    (notebook,) = (own for own in NOTEBOOKS if own.stem == "inspect_samples")
+    told = "".join(
+        output.get("data", {}).get("text/html", "")
+        for cell in executed(notebook, tmp_path / "run").cells
+        for output in cell.get("outputs", [])
+    )
+    assert "data:image/webp;base64," in told
+    exported = ["--config", str(tmp_path / "run" / "config.yaml"), "--output", str(tmp_path / "out")]
+    main(["export", *exported, "--dtype", "float32", "--weights", "policy"])
+    with Image.open(tmp_path / "out" / "check" / "clips.webp") as clips:
+        assert clips.n_frames == 5
+    assert 'clip[0].save("clip.webp"' in (tmp_path / "out" / "README.md").read_text()
     again = tmp_path / "again"
     words = ["fit", "--config", config, "--trainer.default_root_dir", str(again)]
     main([*words, "--trainer.max_steps", "2"])
     main([*words, "--ckpt_path", "last"])
     ends = [torch.load(own.checkpoint(4), weights_only=True)["state_dict"] for own in (run, RunFolder(again))]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_predict_writes_clips_beside_their_strips_and_draws_a_lost_one_again(config, tmp_path, caplog):
+    words = ["predict", "--config", config, "--output", str(tmp_path / "drawn")]
+    main(words)
+    strips = sorted((tmp_path / "drawn").rglob("*.png"))
+    clips = [strip.with_suffix(".webp") for strip in strips]
+    assert strips
+    assert all(len(clip_if_whole(clip)) == 5 for clip in clips)
+    clips[0].unlink()
+    caplog.set_level("INFO")
+    main(words)
+    assert f"0 drawn, {len(clips) - 1} kept, 1 drawn again" in caplog.text
+    assert clips[0].is_file()
 
 
 def test_clips_are_trained_on_in_the_place_of_rollouts_and_a_picture_is_refused(config, tmp_path, capsys, caplog):
