@@ -49,11 +49,11 @@ class Sample(NamedTuple):
 class SampleLogger(Recorder, ReadsEvaluations):
     """Keeps the pictures of the first evaluation prompts, the same prompts and noise at every validation.
 
-    Writes `<run folder>/samples/step-*/<weights>/<index>.png`, and of a clip, of which this is a strip of frames, an
-    animated .webp beside it. Each .png has prompt, seed, RewardTracking's scores and
-    the version of the code in it; `samples/metadata.jsonl` has a line for each. One sheet, with base, policy and ema
-    under each other, goes to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew. Those of
-    `validate` and `test` are in the folder `validation` of the run folder.
+    Writes `<run folder>/samples/step-*/<weights>/<index>.png`. Each file has prompt, seed, RewardTracking's scores and
+    the version of the code in it; `samples/metadata.jsonl` has a line for each. Of a clip this is a strip of frames,
+    and an animated .webp lies beside it. One sheet, with base, policy and ema under each other, goes to TensorBoard or
+    Weights & Biases. Every rank writes the pictures that it drew. Those of `validate` and `test` are in the folder
+    `validation` of the run folder.
 
     Args:
         num_samples: Number of evaluation samples to keep, from the first.

@@ -36,8 +36,10 @@ class Family(Policy):
     pipeline_class: ClassVar[str]
 
     pipeline_picture: ClassVar[str] = "images[0]"
-    pipeline_clip: ClassVar[str] = ""
     """Where the first picture is in what the pipeline returns."""
+
+    pipeline_clip: ClassVar[str] = ""
+    """Where the frames of the first clip are, of a family of clips."""
 
     text_encoder: ClassVar[type[PipelineTextEncoder]]
 

@@ -83,9 +83,10 @@ class WanPolicy(FlowPolicy):
 
     Args:
         num_frames: number of frames of a clip, one more than a multiple of four; 1 draws pictures.
-        rewarded_frames: frames of a clip that the reward, which scores pictures, sees; the mean of their scores counts.
-            With even they lie from the first to the last at equal distances, with first at the beginning, and with
-            random they are drawn for each micro-batch. What lies behind the last of them is not decoded.
+        rewarded_frames: frames of a clip that the reward sees. Of one that scores pictures their mean counts; one that
+            reads clips gets them together. With even they lie from the first to the last at equal distances, with first
+            at the beginning, and with random they are drawn for each micro-batch. What lies behind the last of them is
+            not decoded.
         num_rewarded_frames: number of these frames.
     """
 

@@ -38,6 +38,10 @@ def case(tmp_path_factory):
 def config(case, models, tmp_path) -> str:
     path = write_config(case, models, tmp_path / "run", tmp_path, num_frames=5)
     settings, usual = json.loads(path.read_text()), tiny.config(models, tmp_path / "run", tmp_path / "features")
+    (tracking,) = (own for own in usual["trainer"]["callbacks"] if own["class_path"].endswith(".RewardTracking"))
+    tracking["init_args"]["metrics"] = {
+        "rewarded_motion": {"class_path": "srpo_lightning.rewards.Motion", "init_args": {"target": 1.0}}
+    }
     settings["trainer"] |= {"callbacks": usual["trainer"]["callbacks"], "num_sanity_val_steps": -1}
     path.write_text(json.dumps(settings))
     return str(path)
@@ -49,6 +53,7 @@ def test_a_run_measures_motion_shows_strips_and_goes_on_where_it_was_stopped(con
     for record in run.read_metrics():
         assert record["motion"] > 0
         assert record["flicker"] > 0
+        assert 0 < record["rewarded_motion"] < 1
         assert -1 <= record["consistency"] < 1
         assert "win/consistency" not in record
         assert "win/motion" not in record
