@@ -183,12 +183,13 @@ def rates_to_try(rates: Sequence[float], judged: Mapping[float, float], start: f
 
     Args:
         rates: Learning rates to choose from, lowest first.
-        judged: Score of each that was tried.
+        judged: Score of each that was tried; those that are no longer to choose from count for nothing.
         start: Learning rate that the search begins at, with both beside it; None: the middle one.
     """
     if not rates:
         return []
-    best = max(judged, key=judged.__getitem__) if judged else start if start in rates else rates[len(rates) // 2]
+    known = [rate for rate in rates if rate in judged]
+    best = max(known, key=judged.__getitem__) if known else start if start in rates else rates[len(rates) // 2]
     place = rates.index(best)
     return [rate for rate in rates[max(place - 1, 0) : place + 2] if rate not in judged]
 

@@ -111,6 +111,11 @@ def test_learning_rates_are_tried_until_the_best_lies_between_two_others_or_ends
     assert start is not None or best != 4 or len(judged) == 3  # no rate is tried for nothing
 
 
+def test_a_learning_rate_that_is_no_longer_to_choose_from_leads_no_search():
+    assert rates_to_try([1, 2, 4], {8: 1.0, 4: 0.5}) == [2]
+    assert rates_to_try([1, 2, 4], {8: 1.0}, 1) == [1, 2]
+
+
 def test_a_row_is_ahead_from_where_its_gap_rises_through_zero_for_good():
     assert crossing([(0, -1), (1, 1), (2, -0.5), (3, 0.5), (4, 2)]) == "2.5"
     assert crossing([(0, 0.1), (3, 1)]) == "the start"
