@@ -46,7 +46,7 @@ class Policy(Recorded, nn.Module, ABC):
 
     @property
     def shown_frames(self) -> Sequence[int]:
-        """Frames of a clip that an evaluation shows to a reward that reads clips: as many as training does."""
+        """Frames that an evaluation shows to the training reward, if that reads clips: as many as training does."""
         return range(self.num_frames)
 
     has_negative: bool = False

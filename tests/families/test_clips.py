@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from srpo_lightning.batch import Conditions, Text
+from srpo_lightning.callbacks import RewardTracking
+from srpo_lightning.callbacks.tracking import encoder_of_pictures
 from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoding
@@ -20,7 +23,7 @@ from srpo_lightning.evaluation.pictures import clip_if_whole
 from srpo_lightning.objectives import DirectAlign
 from srpo_lightning.picture_statistics import consistency, evenly, flicker, motion, over_frames
 from srpo_lightning.policies import WanPolicy
-from srpo_lightning.rewards import Reward, Term, WeightedReward
+from srpo_lightning.rewards import ClipReward, Reward, Term, WeightedReward
 from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.families import tiny_wan
@@ -187,6 +190,26 @@ def test_a_reward_that_reads_clips_is_refused_where_a_step_shows_it_one_frame(co
     path.write_text(json.dumps(settings))
     words = ["--model.policy.init_args.num_rewarded_frames", "1"]
     refused(["fit", "--config", str(path), *words], "set num_frames and num_rewarded_frames of a policy of", capsys)
+
+
+class ReadsClips(ClipReward):
+    reads_clips = True
+
+
+def test_features_are_of_the_first_encoder_of_pictures_also_in_a_sum(models):
+    pictures, clips = tiny.new_reward(models.clip), ReadsClips(models.judge)
+    assert encoder_of_pictures([clips, LastRed()]) is None
+    assert encoder_of_pictures([clips, WeightedReward([Term(clips), Term(pictures)])]) is pictures
+    tracking = RewardTracking(judge=tiny.new_reward(models.judge), metrics={"other": pictures})
+    shown = torch.rand(2, 3, 5, 16, 16)
+    tracking.judge.reads_clips = True
+    tracking.judge.image_features = lambda seen: seen.mean((2, 3, 4))  # of whole clips
+    tracking.frame_encoder = encoder_of_pictures(tracking.models)
+    features, told = tracking.features(shown)
+    torch.testing.assert_close(features, shown.mean((2, 3, 4)))
+    each = [pictures.image_features(frame) for frame in shown.unbind(2)]
+    by_hand = sum(torch.cosine_similarity(a, b) for a, b in pairwise(each)) / 4
+    torch.testing.assert_close(told["consistency"], by_hand)
 
 
 def test_consistency_of_features_that_are_known():

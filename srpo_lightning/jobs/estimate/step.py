@@ -111,7 +111,7 @@ def evaluate(
             latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
             images = module.policy.decode(latents[: conditions.batch_size])  # a group has more
         for judge in judges:
-            evaluated_by(judge, images.float(), module.policy.shown_frames, judge.under(conditions.prompts))
+            evaluated_by(judge, images.float(), range(module.policy.num_frames), judge.under(conditions.prompts))
 
 
 def new_optimizer(module: SRPOModule, parameters: list[torch.nn.Parameter], *, on_cuda: bool) -> Optimizer:
