@@ -24,6 +24,7 @@ from srpo_lightning.files.records import Record
 from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.run_folder import PictureFolder, RunFolder, beside
+from srpo_lightning.training.context import data_rank
 
 DRAWN, KEPT, REDRAWN = "drawn", "kept", "drawn again"
 
@@ -79,6 +80,8 @@ class Predictions(Callback, HasPictures):
     ) -> None:
         """Write every picture that is not there yet."""
         assert isinstance(pl_module, SRPOModule)
+        if not data_rank(trainer).is_first:
+            return
         for weights, images in outputs.items():
             for row in range(batch.batch_size):
                 record = self.record(pl_module, weights, batch, row)

@@ -25,7 +25,7 @@ from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import markdown_table
 from srpo_lightning.files.provenance import software
 from srpo_lightning.files.records import Record
-from srpo_lightning.report.run_page import UNREADABLE, RunPage
+from srpo_lightning.report.run_page import RunPage
 from srpo_lightning.run_folder import RunFolder
 
 
@@ -120,7 +120,7 @@ class Report(Callback, ReadsEvaluations):
             self._page = RunPage(run)
         try:
             self._page.write()
-        except UNREADABLE as error:
+        except Exception as error:  # it is for looking at: nothing that it meets is worth a run
             rank_zero_warn(f"{run.page} is not written, and training goes on: {error}")
 
     def _pictures(self, run: RunFolder, record: Record) -> list[Image.Image | None]:

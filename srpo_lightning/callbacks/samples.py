@@ -30,6 +30,7 @@ from srpo_lightning.files import records
 from srpo_lightning.files.records import Record
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.run_folder import PictureFolder, RunFolder, beside
+from srpo_lightning.training.context import data_rank
 
 THUMBNAIL_PX = 256
 LEGIBLE_PX = 128  # a picture's width in a sheet at least, so that there is room for words
@@ -52,8 +53,8 @@ class SampleLogger(Recorder, ReadsEvaluations):
     Writes `<run folder>/samples/step-*/<weights>/<index>.png`. Each file has prompt, seed, RewardTracking's scores and
     the version of the code in it; `samples/metadata.jsonl` has a line for each. Of a clip this is a strip of frames,
     and an animated .webp lies beside it. One sheet, with base, policy and ema under each other, goes to TensorBoard or
-    Weights & Biases. Every rank writes the pictures that it drew. Those of `validate` and `test` are in the folder
-    `validation` of the run folder.
+    Weights & Biases. Every rank writes the pictures that it drew; of those that share samples the first does. Pictures
+    of `validate` and `test` are in the folder `validation` of the run folder.
 
     Args:
         num_samples: Number of evaluation samples to keep, from the first.
@@ -94,6 +95,8 @@ class SampleLogger(Recorder, ReadsEvaluations):
     ) -> None:
         """Keep the pictures that are to be written, until their scores are there."""
         assert isinstance(pl_module, SRPOModule)
+        if not data_rank(trainer).is_first:
+            return
         start_s = time.perf_counter()
         for weights, images in outputs.items():
             for row, index in enumerate(batch.indices.tolist()):

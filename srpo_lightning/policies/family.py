@@ -142,6 +142,10 @@ class Family(Policy):
         tokens = (size[0] // self.cell) * (size[1] // self.cell)
         return resolution_dependent_shift(tokens, self.configs["scheduler"])
 
+    def num_tokens(self, size: Size) -> int:
+        """The number of tokens of a picture of this size."""
+        return (size[0] // self.cell) * (size[1] // self.cell)
+
     def schedule(self, num_steps: int, size: Size) -> Float[Tensor, " N"]:
         """The levels of the pipeline's sampler, `num_steps + 1` from 1 to 0, in float64.
 

@@ -7,6 +7,7 @@ github.com/Wan-Video/Wan2.1, wan/modules/model.py.
 import html
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import diffusers
@@ -112,35 +113,41 @@ class WanPolicy(FlowPolicy):
         num_frames: PositiveInt = 1,
         rewarded_frames: FrameChoice = "even",
         num_rewarded_frames: PositiveInt = 2,
-        **settings: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **settings)
+        super().__init__(*args, **kwargs)
         if num_frames % STRIDE != 1:
             nearest = (num_frames - 1) // STRIDE * STRIDE + 1
             raise ValueError(
                 f"num_frames is {num_frames}, and a clip has one more than a multiple of {STRIDE} frames: set it to "
                 f"{nearest} or {nearest + STRIDE}"
             )
-        self.num_frames, self.rewarded_frames, self.num_rewarded_frames = (
-            num_frames,
-            rewarded_frames,
-            num_rewarded_frames,
-        )
+        if self.resolution_shift:
+            raise ValueError(
+                "resolution_shift is true, but the schedulers of Wan have one shift for every size: set it to null"
+            )
+        self.num_frames = num_frames
+        self.rewarded_frames, self.num_rewarded_frames = rewarded_frames, num_rewarded_frames
 
     @property
     def cell(self) -> int:  # type: ignore[override]  # a constant of other families
         """Two of the VAE's, which are 8 pixels wide, and 16 in the model of 5 B."""
         return 2 * self.factor
 
-    @property
+    @cached_property
     def factor(self) -> int:
         """Pixels of a side that one latent stands for."""
         return int(read_json(self.pretrained, "vae", "config.json").get("scale_factor_spatial", 8))
 
+    @cached_property
+    def text_rows(self) -> int:
+        """Rows that every text has in the transformer, zeros behind its own included."""
+        return self.text_encoder.longest(self.pretrained)
+
     def network(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
         """The level is told in thousandths; text is filled up with zeros to the length that training had."""
         rows = text.tensors["prompt_embeds"]
-        padding = self.text_encoder.longest(self.pretrained) - rows.shape[1]
+        padding = self.text_rows - rows.shape[1]
         velocity: Tensor = self.transformer(
             hidden_states=x,
             timestep=NUM_TIMES * sigma,
@@ -154,6 +161,10 @@ class WanPolicy(FlowPolicy):
         height, width = size or self.size
         channels = int(self.configs["transformer"].get("in_channels", 16))
         return channels, 1 + self.num_frames // STRIDE, height // self.factor, width // self.factor
+
+    def num_tokens(self, size: Size) -> int:
+        """Of all latent frames."""
+        return super().num_tokens(size) * (1 + self.num_frames // STRIDE)
 
     def encoder(self, wanted: Encoding) -> Encoder:
         """Of texts, and of clips of as many frames."""
@@ -235,8 +246,8 @@ class WanPolicy(FlowPolicy):
         return torch.randn(1, *self.latent_shape(), generator=generator)
 
     def pipeline_arguments(self, guidance: float, max_sequence_length: int) -> Mapping[str, Any]:
-        """As many frames, each as a picture."""
-        common = super().pipeline_arguments(guidance, max_sequence_length)
+        """As many frames, each as a picture; texts are filled up with zeros as far as `network` does it."""
+        common = super().pipeline_arguments(guidance, self.text_rows)
         return {**common, "num_frames": self.num_frames, "output_type": "pil"}
 
     single_file = SingleFile(

@@ -6,6 +6,8 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.evaluation.pictures import clip_if_whole
+from srpo_lightning.jobs.estimate.step import DECODE, phases
 from srpo_lightning.objectives import DirectAlign
 from srpo_lightning.picture_statistics import consistency, evenly, flicker, motion, over_frames
 from srpo_lightning.policies import WanPolicy
@@ -234,3 +237,16 @@ def test_numbers_of_pictures_are_means_over_frames_of_a_clip():
     torch.testing.assert_close(over_frames(clips, lambda shown: shown.mean((1, 2, 3))), expected)
     pictures = clips[:, :, 0]
     assert torch.equal(over_frames(pictures, lambda shown: shown), pictures)
+
+
+def test_the_decoding_of_chosen_frames_is_a_phase_of_the_memory_that_is_predicted(case):
+    policy = case.new(num_frames=9)
+    module: Any = SimpleNamespace(policy=policy, reward=SimpleNamespace(contrast=None))
+    seen = SimpleNamespace(phase="")
+    latents = torch.randn(1, *policy.latent_shape(), requires_grad=True)
+    with phases(module, seen):
+        pictures = policy.rewarded_pictures(latents, None, Draws(0))
+    assert seen.phase == DECODE
+    seen.phase = ""
+    pictures[0].sum().backward()
+    assert seen.phase == DECODE

@@ -84,12 +84,12 @@ def export(
     settings = read_config(config)
     run = RunFolder.of_config(config, settings.trainer.default_root_dir)
     checkpoint = whole_checkpoint(run, ckpt_path, settings)
-    if push_to_hub is not None:
-        make_repository(push_to_hub, private=private)
     module = exported_module(settings)
     policy = module.policy
     assert isinstance(policy, FlowPolicy)
     check_format(format, policy)
+    if push_to_hub is not None:
+        make_repository(push_to_hub, private=private)
     policy.transformer = policy.outline()
     trained = read_trained(checkpoint, weights, module)
     written = FORMATS[format](policy, policy.transformer, trained, getattr(torch, dtype), folder.name)
