@@ -22,6 +22,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.pretrained import read_json
+from srpo_lightning.picture_statistics import evenly
 from srpo_lightning.policies.clips import ClipVAE, FrameChoice, chosen_frames
 from srpo_lightning.policies.family import Images, Latents
 from srpo_lightning.policies.flow_policy import FlowPolicy
@@ -83,15 +84,16 @@ class WanPolicy(FlowPolicy):
 
     Args:
         num_frames: number of frames of a clip, one more than a multiple of four; 1 draws pictures.
-        rewarded_frames: frames of a clip that the reward, which scores pictures, sees; the mean of their scores counts.
-            With even they lie from the first to the last at equal distances, with first at the beginning, and with
-            random they are drawn for each micro-batch. What lies behind the last of them is not decoded.
+        rewarded_frames: frames of a clip that the reward sees. Of one that scores pictures their mean counts; one that
+            reads clips gets them together. With even they lie from the first to the last at equal distances, with first
+            at the beginning, and with random they are drawn for each micro-batch. What lies behind the last of them is
+            not decoded.
         num_rewarded_frames: number of these frames.
     """
 
     transformer_class, pipeline_class, vae_class = "WanTransformer3DModel", "WanPipeline", "AutoencoderKLWan"
     text_encoder = WanTextEncoder
-    pipeline_picture = "frames[0][0]"
+    pipeline_picture, pipeline_clip = "frames[0][0]", "frames[0]"
     shifts_twice = True
     tied = ("in_channels", "text_dim")
     hub_tag = "wan"
@@ -165,9 +167,8 @@ class WanPolicy(FlowPolicy):
         return super().num_tokens(size) * (1 + self.num_frames // STRIDE)
 
     def encoder(self, wanted: Encoding) -> Encoder:
-        """Of texts, and of pictures where clips are pictures."""
-        encoder = super().encoder(wanted)
-        return encoder if self.num_frames == 1 else encoder._replace(images=None)
+        """Of texts, and of clips of as many frames."""
+        return super().encoder(wanted)._replace(num_frames=self.num_frames)
 
     def read_vae(self, dtype: torch.dtype) -> ClipVAE:
         """The VAE with its weights."""
@@ -178,8 +179,8 @@ class WanPolicy(FlowPolicy):
         return latents * vae.std + vae.mean
 
     def from_vae(self, vae: ClipVAE, z: Tensor) -> Latents:
-        """Of pictures, normalised."""
-        return (z[:, :, None] - vae.mean) / vae.std
+        """Of pictures [B, c, h, w] or clips [B, c, T, h, w], normalised."""
+        return ((z[:, :, None] if z.ndim == 4 else z) - vae.mean) / vae.std
 
     def decode(self, latents: Latents, size: Size | None = None) -> Float[Tensor, "B 3 *F H W"]:
         """Clean latents to clips [B, 3, F, H, W] in [0, 1], or to pictures where num_frames is 1; with gradient."""
@@ -190,6 +191,13 @@ class WanPolicy(FlowPolicy):
         """The frames that are chosen, decoded up to the last of them."""
         wanted = chosen_frames(self.rewarded_frames, self.num_rewarded_frames, self.num_frames, draws)
         return self.frames(latents, wanted)
+
+    @property
+    def shown_frames(self) -> Sequence[int]:
+        """Those that training shows, where it does not draw them; else as many at equal distances."""
+        if self.rewarded_frames == "first":
+            return range(min(self.num_rewarded_frames, self.num_frames))
+        return evenly(self.num_rewarded_frames, self.num_frames)
 
     def frames(self, latents: Latents, wanted: Sequence[int]) -> list[Images]:
         """Frames of clean latents in [0, 1], with gradient.
