@@ -101,6 +101,21 @@ def test_the_gradient_reaches_the_pixels_of_every_frame(reward):
     assert (shown.grad.abs().amax((1, 3, 4)) > 0).all()
 
 
+def test_the_gradient_equals_differences(folder):
+    reward = XClipReward(str(folder))
+    reward.load()
+    reward.double()
+    shown = clips().double() * 0.8 + 0.1
+    direction = torch.randn(shown.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shown.requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(shown, TEXTS[:2]).sum(), shown)
+    slopes = (gradient * direction).sum((1, 2, 3, 4))
+    with torch.no_grad():
+        ahead, behind = (reward(shown + sign * 1e-5 * direction, TEXTS[:2]) for sign in (1, -1))
+    assert slopes.abs().min() > 1e-4
+    torch.testing.assert_close(slopes, (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("shown", "message"),
     [
