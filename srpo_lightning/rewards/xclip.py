@@ -5,7 +5,8 @@ small transformer joins their features, and each text is changed a little by the
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -17,6 +18,7 @@ from srpo_lightning.files.pretrained import load_whole
 from srpo_lightning.picture_statistics import evenly
 from srpo_lightning.rewards.base import Images, check_lengths
 from srpo_lightning.rewards.clip import ClipReward
+from srpo_lightning.rewards.words import WordList
 
 
 class Seen(NamedTuple):
@@ -38,7 +40,7 @@ class XClipReward(ClipReward):
     distances from the first to the last are read.
     """
 
-    word_lists: ClassVar = {}
+    word_lists = MappingProxyType[str, WordList]({})
     reads_clips = True
 
     def read_model(self) -> Any:

@@ -42,7 +42,7 @@ def as_pictures(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     """The same network; a frame without a past is convolved by the last slice of each kernel, the others meet zeros."""
     for module in vae.modules():
         if isinstance(module, WanCausalConv3d):
-            module.forward = partial(_causal, module)  # type: ignore[method-assign]
+            module.forward = partial(_causal, module)
     return vae
 
 
