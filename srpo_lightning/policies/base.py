@@ -1,7 +1,7 @@
 """What an objective, the module and the callbacks ask of a policy."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
 
@@ -43,6 +43,11 @@ class Policy(Recorded, nn.Module, ABC):
 
     num_frames: int = 1
     """Frames of what `decode` makes: clips [B, 3, F, H, W] where they are more than one, else pictures."""
+
+    @property
+    def shown_frames(self) -> Sequence[int]:
+        """Frames of a clip that an evaluation shows to a reward that reads clips: as many as training does."""
+        return range(self.num_frames)
 
     has_negative: bool = False
     """Whether guidance takes a second pass, of the text that it moves away from."""

@@ -21,6 +21,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.pretrained import read_json
+from srpo_lightning.picture_statistics import evenly
 from srpo_lightning.policies.clips import ClipVAE, FrameChoice, chosen_frames
 from srpo_lightning.policies.family import Images, Latents
 from srpo_lightning.policies.flow_policy import FlowPolicy
@@ -179,6 +180,13 @@ class WanPolicy(FlowPolicy):
         """The frames that are chosen, decoded up to the last of them."""
         wanted = chosen_frames(self.rewarded_frames, self.num_rewarded_frames, self.num_frames, draws)
         return self.frames(latents, wanted)
+
+    @property
+    def shown_frames(self) -> Sequence[int]:
+        """Those that training shows, where it does not draw them; else as many at equal distances."""
+        if self.rewarded_frames == "first":
+            return range(min(self.num_rewarded_frames, self.num_frames))
+        return evenly(self.num_rewarded_frames, self.num_frames)
 
     def frames(self, latents: Latents, wanted: Sequence[int]) -> list[Images]:
         """Frames of clean latents in [0, 1], with gradient.

@@ -1,6 +1,7 @@
 """A run on clips by the command line: what a reward, a judge, pictures and records see of them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.objectives import DirectAlign
-from srpo_lightning.picture_statistics import evenly, flicker, motion, over_frames
+from srpo_lightning.picture_statistics import consistency, evenly, flicker, motion, over_frames
 from srpo_lightning.policies import WanPolicy
+from srpo_lightning.rewards import Reward, Term, WeightedReward
 from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 from tests.families import tiny_wan
@@ -40,6 +42,8 @@ def test_a_run_measures_motion_shows_strips_and_goes_on_where_it_was_stopped(con
     for record in run.read_metrics():
         assert record["motion"] > 0
         assert record["flicker"] > 0
+        assert -1 <= record["consistency"] < 1
+        assert "win/consistency" not in record
         assert "win/motion" not in record
     strip = next((tmp_path / "run" / "samples").rglob("*.png"))
     with Image.open(strip) as picture:
@@ -74,6 +78,49 @@ def test_rewards_are_the_mean_over_the_chosen_frames_and_their_gradient_ends_the
     (gradient,) = torch.autograd.grad(found.sum(), latents)
     assert gradient[:, :, :2].any()
     assert not gradient[:, :, 2].any()
+
+
+class LastRed(Reward):
+    """Compares the last frame that it is shown with the first."""
+
+    reads_clips = True
+    reads_text = False
+
+    def forward(self, images, texts):
+        assert images.shape[2] == 3
+        return images[:, 0, -1].mean((1, 2)) - images[:, 0, 0].mean((1, 2))
+
+
+def test_a_reward_that_reads_clips_gets_the_rewarded_frames_together(case):
+    policy = WanPolicy(str(case.folder), 32, 32, num_frames=9, num_rewarded_frames=3)
+    policy.load()
+    text = policy.encoder(Encoding()).text
+    conditions = Conditions(["a cat"], Text.collate(text.encode(["a cat"]), text.ragged), torch.arange(1))
+    latents = torch.randn(1, *policy.latent_shape(), requires_grad=True)
+    clip = policy.decode(latents)
+    assert list(policy.shown_frames) == [0, 4, 8]
+    for reward in (LastRed(), WeightedReward([Term(LastRed()), Term(Red(), 0.5)])):
+        found = DirectAlign().rewards(policy, reward, latents, conditions, Draws(0))
+        red = [Red()(clip[:, :, frame], ["a cat"]) for frame in (0, 4, 8)]
+        expected = LastRed()(clip[:, :, [0, 4, 8]], ["a cat"]) + (reward.reads_text * 0.5) * sum(red) / 3
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(own.sum(), latents, retain_graph=True)[0] for own in (found, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_a_reward_that_reads_clips_is_refused_where_a_step_shows_it_one_frame(config, tmp_path, capsys):
+    settings = json.loads(Path(config).read_text())
+    settings["model"]["reward"] = {"class_path": "srpo_lightning.rewards.Motion", "init_args": {"target": 0.1}}
+    settings["model"]["objective"] = {"class_path": "srpo_lightning.objectives.DirectAlign"}
+    path = tmp_path / "motion.json"
+    path.write_text(json.dumps(settings))
+    words = ["--model.policy.init_args.num_rewarded_frames", "1"]
+    refused(["fit", "--config", str(path), *words], "set num_frames and num_rewarded_frames of a policy of", capsys)
+
+
+def test_consistency_of_features_that_are_known():
+    features = torch.tensor([[[1.0, 0]], [[2, 0]], [[0, 3]]])
+    assert consistency(features) == pytest.approx(0.5)
 
 
 def test_motion_and_flicker_of_clips_that_are_known():
