@@ -16,8 +16,8 @@ from srpo_lightning.jobs.estimate.prediction import quiet
 from srpo_lightning.jobs.estimate.published import LICENCES, REWARDS, small_files, write_files
 from srpo_lightning.jobs.stand_in import pipeline, reward
 
-SETTINGS = ("pretrained", "transformer", "processor", "tokenizer")
-"""Settings that name a folder or a hub model."""
+SETTINGS = ("pretrained", "transformer", "processor", "tokenizer", "weights")
+"""Settings that name a folder or a hub model; `weights` may also say whose weights are meant, as `ema`."""
 
 GB = 10**9
 
@@ -81,7 +81,7 @@ def named(path: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, Namespace | dict):
         for key, own in (vars(value) if isinstance(value, Namespace) else value).items():
             inner = path if key == "init_args" else f"{path}.{key}".lstrip(".")
-            if key in SETTINGS and isinstance(own, str):
+            if key in SETTINGS and isinstance(own, str) and (key != "weights" or "/" in own):
                 yield inner, own
             else:
                 yield from named(inner, own)

@@ -184,7 +184,7 @@ def settings(output_dim: int = 1, **lora: Any) -> dict[str, Any]:
 
 
 def write_video_reward(base: Path, folder: Path, output_dim: int = 1, **lora: Any) -> nn.Module:
-    """A folder in the form of VideoAlign's published one, random weights in bfloat16; returns the model as peft has it."""
+    """A folder in the form of VideoAlign's published one, with random weights; returns the model as peft has it."""
     torch.manual_seed(0)
     config = Qwen2VLConfig.from_pretrained(base)
     config.text_config.vocab_size += len(REWARD_TOKENS) - 7  # there are seven spare ones, and three are added
