@@ -56,6 +56,15 @@ def test_heads_weights_and_tokenizers_of_rewards_are_listed_too(capsys, models, 
     assert not {"ema", "policy"} & rows.keys()
 
 
+def test_a_reward_of_two_models_names_both_and_whose_weights_are_meant_is_no_model(capsys, tmp_path):
+    path = tmp_path / "reward.json"
+    path.write_text('{"model": {"reward": {"class_path": "srpo_lightning.rewards.VideoAlignReward"}}}')
+    rows = listed(capsys, "configs/flux_srpo_qlora.yaml", path)
+    assert rows["KwaiVGI/VideoReward"][::2] == ["model.reward.weights", "Apache-2.0"]
+    assert rows["Qwen/Qwen2-VL-2B-Instruct"][::2] == ["model.reward.pretrained", "Apache-2.0"]
+    assert not list(job.named("", {"callback": {"weights": "ema"}}))
+
+
 def test_folders_of_this_machine_are_there_or_not(capsys, models, features, tmp_path):
     path = tiny.write_config(models, tmp_path / "run", features)
     rows = listed(capsys, path)
