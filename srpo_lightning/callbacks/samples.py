@@ -44,8 +44,8 @@ class SampleLogger(Recorder, ReadsEvaluations):
 
     Writes `<run folder>/samples/step-*/<weights>/<index>.png`. Each file has prompt, seed, RewardTracking's scores and
     the version of the code in it; `samples/metadata.jsonl` has a line for each. One sheet, with base, policy and ema
-    under each other, goes to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew; of those that
-    share samples the first does. Pictures of `validate` and `test` are in the folder `validation` of the run folder.
+    under each other, goes to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew; of ranks
+    with the same samples the first does. Those of `validate` and `test` are in the folder `validation` of the run.
 
     Args:
         num_samples: Number of evaluation samples to keep, from the first.
