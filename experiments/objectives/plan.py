@@ -148,6 +148,7 @@ class Plan(NamedTuple):
         folder = self.folder / file_name(row) / f"lr-{learning_rate:g}-seed-{seed}"
         changes = {
             "seed_everything": seed,
+            "default_callbacks": False,  # those of `fit` alone: all rows do the same beside their steps
             "model": {"optimizer": {"init_args": {"lr": float(learning_rate)}}},  # YAML knows no restricted number
             "checkpoint": {"every_n_steps": every, "keep": 1},
             "trainer": {
@@ -173,7 +174,8 @@ class Plan(NamedTuple):
     def base(self, seed: int) -> Run:
         """The evaluation of the weights before training, which is the same for all rows."""
         folder = self.folder / "base" / f"seed-{seed}"
-        settings = merged(self.fit, {"seed_everything": seed, "trainer": {"default_root_dir": str(folder)}})
+        changes = {"seed_everything": seed, "default_callbacks": False, "trainer": {"default_root_dir": str(folder)}}
+        settings = merged(self.fit, changes)
         settings["model"]["objective"] = deepcopy(next(iter(self.rows.values())).objective.values)
         return Run("base", 1.0, seed, folder, 0, 0, 0.0, settings)
 

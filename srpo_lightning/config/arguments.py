@@ -12,7 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from srpo_lightning.callbacks import RunCheckpoint
-from srpo_lightning.config.shipped import with_builtin
+from srpo_lightning.config.defaults import complete
+from srpo_lightning.config.shipped import by_name, with_builtin
 from srpo_lightning.config.values import check_values
 from srpo_lightning.data import PromptData
 from srpo_lightning.encoding import Encoder, Encoding
@@ -49,10 +50,18 @@ class Parser(LightningArgumentParser):
         """What cannot be read at all is no traceback either."""
         with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
             values = super().parse_args(*args, **kwargs)
-            _name_builtin(values)
-        plain = values.as_dict()
-        check_settings(plain.get(str(plain.get("subcommand")), plain))
+            _replace_texts(values, with_builtin)
+        own = values.get(str(values.get("subcommand")), values)
+        check_settings(own.as_dict())
+        complete(own)
         return values
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Write a configuration down: with what it leaves unsaid, and `builtin:` names for what comes along."""
+        settings = namespace.clone()
+        complete(settings)
+        _replace_texts(settings, by_name)
+        return super().dump(settings, *args, **kwargs)
 
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Namespace:
         """A group that is empty is lost on the way: where no setting could be in it, make it one to be refused."""
@@ -77,18 +86,16 @@ class Parser(LightningArgumentParser):
             return super().instantiate_classes(*args, **kwargs)
 
 
-def _name_builtin(settings: Namespace) -> None:
-    """Put paths in the place of names of what comes with the package."""
+def _replace_texts(settings: Namespace, replaced: Callable[[Any], Any]) -> None:
+    """Put others in the place of values that are no groups, in lists of groups too."""
     for key, value in vars(settings).items():
-        if isinstance(value, Namespace):
-            _name_builtin(value)
-        elif isinstance(value, list):
-            for own in value:
-                if isinstance(own, Namespace):
-                    _name_builtin(own)
-            setattr(settings, key, [own if isinstance(own, Namespace) else with_builtin(own) for own in value])
-        else:
-            setattr(settings, key, with_builtin(value))
+        for own in [value, *value] if isinstance(value, list) else [value]:
+            if isinstance(own, Namespace):
+                _replace_texts(own, replaced)
+        if isinstance(value, list):
+            settings[key] = [own if isinstance(own, Namespace) else replaced(own) for own in value]
+        elif not isinstance(value, Namespace):
+            settings[key] = replaced(value)
 
 
 def _empty_groups(settings: Any, prefix: str, places: set[str]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -124,6 +131,13 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
         help="Prediction of the memory that large models need: `fit` refuses what cannot fit the device, before "
         "reading it.",
     )
+    parser.add_argument(
+        "--default_callbacks",
+        type=bool,
+        default=True,
+        help="Callbacks that are on without being named: EMA, SampleLogger, RewardTracking, Report, and with a judge "
+        "OverOptimizationGuard. One that trainer.callbacks names takes the place of its own; false leaves out all.",
+    )
     parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
     parser.link_arguments("model.updates_per_rollout", "data.repeats")
@@ -134,6 +148,8 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
             "trainer.gradient_clip_val": 0.1,
             "trainer.use_distributed_sampler": False,
             "trainer.num_sanity_val_steps": -1,  # a part of the base's evaluation compares with nothing
+            "trainer.check_val_every_n_epoch": None,  # the stream of prompts has no epochs
+            "trainer.log_every_n_steps": 1,  # a step takes seconds to minutes
             # The module's own default is a function without a name, which config.yaml could not hold.
             "model.optimizer": {
                 "class_path": "torch.optim.AdamW",

@@ -104,9 +104,11 @@ def test_the_demo_runs_from_an_installed_wheel_in_an_empty_folder(tmp_path):
     run = folder / "runs" / "emoji_demo"
     assert (run / "report.html").is_file()
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["model"]["policy"]["init_args"]["pretrained"] == str(
-        site / "srpo_lightning" / "assets" / "emoji-flux"
-    )
+    assert config["model"]["policy"]["init_args"]["pretrained"] == "builtin:emoji-flux"
     assert config["model"]["objective"]["class_path"] == "mine.Mine"
     recipe = json.loads((run / "recipe.json").read_text())
-    assert recipe["files"] == [str(site / "srpo_lightning" / "configs" / "emoji_demo.yaml")]
+    assert recipe["files"] == ["recipe:emoji_demo"]
+    moved = folder.rename(tmp_path / "another_machine") / "runs" / "emoji_demo"
+    records = [path for path in moved.rglob("*") if path.suffix in (".yaml", ".json", ".jsonl", ".html", ".md")]
+    assert len(records) > 4
+    assert not [path for path in records if str(site) in path.read_text()]
