@@ -108,7 +108,8 @@ class SRPOCLI(LightningCLI):
         # A rich progress bar prints nothing into the log of a batch job.
         progress = [] if has_choice or sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
         predictions = [Predictions(config.output)] if self.command == "predict" else []
-        named = by_name(config.as_dict())
+        files = [recipe_name(str(file)) for file in config.get("config") or ()]
+        named = by_name(config.as_dict() | {"config": files})
         settings = settings_of(named)
         told = RunSettings(settings, everything_of(named))
         self.trainer_defaults["callbacks"] = [*progress, told, *predictions, Progress()]

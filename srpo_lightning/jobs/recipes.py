@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from srpo_lightning.config import shipped
-from srpo_lightning.config.shipped import RECIPE, RECIPES
+from srpo_lightning.config.shipped import RECIPES
 
 HARDWARE = re.compile(r"Hardware: [^\n]*?(\w+ GPUs? with \d+ GB)")
 PEAK = re.compile(r"Predicted peak \(`estimate`[^)]*\): ([0-9.]+ GiB(?: per GPU)?)")

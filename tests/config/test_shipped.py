@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srpo_lightning.config.shipped import ASSETS, RECIPES, recipes, with_builtin, with_recipes
+from srpo_lightning.config.shipped import (
+    ASSETS,
+    RECIPES,
+    by_name,
+    recipe_name,
+    recipes,
+    with_builtin,
+    with_recipes,
+)
 from tests.processes import LIMIT_S
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,6 +46,11 @@ def test_recipes_are_named_by_their_files():
     assert {"emoji_demo", "families/z_image", "forms/host_offload"} <= set(recipes())
 
 
+def test_files_of_recipes_have_their_names_and_others_their_paths():
+    assert recipe_name(str(RECIPES / "families" / "z_image.yaml")) == "recipe:families/z_image"
+    assert recipe_name("configs/emoji_demo.yaml") == "configs/emoji_demo.yaml"
+
+
 def test_a_recipe_that_there_is_not_is_refused_with_the_nearest():
     with pytest.raises(
         ValueError, match=r"^recipe:flux_srpo_qlroa: there is no such recipe; did you mean recipe:flux_"
@@ -54,6 +67,8 @@ def test_names_of_what_is_shipped_become_paths_wherever_they_stand():
         "a": [str(ASSETS / "emoji-flux"), {"b": str(ASSETS / "prompts" / "eval.txt")}],
         "c": ("builtin", 3, None),
     }
+    assert by_name(named) == settings
+    assert by_name([f"{ASSETS}-mine/a", 3, "a/b"]) == [f"{ASSETS}-mine/a", 3, "a/b"]
     with pytest.raises(ValueError, match=r"^builtin:emoji-flx: nothing .*; did you mean builtin:emoji-flux\?$"):
         with_builtin(["builtin:emoji-flx"])
 

@@ -29,4 +29,6 @@ def test_a_recipe_is_printed_as_it_is(name, capsys):
 
 
 def test_a_recipe_that_there_is_not_is_refused_with_the_nearest(capsys):
-    refused(["recipes", "flux_srpo_qlroa"], "flux_srpo_qlroa: there is no such recipe; did you mean flux_srpo_qlora", capsys)
+    refused(
+        ["recipes", "flux_srpo_qlroa"], "flux_srpo_qlroa: there is no such recipe; did you mean flux_srpo_qlora", capsys
+    )

@@ -31,7 +31,8 @@ def ask(question: Question, read: Callable[[str], Value]) -> Value:
     shown = f"{question.text} [{question.default}]: " if question.default is not None else f"{question.text}: "
     while True:
         try:
-            answer = input(shown).strip() or question.default
+            print(shown, end="", flush=True)  # `input` itself would put it on stderr
+            answer = input().strip() or question.default
         except EOFError as error:
             raise ValueError("the questions have no answer: give options, `init --help` lists them") from error
         if answer is None:

@@ -1,5 +1,6 @@
 """A configuration's settings: recipes one upon the other, and what is wished upon them."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -47,11 +48,11 @@ def draft(recipes: Iterable[str], wishes: Wishes) -> Draft:
         _merge(found.settings, yaml.safe_load(text))
         found.comments.update(comments_of(text))
     own = found.settings
-    before, own["trainer"]["default_root_dir"] = own["trainer"]["default_root_dir"], f"runs/{wishes.output.stem}"
+    run = own["trainer"]["default_root_dir"] = f"runs/{wishes.output.stem}"
     for place, comment in found.comments.items():
-        found.comments[place] = comment.replace(f"{before}/", f"runs/{wishes.output.stem}/")
-    own["model"]["policy"]["init_args"]["pretrained"] = wishes.pretrained or (
-        own["model"]["policy"]["init_args"]["pretrained"]
+        found.comments[place] = re.sub(r"\bruns/\w+", run, comment)
+    own["model"]["policy"]["init_args"]["pretrained"] = (
+        wishes.pretrained or (own["model"]["policy"]["init_args"]["pretrained"])
     )
     if wishes.model != BUILTIN:
         _use_gpus(found, wishes.gpus)
