@@ -88,8 +88,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
     lines = []
     for name in [*(name for name in before if name not in FOLLOWED), *(name for name in now if name not in before)]:
         then, present = before.get(name, SINCE.get(name.rpartition(".")[2])), now.get(name)
-        then = _as_today(then)
-        if then != present:
+        if _as_today(then) != _as_today(present):
             lines.append(f"{name} was {then!r} when the checkpoint was written, and is {present!r}")
     return lines
 

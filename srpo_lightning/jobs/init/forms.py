@@ -18,6 +18,7 @@ from srpo_lightning.jobs.estimate.room import predicted_peaks
 from srpo_lightning.jobs.init.comments import commented
 from srpo_lightning.jobs.init.settings import Draft, draft, files_of
 from srpo_lightning.jobs.init.wishes import BUILTIN, Wishes, models
+from srpo_lightning.policies.flow_policy import FlowPolicy
 
 KEPT_FREE = parse_bytes("2GiB")
 """Of a GPU, for what `estimate` does not count; its default as well."""
@@ -136,8 +137,7 @@ def peaks(settings: Namespace, wishes: Wishes) -> tuple[int, int]:
     """
     settings = with_known_shape(settings, wishes)
     choose_strategy(settings, wishes.gpus)
-    target = "cpu" if wishes.gpu_memory is None else "cuda"
-    return predicted_peaks(settings, target, wishes.gpus)
+    return predicted_peaks(settings, "cpu" if wishes.gpu_memory is None else "cuda", wishes.gpus)
 
 
 def with_known_shape(settings: Namespace, wishes: Wishes) -> Namespace:
@@ -153,7 +153,9 @@ def num_weights(settings: Namespace, wishes: Wishes) -> int:
     settings = with_known_shape(settings, wishes)
     with warnings.catch_warnings(), local_files(settings), quiet():
         warnings.simplefilter("ignore")
-        transformer = new_policy(settings).empty_transformer()  # type: ignore[attr-defined]  # every family has it
+        policy = new_policy(settings)
+        assert isinstance(policy, FlowPolicy)  # every family's is one
+        transformer = policy.empty_transformer()
     return sum(parameter.numel() for parameter in transformer.parameters())
 
 

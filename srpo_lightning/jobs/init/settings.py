@@ -30,7 +30,7 @@ class Draft(NamedTuple):
 
 
 def files_of(recipes: Iterable[str], model: str) -> list[str]:
-    """The recipes of a form, and the one of a model beside them: the first says what is trained, the rest what differs."""
+    """The recipes of a form, and behind the first, which says what is trained, the one of the model."""
     first, *rest = recipes
     return [first, *([] if model in (BUILTIN, FLUX) else [f"{FAMILIES}{model}"]), *rest]
 
