@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -50,7 +51,7 @@ class Parser(LightningArgumentParser):
         """What cannot be read at all is no traceback either."""
         with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
             values = super().parse_args(*args, **kwargs)
-            _replace_texts(values, with_builtin)
+            _replaced(with_builtin, values)
         own = values.get(str(values.get("subcommand")), values)
         check_settings(own.as_dict())
         complete(own)
@@ -60,8 +61,7 @@ class Parser(LightningArgumentParser):
         """Write a configuration down: with what it leaves unsaid, and `builtin:` names for what comes along."""
         settings = namespace.clone()
         complete(settings)
-        _replace_texts(settings, by_name)
-        return super().dump(settings, *args, **kwargs)
+        return super().dump(_replaced(by_name, settings), *args, **kwargs)
 
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Namespace:
         """A group that is empty is lost on the way: where no setting could be in it, make it one to be refused."""
@@ -86,16 +86,18 @@ class Parser(LightningArgumentParser):
             return super().instantiate_classes(*args, **kwargs)
 
 
-def _replace_texts(settings: Namespace, replaced: Callable[[Any], Any]) -> None:
-    """Put others in the place of values that are no groups, in lists of groups too."""
-    for key, value in vars(settings).items():
-        for own in [value, *value] if isinstance(value, list) else [value]:
-            if isinstance(own, Namespace):
-                _replace_texts(own, replaced)
-        if isinstance(value, list):
-            settings[key] = [own if isinstance(own, Namespace) else replaced(own) for own in value]
-        elif not isinstance(value, Namespace):
-            settings[key] = replaced(value)
+def _replaced(change: Callable[[Any, Callable[[Any], Any]], Any], value: Any) -> Any:
+    """Settings with other texts in the place of some; namespaces are changed in place.
+
+    Args:
+        change: Function of a setting, and of what does the same to what a list or a mapping holds.
+        value: Setting, or settings in their nesting.
+    """
+    if not isinstance(value, Namespace):
+        return change(value, partial(_replaced, change))
+    for key, own in vars(value).items():
+        setattr(value, key, _replaced(change, own))
+    return value
 
 
 def _empty_groups(settings: Any, prefix: str, places: set[str]) -> Iterator[tuple[dict[str, Any], str]]:

@@ -1,7 +1,7 @@
 """Names of what comes with the package: `recipe:` of configurations, `builtin:` of models and prompts."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,33 +63,41 @@ def recipe_name(file: str) -> str:
     return f"{RECIPE}{path.relative_to(RECIPES).with_suffix('').as_posix()}" if path.is_relative_to(RECIPES) else file
 
 
-def with_builtin(value: Any) -> Any:
+def with_builtin(value: Any, inner: Callable[[Any], Any] | None = None) -> Any:
     """Settings whose texts `builtin:NAME`, in lists and mappings too, are paths in the package.
+
+    Args:
+        value: Setting, or settings in their nesting.
+        inner: Function that does the same to what a list or a mapping holds; None: this one.
 
     Raises:
         ValueError: naming what there is not, and the nearest that there is.
     """
     if isinstance(value, str):
         return _builtin(value) if value.startswith(BUILTIN) else value
-    if isinstance(value, dict):
-        return {with_builtin(key): with_builtin(own) for key, own in value.items()}
-    if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        return type(value)(with_builtin(own) for own in value)
-    return value
+    return _with_inner(value, inner or with_builtin)
 
 
-def by_name(value: Any) -> Any:
+def by_name(value: Any, inner: Callable[[Any], Any] | None = None) -> Any:
     """Settings as `with_builtin` found them: paths in the package, in lists and mappings too, are `builtin:NAME` again.
 
     What is written so is true on every machine.
+
+    Args:
+        value: Setting, or settings in their nesting.
+        inner: Function that does the same to what a list or a mapping holds; None: this one.
     """
     if isinstance(value, str):
         own = value.removeprefix(f"{ASSETS}{os.sep}")
         return value if own == value else f"{BUILTIN}{own.replace(os.sep, '/')}"
+    return _with_inner(value, inner or by_name)
+
+
+def _with_inner(value: Any, inner: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
-        return {by_name(key): by_name(own) for key, own in value.items()}
+        return {inner(key): inner(own) for key, own in value.items()}
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        return type(value)(by_name(own) for own in value)
+        return type(value)(inner(own) for own in value)
     return value
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from srpo_lightning.config.arguments import read_config
 from srpo_lightning.config.shipped import (
     ASSETS,
     RECIPES,
@@ -31,6 +32,19 @@ FEW = {
     "data.num_eval_prompts": 2,
     "data.eval_samples_per_prompt": 1,
 }
+
+
+def test_a_class_in_a_mapping_of_classes_is_given_what_comes_with_the_package(tmp_path):
+    settings = yaml.safe_load((RECIPES / "emoji_demo.yaml").read_text())
+    (tracking,) = [own for own in settings["trainer"]["callbacks"] if own["class_path"].endswith("RewardTracking")]
+    tracking["init_args"]["metrics"] = {
+        "second": {"class_path": "srpo_lightning.rewards.ClipReward", "init_args": {"pretrained": "builtin:emoji-clip"}}
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    read = read_config(str(tmp_path / "run.yaml"))
+    (tracking,) = [own for own in read.trainer.callbacks if own.class_path.endswith("RewardTracking")]
+    assert tracking.init_args.metrics["second"].init_args.pretrained == str(ASSETS / "emoji-clip")
+    assert tracking.init_args.judge.init_args.pretrained == str(ASSETS / "emoji-judge")
 
 
 def test_recipes_are_named_by_their_files():
@@ -63,12 +77,12 @@ def test_a_recipe_that_there_is_not_is_refused_with_the_nearest():
 def test_names_of_what_is_shipped_become_paths_wherever_they_stand():
     settings = {"a": ["builtin:emoji-flux", {"b": "builtin:prompts/eval.txt"}], "c": ("builtin", 3, None)}
     named = with_builtin(settings)
+    assert by_name(named) == settings
+    assert by_name([f"{ASSETS}-mine/a", 3, "a/b"]) == [f"{ASSETS}-mine/a", 3, "a/b"]
     assert named == {
         "a": [str(ASSETS / "emoji-flux"), {"b": str(ASSETS / "prompts" / "eval.txt")}],
         "c": ("builtin", 3, None),
     }
-    assert by_name(named) == settings
-    assert by_name([f"{ASSETS}-mine/a", 3, "a/b"]) == [f"{ASSETS}-mine/a", 3, "a/b"]
     with pytest.raises(ValueError, match=r"^builtin:emoji-flx: nothing .*; did you mean builtin:emoji-flux\?$"):
         with_builtin(["builtin:emoji-flx"])
 
