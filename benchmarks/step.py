@@ -37,9 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
-from srpo_lightning.cli import QUIET
 from srpo_lightning.config.arguments import new_module, read_config
 from srpo_lightning.config.classes import of_class
+from srpo_lightning.files.quiet import QUIET
 from srpo_lightning.jobs.estimate.job import POLICY, local_files
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
 from srpo_lightning.jobs.estimate.prediction import eager, fake_conditions, make_fake, quiet, without_weights

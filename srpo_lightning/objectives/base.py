@@ -10,6 +10,7 @@ from jaxtyping import Float
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from srpo_lightning import phases
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
 from srpo_lightning.files.fingerprint import Recorded
@@ -105,7 +106,9 @@ class FormObjective(Objective):
         signs: Sequence[int] | None = None,
     ) -> Float[Tensor, " B"]:
         """What the form rewards in what `latents` decode to, a mean over frames; arguments as in RewardForm."""
+        phases.enter("decoding")
         pictures = policy.rewarded_pictures(latents, conditions.size, draws)
+        phases.enter("reward")
         scored = [self.form(reward, own, conditions, draws, weight, signs) for own in pictures]
         return torch.stack(scored).mean(0)
 
