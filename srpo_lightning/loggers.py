@@ -16,6 +16,9 @@ from PIL import Image
 
 from srpo_lightning.files.checkpoints import complete_or_absent
 
+LONGEST, MOST_AT_ONCE = 500, 100
+"""Letters of a parameter in MLflow's older stores, and parameters of one call."""
+
 
 class TrackioLogger(Logger):
     """Logs into trackio: runs are kept in a folder of this machine, or in a Space of the Hugging Face Hub.
@@ -109,21 +112,26 @@ class TrackioLogger(Logger):
 def log_configuration(logger: Logger, settings: dict[str, Any], name: str) -> None:
     """Log the whole configuration of a start.
 
-    Parameters of a run of MLflow never change, and Lightning cuts them at 250 letters. So there the configuration is an
-    artifact of each start besides, and of a resumed run only new names are logged as parameters.
+    Parameters of a run of MLflow never change, and are short. So there the configuration is an artifact of each start
+    besides, and of a resumed run only new names are logged as parameters.
 
     Args:
         logger: Logger of any kind; called on the first rank.
         settings: Plain values by dotted name.
         name: Name of the artifact without its ending.
     """
-    if isinstance(logger, MLFlowLogger):
-        client, run_id = logger.experiment, logger.run_id
-        known = client.get_run(run_id).data.params
-        client.update_run(run_id, status="RUNNING")
-        client.log_dict(run_id, settings, f"{name}.json")
-        settings = {name: value for name, value in settings.items() if name not in known}
-    logger.log_hyperparams(settings)
+    if not isinstance(logger, MLFlowLogger):
+        logger.log_hyperparams(settings)
+        return
+    from mlflow.entities import Param  # an extra, which is there where its logger is
+
+    client, run_id = logger.experiment, logger.run_id
+    known = client.get_run(run_id).data.params
+    client.update_run(run_id, status="RUNNING")
+    client.log_dict(run_id, settings, f"{name}.json")
+    new = [Param(name, str(value)[:LONGEST]) for name, value in settings.items() if name not in known]
+    for start in range(0, len(new), MOST_AT_ONCE):
+        client.log_batch(run_id, params=new[start : start + MOST_AT_ONCE])
 
 
 def keep_id(logger: Logger, file: Path) -> None:

@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from srpo_lightning.cli import main
+from srpo_lightning.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -39,7 +40,7 @@ def source_sum(notebook: nbformat.NotebookNode) -> str:
 
 def train_short(run: Path) -> None:
     """The demo's run, a short one, for the notebook that looks at a run; what is there already is kept."""
-    if not (ROOT / run / "report.html").is_file():
+    if not RunFolder(ROOT / run).checkpoints():
         demo = str(ROOT / "configs" / "emoji_demo.yaml")
         main(["fit", "--config", demo, *SHORT, "--trainer.default_root_dir", str(ROOT / run)])
 

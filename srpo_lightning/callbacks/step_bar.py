@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 import time
 import warnings
@@ -13,11 +14,11 @@ from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 LINE = "{desc} {n_fmt}/{total_fmt}, {elapsed} so far, {remaining} left{postfix}"
 REDRAWN_S = 0.1
+UNKNOWN_WIDTH = 100  # letters, where a terminal says that it has none
 
 
 class StepBar(ProgressBar):
@@ -160,14 +161,17 @@ class StepBar(ProgressBar):
         if not self._is_enabled:
             return
         self._is_live = can_be_drawn_over(sys.stdout)
+        width = width_of(sys.stdout) if self._is_live else None
         total = sum(batches)
         self._bar = tqdm(
             desc=name,
             total=int(total) if 0 < total < float("inf") else None,
             initial=initial,
             leave=is_left,
+            position=0,
             file=sys.stdout if self._is_live else io.StringIO(),
-            dynamic_ncols=self._is_live,
+            ncols=UNKNOWN_WIDTH if width == 0 else None,
+            dynamic_ncols=bool(width),
             bar_format=BAR if self._is_live else LINE,
         )
         if self._is_live:
@@ -201,25 +205,59 @@ def can_be_drawn_over(stream: TextIO) -> bool:
     return stream.isatty() or type(stream).__module__ == "ipykernel.iostream"
 
 
+def width_of(stream: TextIO) -> int | None:
+    """Letters in a line of a terminal, 0 where it does not say; None where it is none."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return None
+
+
+class Above:
+    """A stream of a terminal whose lines are printed above the bar, not into it.
+
+    Args:
+        stream: Stream that is written to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write in place of the bar, which is drawn again below."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            return self.stream.write(text)
+
+    def flush(self) -> None:
+        """Let nothing wait."""
+        self.stream.flush()
+
+
 @contextmanager
 def messages_above() -> Iterator[None]:
-    """For as long as this lasts, logs and warnings that go to the terminal are printed above the bar, not into it."""
+    """For as long as this lasts, logs and warnings that go to the terminal are printed above the bar."""
     named = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)]
-    loggers = [logger for logger in (logging.root, *named) if any(map(_is_of_terminal, logger.handlers))]
+    handlers = {own for logger in (logging.root, *named) for own in logger.handlers}
+    streams = {own: own.stream for own in handlers if isinstance(own, logging.StreamHandler) and is_shown(own.stream)}
     shown = warnings.showwarning
 
     def above(*args: Any, **kwargs: Any) -> None:
-        with tqdm.external_write_mode(file=sys.stderr):
+        with tqdm.external_write_mode(file=sys.stdout):
             shown(*args, **kwargs)
 
-    with logging_redirect_tqdm(loggers, tqdm_class=tqdm):
-        warnings.showwarning = above
-        try:
-            yield
-        finally:
-            if warnings.showwarning is above:
-                warnings.showwarning = shown
+    for handler, stream in streams.items():
+        handler.setStream(Above(stream))
+    warnings.showwarning = above
+    try:
+        yield
+    finally:
+        if warnings.showwarning is above:
+            warnings.showwarning = shown
+        for handler, stream in streams.items():
+            if isinstance(handler.stream, Above):
+                handler.setStream(stream)
 
 
-def _is_of_terminal(handler: logging.Handler) -> bool:
-    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+def is_shown(stream: Any) -> bool:
+    """Whether what is written to a stream stands where a bar is drawn over."""
+    return hasattr(stream, "isatty") and not getattr(stream, "closed", False) and can_be_drawn_over(stream)

@@ -22,6 +22,7 @@ LOGS = {
     "torch.utils._pytree": "is an Enum subclass and is now natively supported",
     "bitsandbytes.backends.cpu.ops": "^Failed to load CPU gemm_4bit_forward",
     "diffusers.quantizers.torchao.torchao_quantizer": "^Unable to import `torchao` Tensor objects",
+    "transformers.utils.import_utils": r"requires torchvision \(not installed\)",  # Pillow is meant
     "lightning.pytorch.utilities.rank_zero": "Tip: .*lit(logger|models)",  # an advertisement at every start
 }
 """What is left out of a logger, as a regular expression by the logger's name."""

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import sys
+import termios
 import threading
 import warnings
 from pathlib import Path
@@ -51,9 +52,16 @@ def rendered(output: str) -> list[str]:
     return lines
 
 
-def on_terminal(arguments: list[str]) -> str:
-    """What a program has printed to a terminal."""
+def terminal(columns: int) -> tuple[int, int]:
+    """Both ends of a terminal of so many letters a line."""
     ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, columns))
+    return ours, its
+
+
+def on_terminal(arguments: list[str], columns: int = 150) -> str:
+    """What a program has printed to a terminal."""
+    ours, its = terminal(columns)
     output = bytearray()
 
     def read() -> None:
@@ -64,7 +72,7 @@ def on_terminal(arguments: list[str]) -> str:
                 return
             output.extend(piece)
 
-    process = launch(arguments, Path(os.ttyname(its)), {"COLUMNS": "150"}, without_patience)
+    process = launch(arguments, Path(os.ttyname(its)), {}, without_patience)
     reader = threading.Thread(target=read)
     reader.start()
     process.join()
@@ -90,7 +98,9 @@ def test_on_a_terminal_one_line_says_step_and_phase_and_messages_stand_alone(con
         assert told in output, told
     assert not any(words in output for words in ADVICE)
     lines = rendered(output)
-    (last,) = [line for line in lines if line.startswith("step ")]
+    steps = [line for line in lines if "step " in line]
+    assert len(steps) == 1, lines
+    last = steps[0]
     assert re.match(r"step 4/4 \|\S+\| 0\d:\d\d<00:00, loss -?\d", last), last
     messages = [line for line in lines if "checkpoint: " in line]
     assert len(messages) == 2
@@ -155,31 +165,37 @@ def test_listeners_hear_phases_until_they_stop():
 
 
 def test_nothing_listens_once_a_run_has_ended_and_warnings_are_shown_as_before(models, features, tmp_path):
-    shown, handlers = warnings.showwarning, {name: list(own.handlers) for name, own in loggers().items()}
+    shown, streams = warnings.showwarning, handler_streams()
     trainer = tiny.new_trainer(tmp_path, [Progress(), StepBar()], max_steps=1, enable_progress_bar=True)
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
     assert not phases._listeners
     assert warnings.showwarning is shown
-    assert all(own.handlers == handlers[name] for name, own in loggers().items() if name in handlers)
+    assert streams.items() <= handler_streams().items()
 
 
-def loggers() -> dict[str, logging.Logger]:
-    return {name: logging.getLogger(name) for name in list(logging.root.manager.loggerDict)}
+def handler_streams() -> dict[logging.Handler, object]:
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)]
+    return {own: getattr(own, "stream", None) for logger in loggers for own in logger.handlers}
 
 
-def test_a_warning_stands_above_the_bar(monkeypatch):
-    ours, its = pty.openpty()
-    with os.fdopen(its, "w", buffering=1) as terminal, warnings.catch_warnings():
+@pytest.mark.parametrize("columns", [0, 80])  # none: a terminal that does not say how wide it is
+def test_a_warning_stands_above_the_bar(monkeypatch, columns):
+    ours, its = terminal(columns)
+    logger = logging.getLogger("of_this_test")
+    with os.fdopen(its, "w", buffering=1) as stream, warnings.catch_warnings():
+        monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(stream)])
         warnings.simplefilter("always")
-        monkeypatch.setattr(sys, "stdout", terminal)
-        monkeypatch.setattr(sys, "stderr", terminal)
-        monkeypatch.setattr(warnings, "showwarning", lambda message, *_: terminal.write(f"warning: {message}\n"))
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *_: stream.write(f"warning: {message}\n"))
         bar = StepBar()
         bar._open("step", [4])
         warnings.warn("odd", stacklevel=1)
         bar.print("printed")
+        logger.warning("logged")
         bar._close()
+        assert logger.handlers[0].stream is stream
     lines = rendered(os.read(ours, 4096).decode())
     os.close(ours)
-    assert lines[:2] == ["warning: odd", "printed"]
-    assert lines[2].startswith("step 0/4 ")
+    assert lines[:3] == ["warning: odd", "printed", "logged"]
+    assert lines[3].startswith("step 0/4 ")
