@@ -19,6 +19,7 @@ QUIET = (
 
 LOGS = {
     "torchao": r"^Failed to load .*\.so",
+    "torchao.kernel.intmm": "Detected no triton",
     "torch.utils._pytree": "is an Enum subclass and is now natively supported",
     "bitsandbytes.backends.cpu.ops": "^Failed to load CPU gemm_4bit_forward",
     "diffusers.quantizers.torchao.torchao_quantizer": "^Unable to import `torchao` Tensor objects",
@@ -56,5 +57,7 @@ def quiet_program() -> None:
 
     Call it before they are imported.
     """
+    for name in ("bitsandbytes", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")

@@ -98,7 +98,7 @@ def test_on_a_terminal_one_line_says_step_and_phase_and_messages_stand_alone(con
         assert told in output, told
     assert not any(words in output for words in ADVICE)
     lines = rendered(output)
-    steps = [line for line in lines if "step " in line]
+    steps = [line for line in lines if re.search(r"step \d/4", line)]
     assert len(steps) == 1, lines
     last = steps[0]
     assert re.match(r"step 4/4 \|\S+\| 0\d:\d\d<00:00, loss -?\d", last), last
