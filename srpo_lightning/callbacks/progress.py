@@ -93,7 +93,9 @@ class Progress(Callback):
         self._evaluation_start_s = time.monotonic()
         self._listen(trainer, pl_module)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """The phase of an evaluation."""
         self._step_start_s = time.monotonic()
         phases.enter("drawing")

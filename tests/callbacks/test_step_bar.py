@@ -9,6 +9,7 @@ import sys
 import termios
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -62,25 +63,25 @@ def terminal(columns: int) -> tuple[int, int]:
 def on_terminal(arguments: list[str], columns: int = 150) -> str:
     """What a program has printed to a terminal."""
     ours, its = terminal(columns)
-    output = bytearray()
-
-    def read() -> None:
-        while True:
-            try:
-                piece = os.read(ours, 4096)
-            except OSError:  # the other end is closed
-                return
-            output.extend(piece)
-
+    output: list[str] = []
     process = launch(arguments, Path(os.ttyname(its)), {}, without_patience)
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=lambda: output.append(everything(ours)))
     reader.start()
     process.join()
     os.close(its)
     reader.join()
-    os.close(ours)
-    assert process.exitcode == 0, output.decode()
-    return output.decode()
+    assert process.exitcode == 0, output
+    return output[0]
+
+
+def everything(terminal: int) -> str:
+    """What a terminal shows until its other end is closed; this end is closed then."""
+    pieces = []
+    with suppress(OSError):  # which says that the other end is closed
+        while piece := os.read(terminal, 4096):
+            pieces.append(piece)
+    os.close(terminal)
+    return b"".join(pieces).decode()
 
 
 def test_on_a_terminal_one_line_says_step_and_phase_and_messages_stand_alone(config):
@@ -195,7 +196,6 @@ def test_a_warning_stands_above_the_bar(monkeypatch, columns):
         logger.warning("logged")
         bar._close()
         assert logger.handlers[0].stream is stream
-    lines = rendered(os.read(ours, 4096).decode())
-    os.close(ours)
+    lines = rendered(everything(ours))
     assert lines[:3] == ["warning: odd", "printed", "logged"]
     assert lines[3].startswith("step 0/4 ")
