@@ -112,7 +112,7 @@ class RunSettings(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell all loggers the configuration, before Lightning has them write down what the module told: nothing."""
-        run, resumed = RunFolder.of(trainer), trainer.ckpt_path
+        run, resumed = RunFolder.of(trainer), self.everything.get("ckpt_path")
         for logger in trainer.loggers if stage == TrainerFn.FITTING and trainer.is_global_zero else ():
             keep_id(logger, run.logged_id("mlflow"))
             log_configuration(logger, self.everything, run.config(Path(resumed) if resumed else None).stem)

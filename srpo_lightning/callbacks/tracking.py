@@ -1,7 +1,7 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.evaluation.comparison import (
     BASE,
+    CONSISTENCY,
     HELD_OUT,
     LABEL,
     NOT_WON,
@@ -39,8 +40,16 @@ from srpo_lightning.evaluation.metrics import FEW_GROUPS, SampleTable, Table, is
 from srpo_lightning.files.fingerprint import fingerprint
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.reward_forms import RewardForm
-from srpo_lightning.picture_statistics import CLIP_STATISTICS, PICTURE_STATISTICS, STATISTICS, over_frames
-from srpo_lightning.rewards.base import Reward
+from srpo_lightning.picture_statistics import (
+    CLIP_STATISTICS,
+    PICTURE_STATISTICS,
+    SCORED_FRAMES,
+    STATISTICS,
+    consistency,
+    evenly,
+    over_frames,
+)
+from srpo_lightning.rewards.base import Reward, evaluated_by
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.run_folder import RunFolder
 
@@ -98,11 +107,12 @@ class RewardTracking(Recorder, OffersWeights):
         self.evaluations: Evaluations | None = None
         self.tables: dict[str, SampleTable] = {}
         self.has_clips = False
+        self.frame_encoder: ClipReward | None = None
         self._needs_base = False
         self._start_s = 0.0
 
     def _check(self) -> None:
-        taken = self.scorers.keys() & {*OWN_COLUMNS, *CLIP_STATISTICS, self.top, *OF_ALL_SAMPLES}
+        taken = self.scorers.keys() & {*OWN_COLUMNS, *CLIP_STATISTICS, CONSISTENCY, self.top, *OF_ALL_SAMPLES}
         if taken:
             meant = "".join(f" ({STATISTICS[name].meaning})" for name in taken & STATISTICS.keys())
             raise ValueError(f"metrics has {', '.join(taken)}, which is logged already{meant}: choose another name")
@@ -134,7 +144,8 @@ class RewardTracking(Recorder, OffersWeights):
     def columns(self) -> list[str]:
         """The numbers that every sample gets."""
         own = [name for name in OWN_COLUMNS if name != LABEL or self.labels]
-        return [*own, *(CLIP_STATISTICS if self.has_clips else ()), self.top, *self.scorers]
+        of_clips = [*CLIP_STATISTICS, *([CONSISTENCY] if self.frame_encoder else [])] if self.has_clips else []
+        return [*own, *of_clips, self.top, *self.scorers]
 
     @property
     def has_features(self) -> bool:
@@ -152,7 +163,11 @@ class RewardTracking(Recorder, OffersWeights):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
         assert isinstance(pl_module, SRPOModule)
-        self.has_clips = pl_module.policy.num_frames > 1
+        num_frames = pl_module.policy.num_frames
+        for model in self.models:
+            model.check_frames(num_frames)
+        self.has_clips = num_frames > 1
+        self.frame_encoder = encoder_of_pictures([*self.models, pl_module.reward]) if self.has_clips else None
         for model in self.models:
             model.load()
             model.requires_grad_(False)
@@ -192,10 +207,8 @@ class RewardTracking(Recorder, OffersWeights):
                 self.tables[weights] = table.to(pl_module.device)
             images = images.float()
             scores = self.scores(pl_module, images, batch.prompts)
-            none = images.new_empty(len(images), 0)
-            judge = self.judge
-            features = over_frames(images, judge.image_features) if isinstance(judge, ClipReward) else none
-            self.tables[weights].update(batch.indices, scores, features)
+            features, of_clips = self.features(images)
+            self.tables[weights].update(batch.indices, scores | of_clips, features)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the samples of all ranks together, log, append to the file, and tell who reads evaluations."""
@@ -229,23 +242,39 @@ class RewardTracking(Recorder, OffersWeights):
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # as above
     on_test_epoch_end = on_validation_epoch_end
 
+    def features(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The judge's features [B, E], of a clip their mean over scored frames; and what those of all frames say."""
+        judge, encoder = self.judge, self.frame_encoder
+        each = None if encoder is None else torch.stack([encoder.image_features(own) for own in images.unbind(2)])
+        of_clips = {} if each is None else {CONSISTENCY: consistency(each)}
+        if not isinstance(judge, ClipReward):
+            return images.new_empty(len(images), 0), of_clips
+        if each is None or judge is not encoder:
+            return judge.image_features(images), of_clips
+        return each[evenly(SCORED_FRAMES, len(each))].mean(0), of_clips
+
     def scores(self, module: SRPOModule, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The numbers of each image, [B], by column; of a clip the means over its frames."""
+        """The numbers of each image, [B], by column; of a clip means over its frames, unless a model reads clips."""
         candidates = list(dict.fromkeys([*self.candidates, *prompts]))
         truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=images.device)
         form = self.form or module.objective
-        measures: dict[str, Callable[[Tensor], Tensor]] = {
-            "reward": lambda shown: form.score(module.reward, shown, prompts),
-            "judge": lambda shown: form.score(self.judge, shown, prompts),
-            "prompt": self.judge.under(prompts),
-            **{name: own.measure for name, own in PICTURE_STATISTICS.items()},
-            **{name: scorer.under(prompts) for name, scorer in self.scorers.items()},
+        whole = range(module.policy.num_frames)
+        measures: dict[str, tuple[Reward, Callable[[Tensor], Tensor]]] = {
+            "reward": (module.reward, lambda shown: form.score(module.reward, shown, prompts)),
+            "judge": (self.judge, lambda shown: form.score(self.judge, shown, prompts)),
+            "prompt": (self.judge, self.judge.under(prompts)),
+            **{name: (scorer, scorer.under(prompts)) for name, scorer in self.scorers.items()},
         }
-        scores: dict[str, Any] = {name: over_frames(images, measure) for name, measure in measures.items()}
-        compared = over_frames(images, lambda shown: self.judge.compare(shown, candidates))
+        scores: dict[str, Any] = {
+            name: evaluated_by(model, images, module.policy.shown_frames if name == "reward" else whole, measure)
+            for name, (model, measure) in measures.items()
+        }
+        scores |= {name: over_frames(images, own.measure) for name, own in PICTURE_STATISTICS.items()}
+        compared = evaluated_by(self.judge, images, whole, lambda shown: self.judge.compare(shown, candidates))
         scores[self.top] = is_in_top(compared, truth, self.top_k)
         if self.labels:
-            scores[LABEL] = most_like(over_frames(images, lambda shown: self.judge.compare(shown, self.labels)))
+            alike = evaluated_by(self.judge, images, whole, lambda shown: self.judge.compare(shown, self.labels))
+            scores[LABEL] = most_like(alike)
         if self.has_clips:
             scores |= {name: own.measure(images) for name, own in CLIP_STATISTICS.items()}
         return scores | {HELD_OUT: sum(weight * scores[name] for name, weight in self.held_out.items())}
@@ -297,3 +326,9 @@ class RewardTracking(Recorder, OffersWeights):
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)
+
+
+def encoder_of_pictures(models: Iterable[Reward]) -> ClipReward | None:
+    """The first model, or term of a sum, that has features of single pictures; None: there is none."""
+    found = (own for model in models for own in model.modules() if isinstance(own, ClipReward) and not own.reads_clips)
+    return next(found, None)

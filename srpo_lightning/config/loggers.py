@@ -26,27 +26,57 @@ def go_on_in_the_same(logger: Any, run: RunFolder, *, is_resumed: bool) -> None:
     """
     for own in _named(logger, "WandbLogger"):
         if own.get("id") is None and own.get("version") is None:
-            own["id"] = _kept(run, "wandb", "", is_resumed)
+            own["id"] = _chosen(run, "wandb", "", is_resumed)
             own["resume"] = "allow"
     for own in _named(logger, "TrackioLogger"):
         if own.get("name") is None:
-            own["name"] = _kept(run, "trackio", f"{run.path.name}-", is_resumed)
+            own["name"] = _chosen(run, "trackio", f"{run.path.name}-", is_resumed)
             own["resume"] = "allow"
-    file = run.logged_id("mlflow")
     for own in _named(logger, "MLFlowLogger"):
-        if own.get("run_id") is None and is_resumed and file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            is_same = kept["store"] == (own.get("tracking_uri") or f"{FILES}{own.get('save_dir')}")
-            own["run_id"] = kept["id"] if is_same else None
+        if own.get("run_id") is None and is_resumed:
+            own["run_id"] = _of_mlflow(own, run)
 
 
-def _kept(run: RunFolder, service: str, prefix: str, is_resumed: bool) -> str:
-    """The id of the run at a service, a new one for a new run."""
+def forget_own(logger: Any, run: RunFolder) -> None:
+    """Take the run's own ids out of a configuration again: another run that is made from its record gets others.
+
+    Args:
+        logger: `trainer.logger` of the configuration.
+        run: Run folder, which keeps the ids.
+    """
+    for own in _named(logger, "WandbLogger"):
+        if own.get("id") is not None and own.id == _kept(run, "wandb"):
+            own["id"] = None
+            own.pop("resume", None)
+    for own in _named(logger, "TrackioLogger"):
+        if own.get("name") is not None and own.name == _kept(run, "trackio"):
+            own["name"], own["resume"] = None, "never"
+    for own in _named(logger, "MLFlowLogger"):
+        if own.get("run_id") is not None and own.run_id == _of_mlflow(own, run):
+            own["run_id"] = None
+
+
+def _kept(run: RunFolder, service: str) -> str | None:
+    """What is kept of the run at a service; None where nothing is."""
     file = run.logged_id(service)
-    if not (is_resumed and file.is_file()):
-        with complete_or_absent(file) as partial:
-            partial.write_text(prefix + secrets.token_hex(4), encoding="utf-8")
-    return file.read_text(encoding="utf-8")
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _chosen(run: RunFolder, service: str, prefix: str, is_resumed: bool) -> str:
+    """The id of the run at a service, a new one for a new run."""
+    known = _kept(run, service) if is_resumed else None
+    if known is None:
+        known = prefix + secrets.token_hex(4)
+        with complete_or_absent(run.logged_id(service)) as partial:
+            partial.write_text(known, encoding="utf-8")
+    return known
+
+
+def _of_mlflow(own: Namespace, run: RunFolder) -> str | None:
+    """The id that MLflow gave the run, in the store of these settings of its logger; None where it is in none."""
+    kept = json.loads(_kept(run, "mlflow") or "{}")
+    is_same = kept.get("store") == (own.get("tracking_uri") or f"{FILES}{own.get('save_dir')}")
+    return kept["id"] if is_same else None
 
 
 def _named(logger: Any, name: str) -> Iterator[Namespace]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from srpo_lightning.callbacks.samples import LEGIBLE_PX
 from srpo_lightning.cli import main
-from srpo_lightning.config.loggers import go_on_in_the_same
+from srpo_lightning.config.loggers import forget_own, go_on_in_the_same
 from srpo_lightning.loggers import TrackioLogger
 from srpo_lightning.run_folder import RunFolder
 from tests import tiny
@@ -86,6 +86,10 @@ def test_weights_and_biases_offline_gets_settings_and_pictures_and_goes_on(confi
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     (name,) = {folder.name.rpartition("-")[2] for folder in runs}
     assert name == RunFolder(tmp_path / "run").logged_id("wandb").read_text()
+    for kept in RunFolder(tmp_path / "run").configs():  # from which another run may be made
+        (own,) = yaml.safe_load(kept.read_text())["trainer"]["logger"]
+        assert own["init_args"]["id"] is None
+        assert "resume" not in own["init_args"]
     assert any(folder.rglob("media/images/*") for folder in runs)
     (written, *_) = runs[0].glob("run-*.wandb")
     content = written.read_bytes()
@@ -131,6 +135,24 @@ def test_mlflow_gets_settings_and_pictures_and_a_resumed_run_goes_on_though_its_
     assert told == [0.001, 0.002]
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [0, 1]
     assert_sheets(logged / "images", 2)
+
+
+def test_another_run_made_from_the_record_of_one_goes_on_in_none(tmp_path):
+    run = RunFolder(tmp_path)
+    run.logged_id("mlflow").write_text(json.dumps({"store": "file:here", "id": "1"}))
+    settings = {
+        "WandbLogger": {"id": None},
+        "TrackioLogger": {"name": None, "resume": "never"},
+        "MLFlowLogger": {"run_id": None, "tracking_uri": None, "save_dir": "here"},
+    }
+    loggers = [Namespace(class_path=name, init_args=Namespace(**own)) for name, own in settings.items()]
+    go_on_in_the_same(loggers, run, is_resumed=True)
+    assert all(next(iter(vars(own.init_args).values())) for own in loggers)
+    forget_own(loggers, run)
+    assert [vars(own.init_args) for own in loggers] == list(settings.values())
+    named = Namespace(class_path="TrackioLogger", init_args=Namespace(name="mine", resume="allow"))
+    forget_own(named, run)
+    assert named.init_args.name == "mine"
 
 
 def test_the_id_of_a_run_in_one_store_of_mlflow_is_not_given_to_another(tmp_path):
