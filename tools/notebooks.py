@@ -55,7 +55,7 @@ def execute(path: Path, environment: dict[str, str]) -> None:
     notebook = nbformat.read(path, as_version=4)
     kept = {name: dict(notebook.metadata[name]) for name in ("kernelspec",)}
     client = NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(path.parent)}})
-    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)} | environment):
+    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"} | environment):
         client.execute()
     for cell in notebook.cells:
         cell.metadata.clear()
