@@ -14,7 +14,7 @@ from jsonargparse.typing import PositiveFloat
 from torch import Tensor, nn
 
 from srpo_lightning.rewards.base import Images, Scores, check_lengths
-from srpo_lightning.rewards.pixels import Preprocessing
+from srpo_lightning.rewards.pixels import Preprocessing, refuse_out_of_range, resize
 from srpo_lightning.rewards.qwen2_vl import Qwen2VLReward, smart_resize
 from srpo_lightning.rewards.video_align_files import DIMENSIONS, read_checkpoint, read_settings
 from srpo_lightning.rewards.words import PUBLISHED
@@ -190,7 +190,11 @@ class VideoAlignReward(Qwen2VLReward):
         clips = torch.cat([clips, clips[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         side = config.patch_size * config.spatial_merge_size
         size = smart_resize(*clips.shape[-2:], side, MIN_PIXELS, data["max_frame_pixels"])
-        pixels = Preprocessing(size, "squash")(clips.transpose(1, 2).flatten(0, 1))
+        frames = clips.transpose(1, 2).flatten(0, 1)
+        refuse_out_of_range(frames)
+        # Overshoot is cut off once, as torchvision does with tensors; PIL does it after each axis.
+        resized = resize(frames.to(torch.promote_types(frames.dtype, torch.float32)), size, clamp=False).clamp(0, 1)
+        pixels = Preprocessing(size, "squash")(resized)
         return self.features_of(pixels.unflatten(0, (len(clips), -1)).transpose(1, 2))
 
     def tokenize(self, text: str, num_clip_tokens: int) -> list[int]:
