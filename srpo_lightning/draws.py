@@ -31,9 +31,9 @@ class Draws(NamedTuple):
     Args:
         seed: Seed of the run.
         step: Number of optimizer steps since the start of the run.
-        rank: Rank of this process.
+        rank: Rank of this process; ranks that share samples count as one.
         micro_batch: Number of the micro-batch within the step, from 0.
-        num_ranks: Number R of processes of the run.
+        num_ranks: Number R of processes of the run, counted likewise.
     """
 
     seed: int

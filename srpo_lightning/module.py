@@ -28,6 +28,7 @@ from srpo_lightning.policies.parallel import leave_cudnn_attention_alone
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.training.agreement import check_weights
 from srpo_lightning.training.allocator import return_freed_memory
+from srpo_lightning.training.context import data_rank
 from srpo_lightning.training.optimizers import InBackward, check_clipping, check_settings, new_trial
 from srpo_lightning.training.resuming import check_optimizer, check_shapes, checked_policy, name_of_optimizer
 from srpo_lightning.training.skipping import SkipNonFinite
@@ -108,6 +109,8 @@ class SRPOModule(LightningModule):
         """Read all weights, once; a strategy that shards divides the policy's."""
         leave_cudnn_attention_alone()
         self.policy.load(getattr(self._strategy, "shard", None))
+        if context := getattr(self._strategy, "context", None):
+            self.policy.divide(context)
         self.reward.load()
         if self._strategy is not None and self._strategy.root_device.type == "cpu":
             return_freed_memory(sum(weight.nbytes for weight in (*self.parameters(), *self.buffers())))
@@ -158,7 +161,8 @@ class SRPOModule(LightningModule):
 
     def training_step(self, batch: Conditions, batch_idx: int) -> Tensor:
         """One micro-batch: a rollout without gradient, or the last one again, then the objective's loss."""
-        draws = Draws(self.seed, self.global_step, self.global_rank, self.num_accumulated, self.trainer.world_size)
+        own = data_rank(self.trainer)
+        draws = Draws(self.seed, self.global_step, own.rank, self.num_accumulated, own.num_ranks)
         turn = self.micro_step % self.updates_per_rollout
         rollout = self.kept_rollout
         if rollout is None or turn == 0:

@@ -22,7 +22,7 @@ from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.settings import RunSettings, everything_of, settings_of
 from srpo_lightning.config.arguments import Parser, add_project_arguments, choose_strategy, read_config
 from srpo_lightning.config.effects import check_effects, check_single
-from srpo_lightning.config.loggers import go_on_in_the_same
+from srpo_lightning.config.loggers import forget_own, go_on_in_the_same
 from srpo_lightning.config.loops import check_loops
 from srpo_lightning.data import PromptData
 from srpo_lightning.errors import naming
@@ -190,7 +190,9 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         path = RunFolder.of(trainer).config(Path(self.config.ckpt_path) if self.config.ckpt_path else None)
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming("this configuration cannot be written down"), complete_or_absent(path) as partial:
-            self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
+            config = self.config.clone()
+            forget_own(config.trainer.logger, RunFolder.of(trainer).wandb_id)
+            self.parser.save(config, str(partial), skip_none=False, overwrite=True, multifile=False)
         recipe = recipe_of([str(file) for file in self.config.get("config") or ()])
         with complete_or_absent(RunFolder.of(trainer).recipe) as partial:
             partial.write_text(json.dumps(recipe, default=str), encoding="utf-8")

@@ -18,6 +18,7 @@ from srpo_lightning.files.full_disk import FullDiskError
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.training.agreement import lost_rank
+from srpo_lightning.training.context import data_rank
 
 
 class RunCheckpoint(Checkpoint):
@@ -250,7 +251,11 @@ def data_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def step_size(trainer: Trainer) -> list[int] | None:
-    """Ranks, samples per rank and micro-batch, and micro-batches per step; None where the data does not tell."""
+    """Ranks with samples of their own, samples of each per micro-batch, and micro-batches per step.
+
+    None where the data does not tell.
+    """
     batch_size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
     # Numbers of a configuration have a type of their own, which torch does not read back.
-    return [trainer.world_size, int(batch_size), int(trainer.accumulate_grad_batches)] if batch_size else None
+    num_ranks = data_rank(trainer).num_ranks
+    return [num_ranks, int(batch_size), int(trainer.accumulate_grad_batches)] if batch_size else None

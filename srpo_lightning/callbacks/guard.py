@@ -129,7 +129,8 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
     def watch(self, trainer: Trainer, evaluations: Evaluations) -> Record | None:
         """Compare an evaluation with the best and with the base, and act; return what speaks against it."""
         found = evaluations.by_weights
-        evaluation = found.get(self.weights) or found.get("policy")
+        watched = self.weights if self.weights in found else "policy"
+        evaluation = found.get(watched)
         if evaluation is None:
             return None
         base = found.get(BASE)
@@ -137,7 +138,7 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
         self.alarms = self.alarms + 1 if reasons else 0
         if not reasons:
             return None
-        advice = {"step": evaluations.step, "weights": self.weights, "reasons": reasons, "best_step": self.best_step}
+        advice = {"step": evaluations.step, "weights": watched, "reasons": reasons, "best_step": self.best_step}
         return advice | {"action": self._act(trainer, "; ".join(reasons)) if self.alarms >= self.patience else "wait"}
 
     def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:

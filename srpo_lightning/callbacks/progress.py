@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.training.context import context_degree, data_rank
 
 TIMED_STEPS = 3
 PATIENCE_S = 2.0
@@ -110,10 +111,13 @@ def describe(trainer: Trainer, module: SRPOModule) -> str:
     of_policy = sum(p.numel() for p in module.policy.parameters())
     device = trainer.strategy.root_device
     batch_size = getattr(trainer.datamodule, "batch_size", 1)  # type: ignore[attr-defined]
-    samples = batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    samples = batch_size * data_rank(trainer).num_ranks * trainer.accumulate_grad_batches
+    degree = context_degree(trainer.strategy)
+    shared = f", {degree} ranks per sample" if degree > 1 else ""
     steps = trainer.max_steps if trainer.max_steps > 0 else "no limit of"
     return (
         f"{type(module.objective).__name__} on {trainer.world_size} x {device.type} "
-        f"({type(trainer.strategy).__name__}, {trainer.precision}): trains {trained:,} parameters of {of_policy:,} in "
-        f"{type(module.policy).__name__}; {steps} steps of {samples} samples; {trainer.default_root_dir}"
+        f"({type(trainer.strategy).__name__}, {trainer.precision}{shared}): trains {trained:,} parameters of "
+        f"{of_policy:,} in {type(module.policy).__name__}; {steps} steps of {samples} samples; "
+        f"{trainer.default_root_dir}"
     )

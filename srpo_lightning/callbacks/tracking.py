@@ -1,7 +1,7 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ class RewardTracking(Recorder, OffersWeights):
         self.evaluations: Evaluations | None = None
         self.tables: dict[str, SampleTable] = {}
         self.has_clips = False
+        self.frame_encoder: ClipReward | None = None
         self._needs_base = False
         self._start_s = 0.0
 
@@ -143,7 +144,7 @@ class RewardTracking(Recorder, OffersWeights):
     def columns(self) -> list[str]:
         """The numbers that every sample gets."""
         own = [name for name in OWN_COLUMNS if name != LABEL or self.labels]
-        of_clips = [*CLIP_STATISTICS, *([CONSISTENCY] if self.has_features else [])] if self.has_clips else []
+        of_clips = [*CLIP_STATISTICS, *([CONSISTENCY] if self.frame_encoder else [])] if self.has_clips else []
         return [*own, *of_clips, self.top, *self.scorers]
 
     @property
@@ -162,9 +163,11 @@ class RewardTracking(Recorder, OffersWeights):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
         assert isinstance(pl_module, SRPOModule)
-        self.has_clips = pl_module.policy.num_frames > 1
+        num_frames = pl_module.policy.num_frames
         for model in self.models:
-            model.check_frames(len(pl_module.policy.shown_frames))
+            model.check_frames(num_frames)
+        self.has_clips = num_frames > 1
+        self.frame_encoder = encoder_of_pictures([*self.models, pl_module.reward]) if self.has_clips else None
         for model in self.models:
             model.load()
             model.requires_grad_(False)
@@ -240,20 +243,22 @@ class RewardTracking(Recorder, OffersWeights):
     on_test_epoch_end = on_validation_epoch_end
 
     def features(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The judge's features [B, E], of a clip the mean over scored frames, and what those of all frames say of it."""
-        if not isinstance(self.judge, ClipReward):
-            return images.new_empty(len(images), 0), {}
-        if not self.has_clips:
-            return self.judge.image_features(images), {}
-        each = torch.stack([self.judge.image_features(frame) for frame in images.unbind(2)])
-        return each[evenly(SCORED_FRAMES, len(each))].mean(0), {CONSISTENCY: consistency(each)}
+        """The judge's features [B, E], of a clip their mean over scored frames; and what those of all frames say."""
+        judge, encoder = self.judge, self.frame_encoder
+        each = None if encoder is None else torch.stack([encoder.image_features(own) for own in images.unbind(2)])
+        of_clips = {} if each is None else {CONSISTENCY: consistency(each)}
+        if not isinstance(judge, ClipReward):
+            return images.new_empty(len(images), 0), of_clips
+        if each is None or judge is not encoder:
+            return judge.image_features(images), of_clips
+        return each[evenly(SCORED_FRAMES, len(each))].mean(0), of_clips
 
     def scores(self, module: SRPOModule, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The numbers of each image, [B], by column; of a clip means over its frames, unless a model reads clips."""
         candidates = list(dict.fromkeys([*self.candidates, *prompts]))
         truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=images.device)
         form = self.form or module.objective
-        frames = module.policy.shown_frames
+        whole = range(module.policy.num_frames)
         measures: dict[str, tuple[Reward, Callable[[Tensor], Tensor]]] = {
             "reward": (module.reward, lambda shown: form.score(module.reward, shown, prompts)),
             "judge": (self.judge, lambda shown: form.score(self.judge, shown, prompts)),
@@ -261,13 +266,14 @@ class RewardTracking(Recorder, OffersWeights):
             **{name: (scorer, scorer.under(prompts)) for name, scorer in self.scorers.items()},
         }
         scores: dict[str, Any] = {
-            name: evaluated_by(model, images, frames, measure) for name, (model, measure) in measures.items()
+            name: evaluated_by(model, images, module.policy.shown_frames if name == "reward" else whole, measure)
+            for name, (model, measure) in measures.items()
         }
         scores |= {name: over_frames(images, own.measure) for name, own in PICTURE_STATISTICS.items()}
-        compared = evaluated_by(self.judge, images, frames, lambda shown: self.judge.compare(shown, candidates))
+        compared = evaluated_by(self.judge, images, whole, lambda shown: self.judge.compare(shown, candidates))
         scores[self.top] = is_in_top(compared, truth, self.top_k)
         if self.labels:
-            alike = evaluated_by(self.judge, images, frames, lambda shown: self.judge.compare(shown, self.labels))
+            alike = evaluated_by(self.judge, images, whole, lambda shown: self.judge.compare(shown, self.labels))
             scores[LABEL] = most_like(alike)
         if self.has_clips:
             scores |= {name: own.measure(images) for name, own in CLIP_STATISTICS.items()}
@@ -320,3 +326,9 @@ class RewardTracking(Recorder, OffersWeights):
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)
+
+
+def encoder_of_pictures(models: Iterable[Reward]) -> ClipReward | None:
+    """The first model, or term of a sum, that has features of single pictures; None: there is none."""
+    found = (own for model in models for own in model.modules() if isinstance(own, ClipReward) and not own.reads_clips)
+    return next(found, None)

@@ -49,7 +49,7 @@ class Parser(LightningArgumentParser):
         """What cannot be read at all is no traceback either."""
         with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
             values = super().parse_args(*args, **kwargs)
-            _name_builtin(values)
+            _with_builtin(values)
         plain = values.as_dict()
         check_settings(plain.get(str(plain.get("subcommand")), plain))
         return values
@@ -77,18 +77,13 @@ class Parser(LightningArgumentParser):
             return super().instantiate_classes(*args, **kwargs)
 
 
-def _name_builtin(settings: Namespace) -> None:
-    """Put paths in the place of names of what comes with the package."""
-    for key, value in vars(settings).items():
-        if isinstance(value, Namespace):
-            _name_builtin(value)
-        elif isinstance(value, list):
-            for own in value:
-                if isinstance(own, Namespace):
-                    _name_builtin(own)
-            setattr(settings, key, [own if isinstance(own, Namespace) else with_builtin(own) for own in value])
-        else:
-            setattr(settings, key, with_builtin(value))
+def _with_builtin(value: Any) -> Any:
+    """Settings with paths in the place of names of what comes with the package; namespaces are changed in place."""
+    if not isinstance(value, Namespace):
+        return with_builtin(value, _with_builtin)
+    for key, own in vars(value).items():
+        setattr(value, key, _with_builtin(own))
+    return value
 
 
 def _empty_groups(settings: Any, prefix: str, places: set[str]) -> Iterator[tuple[dict[str, Any], str]]:

@@ -21,6 +21,7 @@ from srpo_lightning.module import SRPOModule
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.rewards.weighted import WeightedReward
 from srpo_lightning.suggestions import nearest
+from srpo_lightning.training.context import check_degree, context_degree
 from srpo_lightning.training.strategies import ShardedStrategy
 
 ADD_TRACKING = "add srpo_lightning.callbacks.RewardTracking to trainer.callbacks"
@@ -42,6 +43,9 @@ def check_effects(command: str, trainer: Trainer, module: SRPOModule, data: Prom
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
     _check_strategy(trainer.strategy)
+    if (degree := context_degree(trainer.strategy)) > 1:
+        check_degree(degree, trainer.world_size)
+        module.policy.check_divided(degree, data.sizes, data.cache.encoder.shapes)
     tracking = next(iter(_all(callbacks, RewardTracking)), None)
     if tracking is not None and command != "predict":
         _check_judge(tracking, module.reward)

@@ -1,6 +1,6 @@
 """Names of what comes with the package: `recipe:` of configurations, `builtin:` of models and prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,23 @@ def _recipe(name: str) -> Path:
     return path
 
 
-def with_builtin(value: Any) -> Any:
+def with_builtin(value: Any, inner: Callable[[Any], Any] | None = None) -> Any:
     """Settings whose texts `builtin:NAME`, in lists and mappings too, are paths in the package.
+
+    Args:
+        value: Setting, or settings in their nesting.
+        inner: Function that does the same to what a list or a mapping holds; None: this one.
 
     Raises:
         ValueError: naming what there is not, and the nearest that there is.
     """
+    inner = inner or with_builtin
     if isinstance(value, str):
         return _builtin(value) if value.startswith(BUILTIN) else value
     if isinstance(value, dict):
-        return {with_builtin(key): with_builtin(own) for key, own in value.items()}
+        return {inner(key): inner(own) for key, own in value.items()}
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        return type(value)(with_builtin(own) for own in value)
+        return type(value)(inner(own) for own in value)
     return value
 
 

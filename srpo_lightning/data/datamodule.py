@@ -24,6 +24,7 @@ from srpo_lightning.data.records import Records
 from srpo_lightning.data.selection import Selection, check_cells, check_sources, select, select_evaluation, sizes_of
 from srpo_lightning.encoding import Encoder, Encoding, ImageEncoder
 from srpo_lightning.training.agreement import digest
+from srpo_lightning.training.context import data_rank
 
 
 class PromptData(LightningDataModule):
@@ -36,11 +37,12 @@ class PromptData(LightningDataModule):
             the training prompts.
         validation_fraction: Share of the training prompts that is held out, by a hash of the text: adding prompts
             moves none.
-        images: Captions with real pictures; null takes those training records that name one.
+        images: Captions with real pictures, or with clips where the policy draws clips; null takes those training
+            records that name one.
         offline_ratio: Share of the steps that train on real pictures instead of the policy's own.
         picture_latents: Latents of a real picture: the mode of the VAE's posterior, or a sample of it as in the
             research code of SRPO, drawn once for each picture.
-        batch_size: Training prompts per rank and micro-batch.
+        batch_size: Training prompts per rank and micro-batch; ranks that share samples count as one.
         repeats: Times that each batch comes in a row (follows model.updates_per_rollout).
         eval_batch_size: Evaluation prompts per rank and batch.
         num_eval_prompts: Number of prompts of `evaluation` that are drawn, from the first on; null draws all.
@@ -114,7 +116,7 @@ class PromptData(LightningDataModule):
         self._all = partial(
             select,
             *(train, evaluation, validation_fraction, images, offline_ratio),
-            *(self.sizes or [own.size], Limits(max_picture_megapixels, max_picture_megabytes)),
+            *(self.sizes or [own.size], Limits(max_picture_megapixels, max_picture_megabytes), own.num_frames),
         )
         mirror = mirror_dir, mirror_gigabytes
         self.cache = FeatureCache(cache_dir, own.text, *mirror)
@@ -284,7 +286,7 @@ class PromptData(LightningDataModule):
         )
 
     def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return data_rank(self.trainer)[:2] if self.trainer else (0, 1)
 
 
 def _image_encoder(encoder: Encoder) -> ImageEncoder:

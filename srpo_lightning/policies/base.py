@@ -1,7 +1,7 @@
 """What an objective, the module and the callbacks ask of a policy."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
 
@@ -14,6 +14,7 @@ from srpo_lightning.batch import Conditions, Size
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.fingerprint import Recorded
+from srpo_lightning.training.context import Context
 
 Shard: TypeAlias = Callable[[nn.Module, Iterable[nn.Module]], None]
 """Divides a model on the meta device over the ranks, block by block, and gives it memory, not yet filled."""
@@ -46,7 +47,7 @@ class Policy(Recorded, nn.Module, ABC):
 
     @property
     def shown_frames(self) -> Sequence[int]:
-        """Frames of a clip that an evaluation shows to a reward that reads clips: as many as training does."""
+        """Frames that an evaluation shows to the training reward, if that reads clips: as many as training does."""
         return range(self.num_frames)
 
     has_negative: bool = False
@@ -62,6 +63,26 @@ class Policy(Recorded, nn.Module, ABC):
         Args:
             shard: divide what is trained over the ranks, each of which reads its own part only.
         """
+
+    def check_divided(self, degree: int, sizes: Sequence[Size], text: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse ranks that share samples, each with a part of the tokens, where `divide` could not have that.
+
+        Args:
+            degree: number of ranks that share a sample.
+            sizes: of pictures; empty: the policy's own alone.
+            text: the largest shape of one prompt's features by name.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        raise ValueError(
+            f"trainer.strategy's context_parallel is {degree}, but {type(self).__name__} has no method `divide`, by "
+            "which tokens are divided over ranks: set it to 1"
+        )
+
+    def divide(self, context: Context) -> None:
+        """Compute a part of the tokens of every later pass, once the weights are there; other ranks do the rest."""
+        raise NotImplementedError(f"{type(self).__name__} does not divide tokens")
 
     @abstractmethod
     def restart(self) -> None:

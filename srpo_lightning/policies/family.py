@@ -38,6 +38,9 @@ class Family(Policy):
     pipeline_picture: ClassVar[str] = "images[0]"
     """Where the first picture is in what the pipeline returns."""
 
+    pipeline_clip: ClassVar[str] = ""
+    """Where the frames of the first clip are, of a family of clips."""
+
     text_encoder: ClassVar[type[PipelineTextEncoder]]
 
     single_file: ClassVar[SingleFile | None] = None
@@ -138,6 +141,10 @@ class Family(Policy):
         """The shift that depends on the resolution, and in some families on the number of steps."""
         tokens = (size[0] // self.cell) * (size[1] // self.cell)
         return resolution_dependent_shift(tokens, self.configs["scheduler"])
+
+    def num_tokens(self, size: Size) -> int:
+        """The number of tokens of a picture of this size."""
+        return (size[0] // self.cell) * (size[1] // self.cell)
 
     def schedule(self, num_steps: int, size: Size) -> Float[Tensor, " N"]:
         """The levels of the pipeline's sampler, `num_steps + 1` from 1 to 0, in float64.

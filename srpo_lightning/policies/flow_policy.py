@@ -4,7 +4,7 @@ Shapes: B samples, `latent` the shape of one sample's latents as the transformer
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal
@@ -19,13 +19,14 @@ from srpo_lightning import flow
 from srpo_lightning.batch import Size
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.pretrained import read_json, safetensors_files, same_files
-from srpo_lightning.policies import adapters, loading
+from srpo_lightning.policies import adapters, divided, loading
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Shard
 from srpo_lightning.policies.family import Images, Latents, check_family, check_size
 from srpo_lightning.policies.guided import Guided, SparseGuidance
 from srpo_lightning.policies.image_encoder import VAEEncoder
-from srpo_lightning.policies.parallel import check_attention
+from srpo_lightning.policies.parallel import check_attention, check_choice
+from srpo_lightning.training.context import Context
 from srpo_lightning.training.nf4 import check_bitsandbytes
 
 
@@ -73,6 +74,8 @@ class FlowPolicy(Guided):
         guided_steps: number of the first steps of a training's rollout that are guided by a second pass; the others
             cost one pass. Null guides all.
     """
+
+    without_effect = frozenset({"quantize_dir"})
 
     def __init__(
         self,
@@ -131,6 +134,7 @@ class FlowPolicy(Guided):
                 )
         if self.attention is not None:
             check_attention(self.attention, masks=self.masks_text)
+            check_choice(self.empty_transformer(), type(self).__name__)
         if self.compiles_blocks:
             loading.check_compiled(self.adapter, self.rollout_cache)
         if self.exact_conditioning and not self.num_rounded:
@@ -195,6 +199,27 @@ class FlowPolicy(Guided):
     def _choose_trained(self, transformer: Any) -> None:
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(not name.startswith(self.idle))
+
+    def check_divided(self, degree: int, sizes: Sequence[Size], text: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a transformer without diffusers' plan for it, and what does not come out even."""
+        divided.check_plan(self.diffusers_class, self.configs["transformer"], degree)
+        divided.check_settings(
+            degree,
+            compiles=self.compiles_blocks,
+            attention=self.attention,
+            caches=self.rollout_cache is not None,
+        )
+        for size in sizes or [self.size]:
+            divided.check_picture(degree, size, self.num_tokens(size), self.cell)
+        if divided.divides_text(self.diffusers_class._cp_plan) and not self.masks_text:
+            divided.check_text(degree, max(shape[0] for shape in text.values() if len(shape) == 2))
+
+    def divide(self, context: Context) -> None:
+        """Compute a part of the tokens of every later pass."""
+        assert self.transformer is not None, "load() comes first"
+        if self.context is None:
+            divided.divide(self.transformer, context)
+            self.context = context
 
     @property
     def diffusers_class(self) -> Any:

@@ -145,8 +145,8 @@ class Flux2Policy(PackedFamily, FlowPolicy):
             timestep=sigma,
             guidance=told[1] if self.guided else None,
             encoder_hidden_states=rows,
-            txt_ids=text_ids,
-            img_ids=functional.pad(image_ids(size, text_ids), (0, 1)),
+            txt_ids=text_ids[None],
+            img_ids=functional.pad(image_ids(size, text_ids), (0, 1))[None],
             return_dict=False,
         )[0]
         return velocity

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from srpo_lightning.batch import Conditions, Size, Text
-from srpo_lightning.policies import loading
+from srpo_lightning.policies import divided, loading
 from srpo_lightning.policies.family import Family, Latents
+from srpo_lightning.training.context import Context
 
 
 @dataclass
@@ -60,6 +61,9 @@ class Guided(Family):
     rollout_cache: float | None
     trained_guidance: str
     sparse_guidance: SparseGuidance
+    context: Context | None = None
+    """Whose ranks have a part of the tokens each; None: this rank has all."""
+
     _is_rolling_out: bool = False
 
     def forward(self, x: Latents, sigma: Float[Tensor, " B"], conditions: Conditions, guidance: float) -> Latents:
@@ -90,7 +94,17 @@ class Guided(Family):
         told = [sigma, torch.full_like(sigma, guidance)] if self.guided else [sigma]
         text = Text({name: tensor.to(x.dtype) for name, tensor in text.tensors.items()}, text.lengths)
         with loading.own_cache(self.transformer, kind), self._told_exactly(told):
-            return self.network(x, sigma, text, size or self.size, told).to(x.dtype)
+            return self._divided(x, sigma, text, size or self.size, told).to(x.dtype)
+
+    def _divided(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
+        """The velocity, whole on every rank of the group that computes it together."""
+        if self.context is None:
+            return self.network(x, sigma, text, size, told)
+        degree = self.context.degree
+        divided.check_picture(degree, size, self.num_tokens(size), self.cell)
+        if divided.divides_text(self.transformer._cp_plan):
+            text = divided.filled_up(text, degree, has_mask=self.masks_text)
+        return self.context.leave(self.network(self.context.enter(x), sigma, text, size, told))
 
     def _told_exactly(self, told: list[Tensor]) -> AbstractContextManager[None]:
         if not self.exact_conditioning:

@@ -14,3 +14,4 @@ from srpo_lightning.rewards.statistic import PictureStatistic as PictureStatisti
 from srpo_lightning.rewards.video_align import VideoAlignReward as VideoAlignReward
 from srpo_lightning.rewards.weighted import Term as Term
 from srpo_lightning.rewards.weighted import WeightedReward as WeightedReward
+from srpo_lightning.rewards.xclip import XClipReward as XClipReward

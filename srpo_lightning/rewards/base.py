@@ -56,7 +56,7 @@ class Reward(Recorded, nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.register_forward_pre_hook(
-            lambda own, args, kwargs: check_lengths(*args, **kwargs, clips=own.reads_clips), with_kwargs=True
+            lambda own, args, kwargs: check_lengths(*args, **kwargs | {"clips": own.reads_clips}), with_kwargs=True
         )
 
     def load(self) -> None:

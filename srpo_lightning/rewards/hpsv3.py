@@ -86,8 +86,8 @@ class HPSv3(Qwen2VLReward):
         weights: Published file, a folder that holds it, or the hub id.
         dtype: Precision of the weights, 15.5 GB in bfloat16; the head's are float32 either way.
         gradient_checkpointing: Whether the backward pass computes each layer again, instead of storing it.
-        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits, on the CPU while
-            loading: 6.1 GB in all, and not quite the published scores. It needs the extra `quant`.
+        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits while loading, on a
+            GPU where there is one: 6.1 GB in all, and not quite the published scores. It needs the extra `quant`.
     """
 
     word_lists = PUBLISHED

@@ -18,7 +18,7 @@ class Motion(Reward):
 
     Args:
         target: Change that is enough, for instance the m of clips before training. Given as one of
-            RewardTracking.metrics with a target of 1, the reward records m itself.
+            RewardTracking.metrics with a target of 1, the reward records m of whole clips.
     """
 
     reads_text = False

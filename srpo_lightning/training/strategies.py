@@ -27,6 +27,7 @@ from srpo_lightning.files.checkpoints import METADATA, begin_folder, finish_fold
 from srpo_lightning.files.full_disk import FullDiskError, room_for
 from srpo_lightning.files.owners import partial_path
 from srpo_lightning.files.sharded_checkpoint import INDEX, SafeReader, read_into, sums_of, write_sums
+from srpo_lightning.training.context import Context, new_context
 
 PARAMETER_LIKE = ("ema",)
 """Keys of a checkpoint that hold tensors by parameter name, sharded as the parameters are."""
@@ -51,6 +52,8 @@ class ShardedStrategy(ModelParallelStrategy):
             stay from the first step of a rollout to the backward pass: each is gathered once per micro-batch.
         timeout_minutes: Minutes that ranks wait for one that is late, at the start as well; then they end. A rank may
             need that much longer than the others to read its weights, or to write its part of a checkpoint.
+        context_parallel: Number of ranks that share each sample, each with its part of the tokens, for pictures whose
+            activations one device does not hold. It divides the number of ranks, the attention heads and the tokens.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class ShardedStrategy(ModelParallelStrategy):
         cpu_offload: bool = False,
         reshard_after_forward: bool = True,
         timeout_minutes: PositiveFloat = TIMEOUT_MINUTES,
+        context_parallel: PositiveInt = 1,
     ) -> None:
         self.timeout = timedelta(minutes=timeout_minutes)
         super().__init__(data_parallel_size=shard_size * replicate_size, tensor_parallel_size=1, timeout=self.timeout)
@@ -67,7 +71,9 @@ class ShardedStrategy(ModelParallelStrategy):
         self.replicate_size = replicate_size
         self.cpu_offload = cpu_offload
         self.reshard_after_forward = reshard_after_forward
+        self.context_parallel = context_parallel
         self.mesh: DeviceMesh | None = None
+        self.context: Context | None = None
 
     def setup_environment(self) -> None:
         """Connect the ranks."""
@@ -87,6 +93,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Arrange the ranks, which are connected: copies in rows."""
         sizes, names = (self.replicate_size, self.shard_size), ("replicate", "shard")
         self.mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+        self.context = new_context(self.context_parallel, self.mesh.size(), device_type, self.timeout)
 
     def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Divide the model's parameters, gathered block by block when it runs."""
@@ -186,10 +193,20 @@ class ReplicatedStrategy(DDPStrategy):
     Args:
         timeout_minutes: Minutes that ranks wait for one that is late, at the start as well; then they end. The first
             rank writes checkpoints, and may take that long for one.
+        context_parallel: Number of ranks that share each sample, each with its part of the tokens, for pictures whose
+            activations one device does not hold. It divides the number of ranks, the attention heads and the tokens.
     """
 
-    def __init__(self, timeout_minutes: PositiveFloat = TIMEOUT_MINUTES) -> None:
-        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+    def __init__(self, timeout_minutes: PositiveFloat = TIMEOUT_MINUTES, context_parallel: PositiveInt = 1) -> None:
+        self.patience = timedelta(minutes=timeout_minutes)
+        super().__init__(timeout=self.patience)
+        self.context_parallel = context_parallel
+        self.context: Context | None = None
+
+    def setup_environment(self) -> None:
+        """Connect the ranks."""
+        super().setup_environment()
+        self.context = new_context(self.context_parallel, self.world_size, self.root_device.type, self.patience)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None

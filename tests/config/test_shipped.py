@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from srpo_lightning.config.arguments import read_config
 from srpo_lightning.config.shipped import ASSETS, RECIPES, recipes, with_builtin, with_recipes
 from tests.processes import LIMIT_S
 
@@ -23,6 +24,19 @@ FEW = {
     "data.num_eval_prompts": 2,
     "data.eval_samples_per_prompt": 1,
 }
+
+
+def test_a_class_in_a_mapping_of_classes_is_given_what_comes_with_the_package(tmp_path):
+    settings = yaml.safe_load((RECIPES / "emoji_demo.yaml").read_text())
+    (tracking,) = [own for own in settings["trainer"]["callbacks"] if own["class_path"].endswith("RewardTracking")]
+    tracking["init_args"]["metrics"] = {
+        "second": {"class_path": "srpo_lightning.rewards.ClipReward", "init_args": {"pretrained": "builtin:emoji-clip"}}
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    read = read_config(str(tmp_path / "run.yaml"))
+    (tracking,) = [own for own in read.trainer.callbacks if own.class_path.endswith("RewardTracking")]
+    assert tracking.init_args.metrics["second"].init_args.pretrained == str(ASSETS / "emoji-clip")
+    assert tracking.init_args.judge.init_args.pretrained == str(ASSETS / "emoji-judge")
 
 
 def test_recipes_are_named_by_their_files():

@@ -23,10 +23,13 @@ from srpo_lightning.jobs.estimate.prediction import fake_conditions, predict, qu
 from srpo_lightning.jobs.estimate.step import (
     BACKWARD,
     BATCH,
+    DECODE,
     EVALUATION,
+    FORWARD,
     FROZEN,
     GRADIENTS,
     JUDGES,
+    REWARD,
     STATES,
     STEP,
     TRAINED,
@@ -166,6 +169,27 @@ def test_sharding_divides_what_is_trained_and_leaves_activations_alone(small):
     assert parts[FROZEN] == whole[FROZEN] > 0
     for label in trained:
         assert parts[label] == pytest.approx(whole[label] / 4, rel=0.1)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_ranks_that_share_samples_halve_what_the_transformer_keeps_and_nothing_else(capsys, small, is_sharded):
+    name, own = ("ShardedStrategy", {"shard_size": 4}) if is_sharded else ("ReplicatedStrategy", {})
+    config = json.loads(small.read_text())
+    config["trainer"]["devices"] = 4
+    found = []
+    for degree in (1, 2):
+        config["trainer"]["strategy"] = {
+            "class_path": f"srpo_lightning.training.strategies.{name}",
+            "init_args": {"context_parallel": degree} | own,
+        }
+        small.write_text(json.dumps(config))
+        found.append(predicted(changed(small)).peaks)
+    one, two = (peaks[REWARD].parts for peaks in found)
+    assert two[FORWARD] == pytest.approx(one[FORWARD] / 2, rel=0.1)
+    assert two[DECODE] == one[DECODE] > 0
+    assert two[TRAINED] == one[TRAINED] > 0
+    main(["estimate", "--config", str(small), "--options", "never"])
+    assert "tokens divided by 2; architecture" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

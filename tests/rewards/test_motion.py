@@ -6,7 +6,6 @@ import torch
 from srpo_lightning.rewards import Motion, Reward, Term, WeightedReward
 from srpo_lightning.rewards.base import seen_by
 
-
 TEXTS = ["a cat", "b"]
 
 

@@ -15,7 +15,13 @@ def num_devices(trainer: Namespace) -> int:
     """How many there are in all."""
     if is_sharded(trainer):
         return int(trainer.strategy.init_args.shard_size * trainer.strategy.init_args.replicate_size)
-    return int(trainer.num_nodes) * devices_per_node(trainer)
+    return max(int(trainer.num_nodes) * devices_per_node(trainer), num_sharing_samples(trainer))
+
+
+def num_sharing_samples(trainer: Namespace) -> int:
+    """How many of them share each sample, and divide its tokens."""
+    strategy = trainer.strategy
+    return int(strategy.init_args.get("context_parallel", 1)) if isinstance(strategy, Namespace) else 1
 
 
 def devices_per_node(trainer: Namespace) -> int:

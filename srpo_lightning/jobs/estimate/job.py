@@ -15,7 +15,7 @@ from jsonargparse.typing import PositiveInt
 from srpo_lightning.callbacks.ema import EMA
 from srpo_lightning.config.arguments import choose_strategy, read_config, sharded
 from srpo_lightning.config.classes import of_class
-from srpo_lightning.jobs.estimate.devices import devices_per_node, is_sharded, num_devices
+from srpo_lightning.jobs.estimate.devices import devices_per_node, is_sharded, num_devices, num_sharing_samples
 from srpo_lightning.jobs.estimate.host import INTERPRETER, host_peak, machine_memory
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
@@ -170,12 +170,13 @@ def use_devices(config: Namespace, devices: int) -> None:
 def report(config: Namespace, tracker: MemoryTracker, published: list[str]) -> str:
     """The split at the peak, and the peak of each phase."""
     highest = tracker.peaks[tracker.peak_phase]
-    policy = config.model.policy.init_args
+    policy, divided = config.model.policy.init_args, num_sharing_samples(config.trainer)
     source = f"{', '.join(published)} as published" if published else "the models' config.json"
     head = (
         f"{config.trainer.precision}, {policy.get('height')} x {policy.get('width')} px, batch_size "
         f"{config.data.batch_size}, devices: {num_devices(config.trainer)}"
-        f"{', sharded' if is_sharded(config.trainer) else ''}; architecture: {source}"
+        f"{', sharded' if is_sharded(config.trainer) else ''}"
+        f"{f', tokens divided by {divided}' if divided > 1 else ''}; architecture: {source}"
     )
     parts = sorted(highest.parts.items(), key=lambda part: (part[0] not in LASTING, -part[1]))
     rows = [

@@ -3,8 +3,8 @@
 The module's own rollout, loss and optimizer run on fake tensors, which have shapes and no numbers, while every live
 byte is counted (memory.py), in the order of calls in which Lightning makes them (step.py). Models are built from their
 config.json; no weights are read, but those of rewards that do without `from_pretrained`. Sharded, FSDP2 itself runs on
-fake tensors, in a process group that pretends to have so many ranks. Optimizers and layers of compiled libraries have
-stand-ins.
+fake tensors, in a process group that pretends to have so many ranks, and so does what divides tokens. Optimizers and
+layers of compiled libraries have stand-ins.
 
 Not counted: what compiled blocks and attention kernels other than torch's own keep; kernels' workspaces, the
 allocator's fragmentation, the CUDA context and NCCL's buffers; features of an evaluation's texts; text encoders, which
@@ -40,7 +40,7 @@ from srpo_lightning.config.classes import of_class
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.files import pretrained as reading
 from srpo_lightning.files.pretrained import load_whole
-from srpo_lightning.jobs.estimate.devices import is_sharded
+from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices, num_sharing_samples
 from srpo_lightning.jobs.estimate.host import reading_bytes
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.stand_ins import EightBitStates, keep_in_4_bits
@@ -49,6 +49,7 @@ from srpo_lightning.policies import adapters, flow_policy, loading
 from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.training import nf4
+from srpo_lightning.training.context import Context, new_context
 from srpo_lightning.training.optimizers import is_eight_bit
 from srpo_lightning.training.strategies import ShardedStrategy
 
@@ -144,11 +145,14 @@ def predict(config: Namespace, target: Literal["cuda", "cpu"] = "cuda") -> Memor
     with ExitStack() as stack:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         strategy = stack.enter_context(sharded(config.trainer)) if is_sharded(config.trainer) else None
+        context = strategy.context if strategy else stack.enter_context(sharing_samples(config.trainer))
         judges = judges_of(config.trainer)
         with without_weights():
             for judge in judges:
                 judge.load()
             module.policy.load(None if strategy is None else in_mode(mode, strategy.shard))
+            if context is not None:
+                module.policy.divide(context)
             module.reward.load()
             tracker.reading_bytes = reading_bytes(module)
         stack.enter_context(mode)
@@ -188,10 +192,29 @@ def sharded(trainer: Namespace) -> Iterator[ShardedStrategy]:
     strategy.parallel_devices = [torch.device("cpu")] * size
     if trainer.precision == "bf16-mixed":
         strategy.precision_plugin = MixedPrecision("bf16-mixed", "cpu")
-    init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
+    with fake_ranks(size):
         strategy.make_mesh("cpu")
         yield strategy
+
+
+@contextmanager
+def sharing_samples(trainer: Namespace) -> Iterator[Context | None]:
+    """The first of the ranks that share samples, each with all weights; None where each has samples of its own."""
+    degree = num_sharing_samples(trainer)
+    if degree == 1:
+        yield None
+        return
+    size = num_devices(trainer)
+    with fake_ranks(size):
+        yield new_context(degree, size, "cpu")
+
+
+@contextmanager
+def fake_ranks(size: int) -> Iterator[None]:
+    """The first of so many ranks, of which there are no others."""
+    init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
     finally:
         destroy_process_group()
 

@@ -111,7 +111,7 @@ def evaluate(
             latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
             images = module.policy.decode(latents[: conditions.batch_size])  # a group has more
         for judge in judges:
-            evaluated_by(judge, images.float(), module.policy.shown_frames, judge.under(conditions.prompts))
+            evaluated_by(judge, images.float(), range(module.policy.num_frames), judge.under(conditions.prompts))
 
 
 def new_optimizer(module: SRPOModule, parameters: list[torch.nn.Parameter], *, on_cuda: bool) -> Optimizer:
@@ -171,31 +171,21 @@ def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, trac
 @contextmanager
 def phases(module: SRPOModule, tracker: Phased) -> Iterator[None]:
     """Tell the tracker when images are decoded and scored, and when their gradients are."""
-    decode, frames, score = module.policy.decode, module.policy.rewarded_pictures, module.reward.contrast
+    decode, score = module.policy.rewarded_pictures, module.reward.contrast
 
-    def tracked_decode(*args: Any) -> Tensor:
+    def tracked_decode(*args: Any) -> list[Tensor]:
         tracker.phase = DECODE
-        images = decode(*args)
-        when_its_gradient_comes([images], DECODE)
-        return images
-
-    def tracked_frames(*args: Any) -> list[Tensor]:
-        tracker.phase = DECODE
-        pictures = frames(*args)
-        when_its_gradient_comes(pictures, DECODE)
+        pictures = decode(*args)
+        for images in (own for own in pictures if own.requires_grad):
+            images.register_hook(lambda _: setattr(tracker, "phase", DECODE))
         return pictures
-
-    def when_its_gradient_comes(pictures: list[Tensor], phase: str) -> None:
-        for images in pictures:
-            if images.requires_grad:
-                images.register_hook(lambda _: setattr(tracker, "phase", phase))
 
     def tracked_score(*args: Any) -> Tensor:
         tracker.phase = REWARD
         return score(*args)
 
     with (
-        patch.dict(vars(module.policy), {"decode": tracked_decode, "rewarded_pictures": tracked_frames}),
+        patch.dict(vars(module.policy), {"rewarded_pictures": tracked_decode}),
         patch.dict(vars(module.reward), {"contrast": tracked_score}),
     ):
         yield
