@@ -115,11 +115,12 @@ class VideoAlignReward(Qwen2VLReward):
         motion_quality: Factor of how stable, natural and large motion is.
         text_alignment: Factor of how well the clip matches its text.
         frame_rate: Frames per second of the clips that are scored; as many of them are read as the original reads, 2
-            per second and at least 4. null reads every frame, for a policy that chooses frames itself.
+            per second and at least 4. null reads every frame, for a policy that chooses frames itself. A judge or
+            metric gets whole clips and needs it.
         dtype: Precision of the weights, 4.4 GB in bfloat16; the head's are float32 either way.
         gradient_checkpointing: Whether the backward pass computes each layer again, instead of storing it.
-        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits, on the CPU while
-            loading: 2.5 GB in all, and not quite the published scores. It needs the extra `quant`.
+        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits while loading, on a
+            GPU where there is one: 2.5 GB in all, and not quite the published scores. It needs the extra `quant`.
     """
 
     word_lists = PUBLISHED
