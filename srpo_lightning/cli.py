@@ -28,6 +28,7 @@ JOBS = {
     "estimate": "srpo_lightning.jobs.estimate.job",
     "export": "srpo_lightning.jobs.export.job",
     "init": "srpo_lightning.jobs.init.job",
+    "rate": "srpo_lightning.jobs.rate.job",
     "recipes": "srpo_lightning.jobs.recipes",
     "report": "srpo_lightning.jobs.report",
     "reward-bias": "srpo_lightning.jobs.reward_bias",
