@@ -2,6 +2,6 @@
 
 from srpo_lightning.files.quiet import quiet
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 quiet()

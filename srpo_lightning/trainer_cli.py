@@ -24,6 +24,7 @@ from srpo_lightning.config.arguments import Parser, add_project_arguments, choos
 from srpo_lightning.config.effects import check_effects, check_single
 from srpo_lightning.config.loggers import forget_own, go_on_in_the_same
 from srpo_lightning.config.loops import check_loops
+from srpo_lightning.config.shipped import by_name, recipe_name
 from srpo_lightning.data import PromptData
 from srpo_lightning.errors import naming
 from srpo_lightning.files.checkpoints import AtomicCheckpointIO, check_whole, complete_or_absent
@@ -108,8 +109,10 @@ class SRPOCLI(LightningCLI):
         if config.trainer.enable_model_summary is None:
             kwargs["enable_model_summary"] = False  # Progress says what is trained, in one line
         predictions = [Predictions(config.output)] if self.command == "predict" else []
-        settings = settings_of(config.as_dict())
-        told = RunSettings(settings, everything_of(config.as_dict()))
+        files = [recipe_name(str(file)) for file in config.get("config") or ()]
+        named = by_name(config.as_dict() | {"config": files})
+        settings = settings_of(named)
+        told = RunSettings(settings, everything_of(named))
         self.trainer_defaults["callbacks"] = [*progress, told, *predictions, Progress()]
         # Agreement comes before any that reads weights.
         kwargs["callbacks"] = [Agreement(settings, config.ckpt_path, self.refusal), *chosen]
@@ -202,10 +205,10 @@ class SaveConfigInRunFolder(SaveConfigCallback):
 def recipe_of(files: list[str]) -> dict[str, Any]:
     """Configuration files, and all settings as they alone would have them; null where they alone are no whole one."""
     try:
-        settings = read_config(*files).as_dict() if files else None
+        settings = by_name(read_config(*files).as_dict()) if files else None
     except ValueError:
         settings = None
-    return {"files": files, "settings": settings}
+    return {"files": [recipe_name(file) for file in files], "settings": settings}
 
 
 def with_atomic_checkpoints(plugins: Any) -> list[Any]:

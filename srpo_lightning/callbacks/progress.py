@@ -160,9 +160,9 @@ def describe(trainer: Trainer, module: SRPOModule) -> str:
     degree = context_degree(trainer.strategy)
     shared = f", {degree} ranks per sample" if degree > 1 else ""
     steps = trainer.max_steps if trainer.max_steps > 0 else "no limit of"
+    how = f"{type(trainer.strategy).__name__}, {trainer.precision}{shared}"
     return (
-        f"{type(module.objective).__name__} on {trainer.world_size} x {device.type} "
-        f"({type(trainer.strategy).__name__}, {trainer.precision}{shared}): trains {trained:,} parameters of "
-        f"{of_policy:,} in {type(module.policy).__name__}; {steps} steps of {samples} samples; "
+        f"{type(module.objective).__name__} on {trainer.world_size} x {device.type} ({how}): trains {trained:,} "
+        f"parameters of {of_policy:,} in {type(module.policy).__name__}; {steps} steps of {samples} samples; "
         f"{trainer.default_root_dir}"
     )
