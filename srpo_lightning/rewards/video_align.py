@@ -190,7 +190,8 @@ class VideoAlignReward(Qwen2VLReward):
         missing = -clips.shape[2] % config.temporal_patch_size
         clips = torch.cat([clips, clips[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         side = config.patch_size * config.spatial_merge_size
-        size = smart_resize(*clips.shape[-2:], side, MIN_PIXELS, data["max_frame_pixels"])
+        height, width = clips.shape[-2:]
+        size = smart_resize(height, width, side, MIN_PIXELS, data["max_frame_pixels"])
         frames = clips.transpose(1, 2).flatten(0, 1)
         refuse_out_of_range(frames)
         # Overshoot is cut off once, as torchvision does with tensors; PIL does it after each axis.
