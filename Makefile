@@ -22,7 +22,8 @@ originals: venv $(ORIGINALS:tests/parity/originals/%.txt=.originals/%/installed)
 	touch $@
 
 demo: venv ## training of the built-in model: numbers and pictures before and after, in minutes
-	rm -rf runs/emoji_demo
+	@if [ -e runs/emoji_demo ]; then n=1; while [ -e runs/emoji_demo_$$n ]; do n=$$((n + 1)); done; \
+		mv runs/emoji_demo runs/emoji_demo_$$n && echo "the earlier run is runs/emoji_demo_$$n now"; fi
 	$(RUN) -m srpo_lightning fit --config configs/emoji_demo.yaml
 
 test: originals ## run the whole test suite

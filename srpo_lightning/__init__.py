@@ -1,3 +1,3 @@
 """SRPO for flow-matching text-to-image models, on PyTorch Lightning. Importing this imports no torch."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

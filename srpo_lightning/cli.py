@@ -27,6 +27,8 @@ JOBS = {
     "downloads": "srpo_lightning.jobs.downloads",
     "estimate": "srpo_lightning.jobs.estimate.job",
     "export": "srpo_lightning.jobs.export.job",
+    "init": "srpo_lightning.jobs.init.job",
+    "recipes": "srpo_lightning.jobs.recipes",
     "report": "srpo_lightning.jobs.report",
     "reward-bias": "srpo_lightning.jobs.reward_bias",
     "stand-in": "srpo_lightning.jobs.stand_in",
@@ -42,8 +44,11 @@ GONE = {"benchmark": "python -m experiments.objectives"}
 SEVERAL = "Configuration file that `fit` would get. Given again, it changes what the one before it says."
 """Help of `--config` of a command that reads a run's."""
 
-RUNS = "Folder of a run, which `fit` was given as trainer.default_root_dir."
-"""Help of what a command about runs is given without an option."""
+PLAIN = {
+    "runs": ("+", "RUN", "Folder of a run, which `fit` was given as trainer.default_root_dir."),
+    "recipe": ("?", "RECIPE", "Name of a recipe whose file is printed; without one all are listed."),
+}
+"""Arguments that are given without an option: how many, their name and their help."""
 
 QUIET = (
     "Found .* in eval mode",  # frozen parts stay in evaluation mode on purpose
@@ -172,9 +177,11 @@ def job_parser(job: Callable[..., None], name: str) -> "Parser":
         parser.add_argument("--config", action="append", required=True, help=SEVERAL)
     elif "config" not in own:
         parser.add_argument("--config", action=ActionConfigFile, help="File with the arguments below.")
-    if "runs" in own:
-        parser.add_argument("runs", nargs="+", type=str, metavar="RUN", help=RUNS)
-    skip: set[str | int] = {"config"} if takes_several else {"runs"} if "runs" in own else set()
+    skip: set[str | int] = {"config"} if takes_several else set()
+    for argument in [name for name in PLAIN if name in own]:
+        number, metavar, text = PLAIN[argument]
+        parser.add_argument(argument, nargs=number, type=str, metavar=metavar, help=text)
+        skip.add(argument)
     parser.add_function_arguments(job, as_positional=False, skip=skip, sub_configs=True)
     return parser
 

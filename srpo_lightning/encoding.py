@@ -67,7 +67,7 @@ class ImageEncoder(Protocol):
     device: str | torch.device
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] to clean latents [B, *latent], float32 on the CPU."""
+        """Pictures [B, 3, H, W] in [0, 1], or clips, to clean latents [B, *latent], float32 on the CPU."""
 
     def description(self) -> dict[str, str | int]:
         """What latents depend on, for people to read, and a `fingerprint` of all of it."""
@@ -84,9 +84,11 @@ class Encoder(NamedTuple):
         images: makes the encoder of pictures; None: the policy trains on no real pictures.
         size: pixels of a picture that asks for no size of its own.
         cell: pixels that the sides of every picture are a multiple of.
+        num_frames: frames of a clip; real pictures are clips where they are more than one.
     """
 
     text: TextEncoder
     images: Callable[[], ImageEncoder] | None
     size: Size
     cell: int
+    num_frames: int = 1

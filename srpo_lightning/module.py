@@ -77,6 +77,7 @@ class SRPOModule(LightningModule):
         super().__init__()
         objective.check_reward(reward)
         objective.check_policy(policy)
+        reward.check_frames(len(policy.shown_frames))
         objective.check_updates(updates_per_rollout)
         check_clipping(clip_norm_per_parameter, in_backward=optimizer_in_backward)
         self.policy = policy

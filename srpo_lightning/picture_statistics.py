@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 LUMA = (0.2126, 0.7152, 0.0722)
 """Weights of red, green and blue. Source: ITU-R BT.709."""
@@ -41,6 +42,19 @@ def high_frequency(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
 def motion(clips: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, " B"]:
     """Mean absolute change of a clip's values in [0, 1] from one frame to the next; 0 where it stands still."""
     return clips.diff(dim=2).abs().mean((1, 2, 3, 4))
+
+
+def change_of_shapes(clips: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, " B"]:
+    """Mean absolute change of a clip's values from one frame to the next, apart from each frame's mean colour.
+
+    Light that flickers over the whole picture changes nothing but its mean colour.
+    """
+    return motion(clips - clips.mean((-2, -1), keepdim=True))
+
+
+def consistency(features: Float[Tensor, "F B E"]) -> Float[Tensor, " B"]:
+    """Mean cosine between the features of neighbouring frames; 1 where all frames are alike."""
+    return functional.cosine_similarity(features[1:].float(), features[:-1].float(), dim=-1).mean(0)
 
 
 def flicker(clips: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, " B"]:
@@ -95,6 +109,13 @@ def evenly(number: int, num_frames: int) -> list[int]:
     if number == 1:
         return [num_frames // 2]
     return [round(place * (num_frames - 1) / (number - 1)) for place in range(number)]
+
+
+def mean_over_frames(images: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is measured of images [B, 3, H, W]; of clips [B, 3, F, H, W] the mean over all frames."""
+    if images.ndim == 4:
+        return measure(images)
+    return torch.stack([measure(frame) for frame in images.unbind(2)]).mean(0)
 
 
 def over_frames(images: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:

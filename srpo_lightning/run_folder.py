@@ -22,6 +22,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def beside(strip: Path) -> Path:
+    """The path of a clip whose strip of frames lies at another."""
+    return strip.with_suffix(".webp")
+
+
 class PictureFolder:
     """A folder of pictures by step, weights and index, with the records of all of them in one file.
 
@@ -40,6 +45,10 @@ class PictureFolder:
     def picture(self, step: int, weights: str, index: int) -> Path:
         """The picture of evaluation sample `index`, drawn by `weights` after `step` optimizer steps."""
         return self.path / self.name(step, weights, index)
+
+    def clip(self, step: int, weights: str, index: int) -> Path:
+        """The same sample moving, beside its strip of frames, where it is a clip."""
+        return beside(self.picture(step, weights, index))
 
     @property
     def metadata(self) -> Path:
@@ -290,6 +299,11 @@ class RunFolder:
     def sheet(self) -> Path:
         """The pictures of base, policy and ema when training ends."""
         return self.path / "before_after.png"
+
+    @property
+    def moving_sheet(self) -> Path:
+        """The same of clips, moving."""
+        return beside(self.sheet)
 
     def comparison(self, step: int) -> Path:
         """The comparison of all weights after `step` optimizer steps, without the suffix of its two files."""

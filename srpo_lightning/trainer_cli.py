@@ -22,8 +22,9 @@ from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.settings import RunSettings, everything_of, settings_of
 from srpo_lightning.config.arguments import Parser, add_project_arguments, choose_strategy, read_config
 from srpo_lightning.config.effects import check_effects, check_single
-from srpo_lightning.config.loggers import go_on_in_the_same
+from srpo_lightning.config.loggers import forget_own, go_on_in_the_same
 from srpo_lightning.config.loops import check_loops
+from srpo_lightning.config.shipped import by_name, recipe_name
 from srpo_lightning.data import PromptData
 from srpo_lightning.errors import naming
 from srpo_lightning.files.checkpoints import AtomicCheckpointIO, check_whole, complete_or_absent
@@ -107,8 +108,10 @@ class SRPOCLI(LightningCLI):
         # A rich progress bar prints nothing into the log of a batch job.
         progress = [] if has_choice or sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
         predictions = [Predictions(config.output)] if self.command == "predict" else []
-        settings = settings_of(config.as_dict())
-        told = RunSettings(settings, everything_of(config.as_dict()))
+        files = [recipe_name(str(file)) for file in config.get("config") or ()]
+        named = by_name(config.as_dict() | {"config": files})
+        settings = settings_of(named)
+        told = RunSettings(settings, everything_of(named))
         self.trainer_defaults["callbacks"] = [*progress, told, *predictions, Progress()]
         # Agreement comes before any that reads weights.
         kwargs["callbacks"] = [Agreement(settings, config.ckpt_path, self.refusal), *chosen]
@@ -190,7 +193,9 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         path = RunFolder.of(trainer).config(Path(self.config.ckpt_path) if self.config.ckpt_path else None)
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming("this configuration cannot be written down"), complete_or_absent(path) as partial:
-            self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
+            config = self.config.clone()
+            forget_own(config.trainer.logger, RunFolder.of(trainer).wandb_id)
+            self.parser.save(config, str(partial), skip_none=False, overwrite=True, multifile=False)
         recipe = recipe_of([str(file) for file in self.config.get("config") or ()])
         with complete_or_absent(RunFolder.of(trainer).recipe) as partial:
             partial.write_text(json.dumps(recipe, default=str), encoding="utf-8")
@@ -199,10 +204,10 @@ class SaveConfigInRunFolder(SaveConfigCallback):
 def recipe_of(files: list[str]) -> dict[str, Any]:
     """Configuration files, and all settings as they alone would have them; null where they alone are no whole one."""
     try:
-        settings = read_config(*files).as_dict() if files else None
+        settings = by_name(read_config(*files).as_dict()) if files else None
     except ValueError:
         settings = None
-    return {"files": files, "settings": settings}
+    return {"files": [recipe_name(file) for file in files], "settings": settings}
 
 
 def with_atomic_checkpoints(plugins: Any) -> list[Any]:

@@ -238,6 +238,7 @@ def config(models: Models, run: Path, cache: Path) -> dict[str, Any]:
     labels = {"judge": judge, "labels": ["x", "z"], "candidates": [str(models.evaluation)], "top_k": 1}
     return {
         "seed_everything": 3,
+        "default_callbacks": False,  # what is tested is named
         "model": {
             "policy": {"class_path": "srpo_lightning.policies.FluxPolicy", "init_args": policy},
             "reward": clip,

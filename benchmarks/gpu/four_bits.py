@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bare_step import synchronize
 from benchmarks.gpu.passes import seconds_of, times_of_passes
 from benchmarks.gpu.recipes import new_conditions, new_module, settings_of
 from benchmarks.gpu.scale import Scale, free_cached, memory_of
 from benchmarks.optimizers import distance
-from benchmarks.step import synchronize
 from srpo_lightning.jobs.estimate.job import POLICY
 from srpo_lightning.training.nf4 import keep_in_4_bits
 

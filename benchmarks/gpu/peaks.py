@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves  # torch has no public name for it
 
+from benchmarks.bare_step import synchronize
 from benchmarks.gpu.isolated import CONTEXT, first_line
 from benchmarks.gpu.recipes import new_module, new_step, settings_of
 from benchmarks.gpu.scale import Peaks, Scale, memory_of
-from benchmarks.step import synchronize
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
 from srpo_lightning.jobs.estimate.step import phases
 

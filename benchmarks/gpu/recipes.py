@@ -9,14 +9,15 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from benchmarks.bare_step import BareStep, load, on_device
 from benchmarks.gpu.scale import Scale
 from benchmarks.memory import changed
-from benchmarks.step import BareStep, load, on_device
 from srpo_lightning.batch import Conditions
 from srpo_lightning.flow import inject
 from srpo_lightning.jobs.estimate.job import POLICY, local_files
 from srpo_lightning.jobs.estimate.prediction import fake_conditions
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.policies.parallel import choose_attention
 from srpo_lightning.training.optimizers import is_eight_bit
 
 LORA, QLORA, ALL = (f"configs/flux_srpo_{name}.yaml" for name in ("lora", "qlora", "1gpu"))
@@ -101,16 +102,13 @@ def new_module(config: Namespace, scale: Scale) -> SRPOModule:
 
 @contextmanager
 def attention_kernel(module: SRPOModule, name: str) -> Iterator[None]:
-    """Attention by a kernel of diffusers, then by torch's choice again.
-
-    Where a model has none set, diffusers takes the one that was last set on any model of the process.
-    """
+    """Attention by a kernel of diffusers, then by torch's choice again."""
     policy: Any = module.policy
-    policy.transformer.set_attention_backend(name)
+    choose_attention(policy.transformer, name)
     try:
         yield
     finally:
-        policy.transformer.set_attention_backend("native")
+        choose_attention(policy.transformer, "native")
 
 
 def new_step(module: SRPOModule, config: Namespace) -> BareStep:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.bare_step import synchronize
 from benchmarks.gpu.recipes import new_module, new_step, settings_of
 from benchmarks.gpu.scale import Scale
-from benchmarks.step import PHASES, Meter, by_phase, matrix_rate, model_flops, synchronize
+from benchmarks.meter import PHASES, Meter, by_phase, matrix_rate, model_flops
 from srpo_lightning.jobs.estimate.job import POLICY
 from srpo_lightning.jobs.estimate.step import phases
 from srpo_lightning.training.timing import now, seconds_between

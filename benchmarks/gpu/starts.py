@@ -10,9 +10,9 @@ import torch
 from isal import isal_zlib
 from torch import Tensor
 
+from benchmarks.bare_step import synchronize
 from benchmarks.gpu.scale import Scale, free_cached
 from benchmarks.gpu.stand_ins import flux_stand_in
-from benchmarks.step import synchronize
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import Lora
 

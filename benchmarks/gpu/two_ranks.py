@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from benchmarks.bare_step import load
 from benchmarks.gpu.correctness import FLOAT32, Way, configuration
 from benchmarks.gpu.isolated import CONTEXT, first_line
 from benchmarks.gpu.one_step import Step, accumulate, differences, finish_step
 from benchmarks.gpu.recipes import new_conditions
 from benchmarks.gpu.scale import Scale, compare_in_float32
 from benchmarks.gpu.stand_ins import flux_stand_in
-from benchmarks.step import load
 from srpo_lightning.config.arguments import new_module
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.training.strategies import ShardedStrategy

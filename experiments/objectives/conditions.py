@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.objectives.claims import at_end
 from experiments.objectives.plan import Condition
-from experiments.objectives.results import Results, difference, last_of, with_half
+from experiments.objectives.results import Results, concept_of, difference, last_of, with_half
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import markdown_table
 
@@ -33,7 +33,7 @@ def write_conditions(
         folder: Folder of the report.
     """
     found = {name: rows for name, rows in results.items() if rows}
-    columns = ["judge", f"share/{label}", concept_of(found), *OF_A_STRENGTH]
+    columns = ["judge", f"share/{label}", concept_of(next(iter(found.values()))) or "prompt", *OF_A_STRENGTH]
     parts = [f"{name} at the end:\n\n{table(found, name)}" for name in columns]
     parts += [
         f"{own}, less each row, on the judge (above 0: it is better); the strength at which the lines cross:\n\n"
@@ -45,12 +45,6 @@ def write_conditions(
     with complete_or_absent(folder / "conditions.md") as partial:
         partial.write_text(text, encoding="utf-8")
     return text + draw(conditions, found, columns, folder / "conditions.png")
-
-
-def concept_of(results: Mapping[str, Results]) -> str:
-    """The name of the number that says how often the concept is found."""
-    numbers = next(iter(results.values()))["base"][0].last
-    return next((name for name in numbers if name.startswith("top")), "prompt")
 
 
 def rows_of(results: Mapping[str, Results]) -> list[str]:

@@ -84,6 +84,8 @@ def benchmark(
         raise ValueError(f"nothing in {plan.folder} to report on: leave --report_only out")
     for name, own in plans.items():
         if results[name]:
+            if "base" not in results[name]:
+                print(f"{own.folder} has no row of the weights before training: they are not measured here")
             held = claims(results[name], labels) if check_claims else []
             report = Report(results[name], sweeps[name], label, target, held)
             print(write(report, own.folder))

@@ -19,6 +19,7 @@ from srpo_lightning.objectives import Objective
 
 COUNTED_STEPS = 100
 CONFIG = "run.yaml"
+NAMED_ALONE = {"default_callbacks": False}
 
 
 class Settings:
@@ -92,6 +93,7 @@ class Run(NamedTuple):
         forwards: Number of the policy's forward passes per step, over all samples (counted by forwards.py).
         settings: Settings of `fit`.
         base: Evaluation of the weights before training; None for itself.
+        former_keys: Keys that earlier versions gave the same run, by which an archive may know it.
     """
 
     row: str
@@ -103,12 +105,12 @@ class Run(NamedTuple):
     forwards: float
     settings: dict[str, Any]
     base: "Run | None" = None
+    former_keys: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
-        """A hash of all settings, wherever the run lies."""
-        settings = merged(self.settings, {"trainer": {"default_root_dir": None}})
-        return hashlib.sha256(json.dumps([self.steps, settings], sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of all settings, wherever the run lies; the weights before training are measured without objective."""
+        return key_of(self.steps, self.settings if self.steps else with_objective(self.settings, {}))
 
 
 class Plan(NamedTuple):
@@ -171,11 +173,26 @@ class Plan(NamedTuple):
         return [] if own.learning_rate_of else sorted(own.learning_rates or self.learning_rates)
 
     def base(self, seed: int) -> Run:
-        """The evaluation of the weights before training, which is the same for all rows."""
+        """The evaluation of the weights before training, which is the same for all rows.
+
+        `validate` asks for an objective; earlier versions had that of the first row in the key, whichever that was.
+        """
         folder = self.folder / "base" / f"seed-{seed}"
         settings = merged(self.fit, {"seed_everything": seed, "trainer": {"default_root_dir": str(folder)}})
-        settings["model"]["objective"] = deepcopy(next(iter(self.rows.values())).objective.values)
-        return Run("base", 1.0, seed, folder, 0, 0, 0.0, settings)
+        with_each = [with_objective(settings, row.objective.values) for row in self.rows.values()]
+        former_keys = tuple(key_of(0, own) for own in with_each)
+        return Run("base", 1.0, seed, folder, 0, 0, 0.0, with_each[0], former_keys=former_keys)
+
+
+def key_of(steps: int, settings: Mapping[str, Any]) -> str:
+    """A hash of settings but for the folder."""
+    own = merged(settings, {"trainer": {"default_root_dir": None}})
+    return hashlib.sha256(json.dumps([steps, own], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_objective(settings: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with another objective in the place of theirs."""
+    return {**settings, "model": {**settings["model"], "objective": deepcopy(dict(objective))}}
 
 
 def rates_to_try(rates: Sequence[float], judged: Mapping[float, float], start: float | None = None) -> list[float]:
@@ -183,12 +200,13 @@ def rates_to_try(rates: Sequence[float], judged: Mapping[float, float], start: f
 
     Args:
         rates: Learning rates to choose from, lowest first.
-        judged: Score of each that was tried.
+        judged: Score of each that was tried; those that are no longer to choose from count for nothing.
         start: Learning rate that the search begins at, with both beside it; None: the middle one.
     """
     if not rates:
         return []
-    best = max(judged, key=judged.__getitem__) if judged else start if start in rates else rates[len(rates) // 2]
+    known = [rate for rate in rates if rate in judged]
+    best = max(known, key=judged.__getitem__) if known else start if start in rates else rates[len(rates) // 2]
     place = rates.index(best)
     return [rate for rate in rates[max(place - 1, 0) : place + 2] if rate not in judged]
 
@@ -237,11 +255,15 @@ def file_name(row: str) -> str:
 def write_config(run: Run) -> Path:
     """The configuration of a run in its folder; what is there must be the same.
 
+    Callbacks are those that it names alone, so that all rows do the same beside their steps.
+
     Raises:
         ValueError: if the folder holds a run with other settings.
     """
-    path, text = run.folder / CONFIG, yaml.safe_dump(run.settings, sort_keys=False)
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    path, text = run.folder / CONFIG, yaml.safe_dump({**run.settings, **NAMED_ALONE}, sort_keys=False)
+    there = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else run.settings
+    there = {name: value for name, value in there.items() if name not in NAMED_ALONE}
+    if run._replace(settings=there).key != run.key:
         raise ValueError(
             f"{run.folder} was run with other settings: delete it, or name another --folder, to run {run.row!r} again"
         )

@@ -61,14 +61,18 @@ class Runner:
             ValueError: if weights before training cannot be evaluated.
         """
         runs = list(runs)
-        for run in runs:
+        bases = {run.base.folder: run.base for run in runs if run.base is not None}
+        for run in (*bases.values(), *runs):
             if run not in self.archive and is_done(run):  # by an earlier version, or killed before it was kept
                 write_config(run)
                 self.finish(run)
         waiting = [run for run in runs if run not in self.archive]
-        bases = {run.base.folder: run.base for run in waiting if run.base is not None}
-        self.carry_out([base for base in bases.values() if not is_done(base)])
-        if self.failed and not all(map(is_done, bases.values())):
+        tables = {run.base.folder for run in waiting if run.base is not None}  # which these begin with
+        missing = [
+            own for own in bases.values() if own not in self.archive or (own.folder in tables and not is_done(own))
+        ]
+        self.carry_out(list(missing))
+        if not all(map(is_done, missing)):
             raise ValueError("the weights before training could not be evaluated: see the log above")
         self.carry_out(waiting)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.objectives.claims import Claim
-from experiments.objectives.results import Curve, Results, last_of, mean_over_seeds, with_half
+from experiments.objectives.results import Curve, Results, concept_of, last_of, mean_over_seeds, with_half
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import Markdown, escaped, markdown_table
 from srpo_lightning.files.provenance import software
@@ -38,7 +38,7 @@ def columns(report: Report) -> dict[str, Callable[[Sequence[Curve]], str]]:
         "training reward": "reward",
         "held-out judge": "judge",
         f"share of {report.label}": f"share/{report.label}",
-        "concept top-5": next((name for name in report.results["base"][0].last if name.startswith("top")), "top5"),
+        "concept top-5": concept_of(report.results) or "top5",
         "diversity": "diversity",
         "within a prompt": "prompt_diversity",
         "drift": "drift",

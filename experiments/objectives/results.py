@@ -103,7 +103,10 @@ class Archive:
 
     def __contains__(self, run: Run) -> bool:
         """Whether a run with all of these settings is done."""
-        return run.key in self._lines
+        return self._line(run) is not None
+
+    def _line(self, run: Run) -> records.Record | None:
+        return next((self._lines[key] for key in (run.key, *run.former_keys) if key in self._lines), None)
 
     def add(self, run: Run) -> None:
         """Keep the curve of a run."""
@@ -127,7 +130,8 @@ class Archive:
 
     def curve(self, run: Run) -> Curve:
         """The curve of a run that is done; numbers that were not known are NaN."""
-        line = self._lines[run.key]
+        line = self._line(run)
+        assert line is not None, run
         known = [{n: math.nan if v is None else v for n, v in point.items()} for point in line["points"]]
         points = [Point(own.pop("forwards"), own.pop("seconds"), own) for own in known]
         return Curve(run, points, line["peak_bytes"])
@@ -189,3 +193,9 @@ def with_half(interval: Interval, digits: int = 3, sign: str = "") -> str:
 
 Results = Mapping[str, Sequence[Curve]]
 """The curves of each row at its chosen learning rate, one per seed; of `base` single points."""
+
+
+def concept_of(results: Results) -> str | None:
+    """The name of the number that says how often the concept is found; None where there is none."""
+    numbers = next(iter(results.values()))[0].last
+    return next((name for name in numbers if name.startswith("top")), None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from srpo_lightning.callbacks.records import Recorder
-from srpo_lightning.evaluation.comparison import BASE, HELD_OUT
+from srpo_lightning.evaluation.comparison import BASE, CONSISTENCY, HELD_OUT
 from srpo_lightning.evaluation.exchange import Evaluation, Evaluations, ReadsEvaluations
 from srpo_lightning.evaluation.metrics import Table, bootstrap_mean
 from srpo_lightning.files import records
@@ -19,8 +19,35 @@ from srpo_lightning.files.records import Record
 from srpo_lightning.run_folder import RunFolder
 
 
+class Limit(NamedTuple):
+    """How far a number of clips may go from the base's.
+
+    Args:
+        name: Name of the number.
+        factor: Factor of the base's number that is the limit; None: there is none.
+        meaning: What it means that the limit is passed.
+        is_most: Whether the limit is the most; else it is the least.
+    """
+
+    name: str
+    factor: float | None
+    meaning: str
+    is_most: bool = False
+
+    def is_passed(self, numbers: Mapping[str, float], base: Mapping[str, float]) -> bool:
+        """Whether the number is beyond the limit; never where it or the base's was not measured."""
+        if self.factor is None or self.name not in numbers or self.name not in base:
+            return False
+        limit = self.factor * base[self.name]
+        return numbers[self.name] > limit if self.is_most else numbers[self.name] < limit
+
+    def told(self, numbers: Mapping[str, float], base: Mapping[str, float]) -> str:
+        """Both numbers, in words."""
+        return f"{self.name} is {numbers[self.name]:.3g}, the base's is {base[self.name]:.3g}: {self.meaning}"
+
+
 class OverOptimizationGuard(Recorder, ReadsEvaluations):
-    """Watches held-out scores, diversity and drift at every evaluation, and acts when they say that it is enough.
+    """Watches held-out scores, diversity, drift and what moves, and acts when they say that it is enough.
 
     Needs RewardTracking, whose tables it compares: the same prompts from the same noise at every evaluation. It acts
     when one of these holds for `patience` evaluations in a row:
@@ -28,7 +55,9 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
     - the held-out score is below its best so far by more than chance (the paired difference's interval over prompts is
       below zero), while the training reward is not below what it was then: the gap between the two is growing;
     - the samples' diversity has fallen below `min_diversity` times the base's;
-    - their drift from the base (CMMD) is above `max_drift`.
+    - their drift from the base (CMMD) is above `max_drift`;
+    - of clips: motion has fallen below `min_motion` times the base's, so that they stand still; flicker has risen above
+      `max_flicker` times the base's; or consistency has fallen below `min_consistency` times the base's.
 
     What the held-out score is, RewardTracking says (`held_out`); `checkpoint.monitor: policy/held_out` keeps the best
     checkpoint, which is then found by `--ckpt_path best`. What speaks against an evaluation is appended to
@@ -40,6 +69,9 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
         patience: Evaluations in a row before the guard acts.
         min_diversity: Share of the base's diversity below which the guard acts.
         max_drift: Drift from the base (CMMD) above which the guard acts; null: not watched.
+        min_motion: Share of the base's motion below which the guard acts, of clips; 0 does not watch it.
+        max_flicker: Multiple of the base's flicker above which the guard acts, of clips; null: not watched.
+        min_consistency: Share of the base's consistency below which the guard acts, of clips; 0 does not watch it.
         learning_rate_factor: Factor by which lower_learning_rate multiplies the learning rate.
     """
 
@@ -53,12 +85,20 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
         min_diversity: ClosedUnitInterval = 0.8,
         max_drift: PositiveFloat | None = None,
         learning_rate_factor: ClosedUnitInterval = 0.3,
+        min_motion: ClosedUnitInterval = 0.5,
+        max_flicker: PositiveFloat | None = 2.0,
+        min_consistency: ClosedUnitInterval = 0.9,
     ) -> None:
         self.weights = weights
         self.action = action
         self.patience = patience
         self.min_diversity = min_diversity
         self.max_drift = max_drift
+        self.limits = (
+            Limit("motion", min_motion, "clips stand still"),
+            Limit("flicker", max_flicker, "light flickers", is_most=True),
+            Limit(CONSISTENCY, min_consistency, "things change from frame to frame"),
+        )
         self.learning_rate_factor = learning_rate_factor
         self.best: Table | None = None
         self.best_step = 0
@@ -89,7 +129,8 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
     def watch(self, trainer: Trainer, evaluations: Evaluations) -> Record | None:
         """Compare an evaluation with the best and with the base, and act; return what speaks against it."""
         found = evaluations.by_weights
-        evaluation = found.get(self.weights) or found.get("policy")
+        watched = self.weights if self.weights in found else "policy"
+        evaluation = found.get(watched)
         if evaluation is None:
             return None
         base = found.get(BASE)
@@ -97,7 +138,7 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
         self.alarms = self.alarms + 1 if reasons else 0
         if not reasons:
             return None
-        advice = {"step": evaluations.step, "weights": self.weights, "reasons": reasons, "best_step": self.best_step}
+        advice = {"step": evaluations.step, "weights": watched, "reasons": reasons, "best_step": self.best_step}
         return advice | {"action": self._act(trainer, "; ".join(reasons)) if self.alarms >= self.patience else "wait"}
 
     def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:
@@ -120,7 +161,7 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
             found.append(f"diversity is {numbers['diversity']:.3f}, the base's is {base['diversity']:.3f}")
         if self.max_drift is not None and numbers.get("drift", 0.0) > self.max_drift:
             found.append(f"drift from the base is {numbers['drift']:.4g}, more than {self.max_drift:.4g}")
-        return found
+        return found + [limit.told(numbers, base) for limit in self.limits if limit.is_passed(numbers, base)]
 
     def _act(self, trainer: Trainer, reason: str) -> str:
         cure = f"the best held-out score was at step {self.best_step}: --ckpt_path best, with checkpoint.monitor"

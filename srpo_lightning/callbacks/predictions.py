@@ -10,13 +10,20 @@ from torch import Tensor
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks.samples import gathered, record_of
 from srpo_lightning.evaluation.exchange import HasPictures
-from srpo_lightning.evaluation.pictures import as_picture, record_if_whole, write_picture
+from srpo_lightning.evaluation.pictures import (
+    as_clip,
+    as_picture,
+    clip_if_whole,
+    record_if_whole,
+    write_clip,
+    write_picture,
+)
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.fingerprint import content_of, fingerprint
 from srpo_lightning.files.records import Record
 from srpo_lightning.files.strict_json import strict_json
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.run_folder import PictureFolder, RunFolder
+from srpo_lightning.run_folder import PictureFolder, RunFolder, beside
 from srpo_lightning.training.context import data_rank
 
 DRAWN, KEPT, REDRAWN = "drawn", "kept", "drawn again"
@@ -24,6 +31,8 @@ DRAWN, KEPT, REDRAWN = "drawn", "kept", "drawn again"
 
 class Predictions(Callback, HasPictures):
     """Writes `<output>/step-*/<weights>/<index>.png`, drawn by policy and ema; `predict` adds this callback.
+
+    Of a clip this is a strip of frames, and an animated .webp lies beside it.
 
     A picture that is there is kept if it is whole and of what would be drawn. Every file records that: prompt, noise,
     size, steps, guidance, checkpoint, policy, text features and precision. Any other picture is drawn again. At the
@@ -79,6 +88,7 @@ class Predictions(Callback, HasPictures):
                 if not self.is_kept(record):
                     path = self.folder.path / record["file"]
                     self.outcomes[record["file"]] = REDRAWN if path.exists() else DRAWN
+                    write_clip(beside(path), as_clip(images[row]))
                     write_picture(path, as_picture(images[row]), record)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,17 +99,21 @@ class Predictions(Callback, HasPictures):
 
     def record(self, module: SRPOModule, weights: str, batch: Conditions, row: int) -> Record:
         """What the picture of a row of a batch is of, and all that it depends on."""
+        frames = {"num_frames": module.policy.num_frames} if module.policy.num_frames > 1 else {}
         has_own_seed = batch.seeds is not None and batch.seeds[row] is not None
         return record_of(module, weights, batch, row) | {
             "size": list(batch.size) if batch.size else None,
             "noise": "seed" if has_own_seed else "seed and index",
             "drawn_by": self.drawn_by,
+            **frames,
         }
 
     def is_kept(self, record: Record) -> bool:
         """Whether a picture is there, whole and of this record; remember it if it is."""
-        found = record_if_whole(self.folder.path / record["file"])
+        path = self.folder.path / record["file"]
+        found = record_if_whole(path)
         is_same = found is not None and all(found.get(name) == value for name, value in record.items())
+        is_same = is_same and ("num_frames" not in record or bool(clip_if_whole(beside(path))))
         if is_same:
             self.outcomes.setdefault(record["file"], KEPT)
         return is_same

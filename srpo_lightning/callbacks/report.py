@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
@@ -12,21 +13,29 @@ from PIL import Image
 
 from srpo_lightning.evaluation.comparison import BASE, compare, write_comparison
 from srpo_lightning.evaluation.exchange import Evaluations, ReadsEvaluations
-from srpo_lightning.evaluation.pictures import contact_sheet, picture_if_whole, record_if_whole
+from srpo_lightning.evaluation.pictures import (
+    clip_if_whole,
+    contact_sheet,
+    moving_sheet,
+    picture_if_whole,
+    record_if_whole,
+    write_clip,
+)
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.files.markdown import markdown_table
 from srpo_lightning.files.provenance import software
 from srpo_lightning.files.records import Record
-from srpo_lightning.report.run_page import UNREADABLE, RunPage
+from srpo_lightning.report.run_page import RunPage
 from srpo_lightning.run_folder import RunFolder
 
 
 class Report(Callback, ReadsEvaluations):
     """Writes `report.html` at every evaluation, and at the end `report.md` and `before_after.png`; prints the table.
 
-    They lie in the run folder. A page that cannot be written is warned of, and training goes on. The table compares
-    the first validation with the last one of policy and ema. The first is the base's with
-    trainer.num_sanity_val_steps -1. Needs RewardTracking for the numbers and SampleLogger for the pictures.
+    They lie in the run folder; of clips the picture is of strips, and `before_after.webp` beside it moves. A page that
+    cannot be written is warned of, and training goes on. The table compares the first validation with the last one of
+    policy and ema. The first is the base's with trainer.num_sanity_val_steps -1. Needs RewardTracking for the numbers
+    and SampleLogger for the pictures.
 
     Args:
         num_columns: Number of evaluation samples in the picture.
@@ -85,15 +94,23 @@ class Report(Callback, ReadsEvaluations):
         with complete_or_absent(run.report) as partial:
             partial.write_text(table, encoding="utf-8")
         print(f"\n{table}")
-        rows = {name: self._pictures(run, record) for name, record in columns.items()}
-        if all(map(any, rows.values())):
-            shown = [i for i in range(self.num_columns) if any(row[i] for row in rows.values())]
-            rows = {name: [row[i] for i in shown] for name, row in rows.items()}
-            prompts = [self._prompt(run, columns.values(), i) for i in shown]
-            with complete_or_absent(run.sheet) as partial:
-                contact_sheet(rows, self.scale, prompts).save(partial, format="PNG")
-            print(f"pictures: {run.sheet}")
+        self._write_sheets(run, columns)
         print(f"page: {run.page}")
+
+    def _write_sheets(self, run: RunFolder, columns: dict[str, Record]) -> None:
+        rows = {name: self._pictures(run, record) for name, record in columns.items()}
+        if not all(map(any, rows.values())):
+            return
+        shown = [i for i in range(self.num_columns) if any(row[i] for row in rows.values())]
+        rows = {name: [row[i] for i in shown] for name, row in rows.items()}
+        prompts = [self._prompt(run, columns.values(), i) for i in shown]
+        with complete_or_absent(run.sheet) as partial:
+            contact_sheet(rows, self.scale, prompts).save(partial, format="PNG")
+        print(f"pictures: {run.sheet}")
+        clips = {name: [clip_if_whole(self._clip(run, own, i)) for i in shown] for name, own in columns.items()}
+        if all(map(any, clips.values())):
+            write_clip(run.moving_sheet, moving_sheet(clips, self.scale, prompts))
+            print(f"clips: {run.moving_sheet}")
 
     @rank_zero_only
     def _write_page(self, trainer: Trainer) -> None:
@@ -103,12 +120,16 @@ class Report(Callback, ReadsEvaluations):
             self._page = RunPage(run)
         try:
             self._page.write()
-        except UNREADABLE as error:
+        except Exception as error:  # it is for looking at: nothing that it meets is worth a run
             rank_zero_warn(f"{run.page} is not written, and training goes on: {error}")
 
     def _pictures(self, run: RunFolder, record: Record) -> list[Image.Image | None]:
         step, weights = int(record["step"]), str(record["weights"])
         return [picture_if_whole(run.samples.picture(step, weights, index)) for index in range(self.num_columns)]
+
+    @staticmethod
+    def _clip(run: RunFolder, record: Record, index: int) -> Path:
+        return run.samples.clip(int(record["step"]), str(record["weights"]), index)
 
     def _prompt(self, run: RunFolder, kept: Iterable[Record], index: int) -> str:
         paths = [run.samples.picture(int(record["step"]), str(record["weights"]), index) for record in kept]

@@ -18,11 +18,18 @@ from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.evaluation.comparison import BASE
 from srpo_lightning.evaluation.exchange import Evaluations, ReadsEvaluations
-from srpo_lightning.evaluation.pictures import as_picture, contact_sheet, picture_if_whole, write_picture
+from srpo_lightning.evaluation.pictures import (
+    as_clip,
+    as_picture,
+    contact_sheet,
+    picture_if_whole,
+    write_clip,
+    write_picture,
+)
 from srpo_lightning.files import records
 from srpo_lightning.files.records import Record
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.run_folder import PictureFolder, RunFolder
+from srpo_lightning.run_folder import PictureFolder, RunFolder, beside
 from srpo_lightning.training.context import data_rank
 
 THUMBNAIL_PX = 256
@@ -33,19 +40,21 @@ Value = TypeVar("Value")
 
 
 class Sample(NamedTuple):
-    """A picture that was drawn on this rank, and its record."""
+    """A picture that was drawn on this rank, its record, and of a clip all frames as an animated WebP."""
 
     picture: Image.Image
     record: Record
+    clip: bytes = b""
 
 
 class SampleLogger(Recorder, ReadsEvaluations):
     """Keeps the pictures of the first evaluation prompts, the same prompts and noise at every validation.
 
     Writes `<run folder>/samples/step-*/<weights>/<index>.png`. Each file has prompt, seed, RewardTracking's scores and
-    the version of the code in it; `samples/metadata.jsonl` has a line for each. One sheet, with base, policy and ema
-    under each other, goes to TensorBoard or Weights & Biases. Every rank writes the pictures that it drew; of ranks
-    with the same samples the first does. Those of `validate` and `test` are in the folder `validation` of the run.
+    the version of the code in it; `samples/metadata.jsonl` has a line for each. Of a clip this is a strip of frames,
+    and an animated .webp lies beside it. One sheet, with base, policy and ema under each other, goes to TensorBoard or
+    Weights & Biases. Every rank writes the pictures that it drew; of those that share samples the first does. Pictures
+    of `validate` and `test` are in the folder `validation` of the run folder.
 
     Args:
         num_samples: Number of evaluation samples to keep, from the first.
@@ -88,11 +97,14 @@ class SampleLogger(Recorder, ReadsEvaluations):
         assert isinstance(pl_module, SRPOModule)
         if not data_rank(trainer).is_first:
             return
+        start_s = time.perf_counter()
         for weights, images in outputs.items():
             for row, index in enumerate(batch.indices.tolist()):
                 if index < self.num_samples:
                     record = record_of(pl_module, weights, batch, row)
-                    self._samples[weights, index] = Sample(as_picture(images[row]), record)
+                    own = images[row].float().cpu()
+                    self._samples[weights, index] = Sample(as_picture(own), record, as_clip(own))
+        self.seconds += time.perf_counter() - start_s
 
     def on_evaluation(self, trainer: Trainer, module: LightningModule, evaluations: Evaluations) -> None:
         """Keep the scores until the pictures are written."""
@@ -117,11 +129,13 @@ class SampleLogger(Recorder, ReadsEvaluations):
         folder = RunFolder.recording(trainer).samples
         for (weights, index), sample in self._samples.items():
             sample.record["scores"] = scores_of(self._evaluations, weights, index)
-            write_picture(folder.picture(int(sample.record["step"]), weights, index), *sample)
+            path = folder.picture(int(sample.record["step"]), weights, index)
+            write_clip(beside(path), sample.clip)
+            write_picture(path, sample.picture, sample.record)
         everyones = gathered({key: small(sample) for key, sample in self._samples.items()})
         self._samples = {}
         if trainer.is_global_zero:
-            records.append(folder.metadata, *(record for _, record in everyones.values()))
+            records.append(folder.metadata, *(sample.record for sample in everyones.values()))
             self._show(trainer, module, everyones)
         self.seconds += time.perf_counter() - start_s
         for logger in trainer.loggers:
@@ -179,7 +193,7 @@ def small(sample: Sample) -> Sample:
     """The sample with a picture small enough for a sheet."""
     picture = sample.picture.copy()
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    return sample._replace(picture=picture)
+    return sample._replace(picture=picture, clip=b"")
 
 
 def gathered(own: dict[Key, Value]) -> dict[Key, Value]:

@@ -40,6 +40,9 @@ SINCE = {"trained_guidance": "conditional", "guidance_every": 1, "others": 0}
 
 CONSEQUENCE = "steps and records before and after do not compare"
 
+IN_PACKAGE = r"^(?:.*[/\\])?srpo_lightning[/\\]assets[/\\]"
+"""Where earlier versions wrote paths of what comes with the package, on whatever machine."""
+
 SCHEDULE = r"model\.(optimizer|lr_scheduler)[. ]"
 """Which lines are of the optimizer's or the scheduler's own settings."""
 
@@ -85,10 +88,16 @@ def differences(before: Settings, now: Settings) -> list[str]:
     lines = []
     for name in [*(name for name in before if name not in FOLLOWED), *(name for name in now if name not in before)]:
         then, present = before.get(name, SINCE.get(name.rpartition(".")[2])), now.get(name)
-        then = moved(then) or then if isinstance(then, str) else then
-        if then != present:
+        if _as_today(then) != _as_today(present):
             lines.append(f"{name} was {then!r} when the checkpoint was written, and is {present!r}")
     return lines
+
+
+def _as_today(value: Any) -> Any:
+    """A value of an earlier version's checkpoint as it is written now: class paths, and what comes with the package."""
+    if isinstance(value, list):
+        return [_as_today(own) for own in value]
+    return moved(value) or re.sub(IN_PACKAGE, "builtin:", value) if isinstance(value, str) else value
 
 
 class RunSettings(Callback):

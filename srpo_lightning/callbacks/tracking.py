@@ -1,7 +1,7 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.data.prompts import read_prompts
 from srpo_lightning.evaluation.comparison import (
     BASE,
+    CONSISTENCY,
     HELD_OUT,
     LABEL,
     NOT_WON,
@@ -39,12 +40,21 @@ from srpo_lightning.evaluation.metrics import FEW_GROUPS, SampleTable, Table, is
 from srpo_lightning.files.fingerprint import fingerprint
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.reward_forms import RewardForm
-from srpo_lightning.picture_statistics import CLIP_STATISTICS, PICTURE_STATISTICS, STATISTICS, over_frames
-from srpo_lightning.rewards.base import Reward
+from srpo_lightning.picture_statistics import (
+    CLIP_STATISTICS,
+    PICTURE_STATISTICS,
+    SCORED_FRAMES,
+    STATISTICS,
+    consistency,
+    evenly,
+    over_frames,
+)
+from srpo_lightning.rewards.base import Reward, evaluated_by
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.run_folder import RunFolder
 
-SCORES = ("reward", "judge", "prompt")
+OF_JUDGE = ("judge", "prompt")
+SCORES = ("reward", *OF_JUDGE)
 OWN_COLUMNS = (*SCORES, *PICTURE_STATISTICS, LABEL, HELD_OUT)
 OF_ALL_SAMPLES = ("diversity", "share", "drift", "win", "prompt_diversity")
 
@@ -62,21 +72,23 @@ class RewardTracking(Recorder, OffersWeights):
     metrics are in host memory while the policy trains.
 
     Args:
-        judge: Reward model that reads text and is another than the training reward.
+        judge: Reward model that reads text and is another than the training reward. Without one, null, the training
+            reward, the metrics and statistics of the pictures are measured, and nothing says when it is exploited.
         labels: Texts to tell images apart by, for instance styles.
         candidates: Prompt files; each image's own prompt competes against all prompts in them.
         top_k: Number of best candidates among which an image's own prompt counts as right.
         metrics: Further reward models, by the name that their score of image and prompt is logged under.
         held_out: Weights of scores, by their name, in `held_out`: the one number to choose checkpoints by
             (checkpoint.monitor: policy/held_out) and for OverOptimizationGuard. The training reward has no place in it.
-            By default judge and prompt count alike: the first alone also rises while subjects fade.
+            By default judge and prompt count alike: the first alone also rises while subjects fade. Without a judge
+            there is none by default.
         form: Reward form that `reward` and `judge` are of; null is what the objective asks of its reward. One form
             makes runs with several objectives comparable.
     """
 
     def __init__(
         self,
-        judge: Reward,
+        judge: Reward | None = None,
         labels: Sequence[str] = (),
         candidates: Sequence[str] = (),
         top_k: PositiveInt = 5,
@@ -84,7 +96,8 @@ class RewardTracking(Recorder, OffersWeights):
         held_out: dict[str, float] | None = None,
         form: RewardForm | None = None,
     ) -> None:
-        judge.check_contrast()
+        if judge is not None:
+            judge.check_contrast()
         self.judge = judge
         self.form = form
         self.scorers = metrics or {}
@@ -92,17 +105,26 @@ class RewardTracking(Recorder, OffersWeights):
         self.candidates = [prompt for path in candidates for prompt in read_prompts(path).prompts]
         self.top_k = top_k
         self.top = f"top{top_k}"
-        self.held_out = {"judge": 1.0, "prompt": 1.0} if held_out is None else held_out
-        self._check()
+        default = {} if judge is None else dict.fromkeys(OF_JUDGE, 1.0)
+        self.held_out = default if held_out is None else held_out
+        self._check(is_own=held_out is not None)
         self.base: Table | None = None
         self.evaluations: Evaluations | None = None
         self.tables: dict[str, SampleTable] = {}
         self.has_clips = False
+        self.frame_encoder: ClipReward | None = None
         self._needs_base = False
         self._start_s = 0.0
 
-    def _check(self) -> None:
-        taken = self.scorers.keys() & {*OWN_COLUMNS, *CLIP_STATISTICS, self.top, *OF_ALL_SAMPLES}
+    def _check(self, is_own: bool) -> None:
+        """Refuse what cannot be measured, or says nothing.
+
+        Args:
+            is_own: Whether `held_out` was given.
+        """
+        if self.judge is None and (self.labels or self.candidates):
+            raise ValueError("labels and candidates are compared by the judge, and there is none: give one, or neither")
+        taken = self.scorers.keys() & {*OWN_COLUMNS, *CLIP_STATISTICS, CONSISTENCY, self.top, *OF_ALL_SAMPLES}
         if taken:
             meant = "".join(f" ({STATISTICS[name].meaning})" for name in taken & STATISTICS.keys())
             raise ValueError(f"metrics has {', '.join(taken)}, which is logged already{meant}: choose another name")
@@ -113,11 +135,13 @@ class RewardTracking(Recorder, OffersWeights):
             raise ValueError(f"top_k is {of}: every picture would be right; set it below")
         if self.held_out and not any(self.held_out.values()):
             raise ValueError("held_out has weights of 0 alone: give at least one score another, for instance judge: 1")
-        unknown = self.held_out.keys() - {"judge", "prompt", self.top, *self.scorers}
-        if unknown or not self.held_out:
+        of_judge = () if self.judge is None else (*OF_JUDGE, self.top)
+        unknown = self.held_out.keys() - {*of_judge, *self.scorers}
+        if unknown or (is_own and not self.held_out):
+            known = f"{', '.join(of_judge)} and the names" if of_judge else "the names (there is no judge)"
             raise ValueError(
-                f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among judge, prompt, {self.top} and "
-                f"the names in metrics ({', '.join(self.scorers) or 'there are none'})"
+                f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among {known} in metrics "
+                f"({', '.join(self.scorers) or 'there are none'})"
             )
 
     @staticmethod
@@ -128,13 +152,17 @@ class RewardTracking(Recorder, OffersWeights):
     @property
     def models(self) -> list[Reward]:
         """The judge and the other metrics."""
-        return [self.judge, *self.scorers.values()]
+        return [*([] if self.judge is None else [self.judge]), *self.scorers.values()]
 
     @property
     def columns(self) -> list[str]:
         """The numbers that every sample gets."""
-        own = [name for name in OWN_COLUMNS if name != LABEL or self.labels]
-        return [*own, *(CLIP_STATISTICS if self.has_clips else ()), self.top, *self.scorers]
+        missing = set() if self.labels else {LABEL}
+        missing |= set() if self.held_out else {HELD_OUT}
+        missing |= set(OF_JUDGE) if self.judge is None else set()
+        own = [name for name in OWN_COLUMNS if name not in missing]
+        of_clips = [*CLIP_STATISTICS, *([CONSISTENCY] if self.frame_encoder else [])] if self.has_clips else []
+        return [*own, *of_clips, *([] if self.judge is None else [self.top]), *self.scorers]
 
     @property
     def has_features(self) -> bool:
@@ -152,7 +180,11 @@ class RewardTracking(Recorder, OffersWeights):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
         assert isinstance(pl_module, SRPOModule)
-        self.has_clips = pl_module.policy.num_frames > 1
+        num_frames = pl_module.policy.num_frames
+        for model in self.models:
+            model.check_frames(num_frames)
+        self.has_clips = num_frames > 1
+        self.frame_encoder = encoder_of_pictures([*self.models, pl_module.reward]) if self.has_clips else None
         for model in self.models:
             model.load()
             model.requires_grad_(False)
@@ -192,10 +224,8 @@ class RewardTracking(Recorder, OffersWeights):
                 self.tables[weights] = table.to(pl_module.device)
             images = images.float()
             scores = self.scores(pl_module, images, batch.prompts)
-            none = images.new_empty(len(images), 0)
-            judge = self.judge
-            features = over_frames(images, judge.image_features) if isinstance(judge, ClipReward) else none
-            self.tables[weights].update(batch.indices, scores, features)
+            features, of_clips = self.features(images)
+            self.tables[weights].update(batch.indices, scores | of_clips, features)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the samples of all ranks together, log, append to the file, and tell who reads evaluations."""
@@ -229,26 +259,53 @@ class RewardTracking(Recorder, OffersWeights):
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # as above
     on_test_epoch_end = on_validation_epoch_end
 
+    def features(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The judge's features [B, E], of a clip their mean over scored frames; and what those of all frames say."""
+        judge, encoder = self.judge, self.frame_encoder
+        each = None if encoder is None else torch.stack([encoder.image_features(own) for own in images.unbind(2)])
+        of_clips = {} if each is None else {CONSISTENCY: consistency(each)}
+        if not isinstance(judge, ClipReward):
+            return images.new_empty(len(images), 0), of_clips
+        if each is None or judge is not encoder:
+            return judge.image_features(images), of_clips
+        return each[evenly(SCORED_FRAMES, len(each))].mean(0), of_clips
+
     def scores(self, module: SRPOModule, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The numbers of each image, [B], by column; of a clip the means over its frames."""
-        candidates = list(dict.fromkeys([*self.candidates, *prompts]))
-        truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=images.device)
+        """The numbers of each image, [B], by column; of a clip means over its frames, unless a model reads clips."""
         form = self.form or module.objective
-        measures: dict[str, Callable[[Tensor], Tensor]] = {
-            "reward": lambda shown: form.score(module.reward, shown, prompts),
-            "judge": lambda shown: form.score(self.judge, shown, prompts),
-            "prompt": self.judge.under(prompts),
-            **{name: own.measure for name, own in PICTURE_STATISTICS.items()},
-            **{name: scorer.under(prompts) for name, scorer in self.scorers.items()},
+        whole = range(module.policy.num_frames)
+        measures: dict[str, tuple[Reward, Callable[[Tensor], Tensor]]] = {
+            "reward": (module.reward, lambda shown: form.score(module.reward, shown, prompts)),
+            **{name: (scorer, scorer.under(prompts)) for name, scorer in self.scorers.items()},
         }
-        scores: dict[str, Any] = {name: over_frames(images, measure) for name, measure in measures.items()}
-        compared = over_frames(images, lambda shown: self.judge.compare(shown, candidates))
-        scores[self.top] = is_in_top(compared, truth, self.top_k)
-        if self.labels:
-            scores[LABEL] = most_like(over_frames(images, lambda shown: self.judge.compare(shown, self.labels)))
+        scores: dict[str, Any] = {
+            name: evaluated_by(model, images, module.policy.shown_frames if name == "reward" else whole, measure)
+            for name, (model, measure) in measures.items()
+        }
+        scores |= {name: over_frames(images, own.measure) for name, own in PICTURE_STATISTICS.items()}
+        if self.judge is not None:
+            by_judge = partial(evaluated_by, self.judge, images, whole)
+            scores |= self._judged(self.judge, by_judge, form, prompts)
         if self.has_clips:
             scores |= {name: own.measure(images) for name, own in CLIP_STATISTICS.items()}
-        return scores | {HELD_OUT: sum(weight * scores[name] for name, weight in self.held_out.items())}
+        if self.held_out:
+            scores[HELD_OUT] = sum(weight * scores[name] for name, weight in self.held_out.items())
+        return scores
+
+    def _judged(
+        self, judge: Reward, by_judge: Callable[[Callable[[Tensor], Tensor]], Tensor], form: Any, prompts: Sequence[str]
+    ) -> dict[str, Tensor]:
+        candidates = list(dict.fromkeys([*self.candidates, *prompts]))
+        compared = by_judge(lambda shown: judge.compare(shown, candidates))
+        truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=compared.device)
+        scores = {
+            "judge": by_judge(lambda shown: form.score(judge, shown, prompts)),
+            "prompt": by_judge(judge.under(prompts)),
+            self.top: is_in_top(compared, truth, self.top_k),
+        }
+        if self.labels:
+            scores[LABEL] = most_like(by_judge(lambda shown: judge.compare(shown, self.labels)))
+        return scores
 
     def key(self, trainer: Trainer, module: SRPOModule) -> str:
         """What the numbers of the base depend on, as a hash."""
@@ -284,7 +341,7 @@ class RewardTracking(Recorder, OffersWeights):
         for logger in trainer.loggers:
             logger.log_metrics(named, step)
             if isinstance(logger, TensorBoardLogger):
-                for name in (*SCORES, *self.scorers):
+                for name in [name for name in (*SCORES, *self.scorers) if name in table.columns]:
                     known = table.columns[name][table.columns[name].isfinite()]
                     if len(known):  # TensorBoard has no histogram of nothing
                         logger.experiment.add_histogram(f"distribution/{weights}/{name}", known, step)
@@ -297,3 +354,9 @@ class RewardTracking(Recorder, OffersWeights):
     def _move_models(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)
+
+
+def encoder_of_pictures(models: Iterable[Reward]) -> ClipReward | None:
+    """The first model, or term of a sum, that has features of single pictures; None: there is none."""
+    found = (own for model in models for own in model.modules() if isinstance(own, ClipReward) and not own.reads_clips)
+    return next(found, None)

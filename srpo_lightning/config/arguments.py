@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -12,7 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from srpo_lightning.callbacks import RunCheckpoint
-from srpo_lightning.config.shipped import with_builtin
+from srpo_lightning.config.defaults import complete
+from srpo_lightning.config.shipped import by_name, with_builtin
 from srpo_lightning.config.values import check_values
 from srpo_lightning.data import PromptData
 from srpo_lightning.encoding import Encoder, Encoding
@@ -49,10 +51,17 @@ class Parser(LightningArgumentParser):
         """What cannot be read at all is no traceback either."""
         with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
             values = super().parse_args(*args, **kwargs)
-            _name_builtin(values)
-        plain = values.as_dict()
-        check_settings(plain.get(str(plain.get("subcommand")), plain))
+            _replaced(with_builtin, values)
+        own = values.get(str(values.get("subcommand")), values)
+        check_settings(own.as_dict())
+        complete(own)
         return values
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Write a configuration down: with what it leaves unsaid, and `builtin:` names for what comes along."""
+        settings = namespace.clone()
+        complete(settings)
+        return super().dump(_replaced(by_name, settings), *args, **kwargs)
 
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Namespace:
         """A group that is empty is lost on the way: where no setting could be in it, make it one to be refused."""
@@ -77,18 +86,18 @@ class Parser(LightningArgumentParser):
             return super().instantiate_classes(*args, **kwargs)
 
 
-def _name_builtin(settings: Namespace) -> None:
-    """Put paths in the place of names of what comes with the package."""
-    for key, value in vars(settings).items():
-        if isinstance(value, Namespace):
-            _name_builtin(value)
-        elif isinstance(value, list):
-            for own in value:
-                if isinstance(own, Namespace):
-                    _name_builtin(own)
-            setattr(settings, key, [own if isinstance(own, Namespace) else with_builtin(own) for own in value])
-        else:
-            setattr(settings, key, with_builtin(value))
+def _replaced(change: Callable[[Any, Callable[[Any], Any]], Any], value: Any) -> Any:
+    """Settings with other texts in the place of some; namespaces are changed in place.
+
+    Args:
+        change: Function of a setting, and of what does the same to what a list or a mapping holds.
+        value: Setting, or settings in their nesting.
+    """
+    if not isinstance(value, Namespace):
+        return change(value, partial(_replaced, change))
+    for key, own in vars(value).items():
+        setattr(value, key, _replaced(change, own))
+    return value
 
 
 def _empty_groups(settings: Any, prefix: str, places: set[str]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -124,6 +133,13 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
         help="Prediction of the memory that large models need: `fit` refuses what cannot fit the device, before "
         "reading it.",
     )
+    parser.add_argument(
+        "--default_callbacks",
+        type=bool,
+        default=True,
+        help="Callbacks that are on without being named: EMA, SampleLogger, RewardTracking, Report, and with a judge "
+        "OverOptimizationGuard. One that trainer.callbacks names takes the place of its own; false leaves out all.",
+    )
     parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
     parser.link_arguments("model.updates_per_rollout", "data.repeats")
@@ -134,6 +150,8 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
             "trainer.gradient_clip_val": 0.1,
             "trainer.use_distributed_sampler": False,
             "trainer.num_sanity_val_steps": -1,  # a part of the base's evaluation compares with nothing
+            "trainer.check_val_every_n_epoch": None,  # the stream of prompts has no epochs
+            "trainer.log_every_n_steps": 1,  # a step takes seconds to minutes
             # The module's own default is a function without a name, which config.yaml could not hold.
             "model.optimizer": {
                 "class_path": "torch.optim.AdamW",

@@ -29,6 +29,19 @@ def go_on_in_the_same(logger: Any, file: Path, *, is_resumed: bool) -> None:
             own["resume"] = "allow"
 
 
+def forget_own(logger: Any, file: Path) -> None:
+    """Take the run's own id out of a configuration again: another run that is made from its record gets another.
+
+    Args:
+        logger: `trainer.logger` of the configuration.
+        file: File that keeps the id.
+    """
+    for own in _named(logger, WANDB):
+        if file.is_file() and own.get("id") == file.read_text(encoding="ascii"):
+            own["id"] = None
+            own.pop("resume", None)
+
+
 def _named(logger: Any, name: str) -> Iterator[Namespace]:
     """The settings of loggers of a class."""
     for own in logger if isinstance(logger, list) else [logger]:

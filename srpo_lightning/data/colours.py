@@ -18,6 +18,9 @@ T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "TGA")
 """What Pillow may take content for, whatever the file is called; it would run another program for others."""
 
+ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")
+"""Of these those that may be clips."""
+
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", *WIDE)
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
@@ -43,8 +46,27 @@ def as_seen(reference: str, limits: Limits = LIMITS) -> Image.Image:
     return _looked_at(reference, limits, _on_white)
 
 
-def size_as_seen(reference: str, limits: Limits = LIMITS) -> Size:
-    """Height and width of a picture as it is seen.
+def frames_as_seen(reference: str, num_frames: int, limits: Limits = LIMITS) -> list[Image.Image]:
+    """The first frames of an animation in RGB as a viewer shows them, however long each is shown.
+
+    Raises:
+        ValueError: see `as_seen`; also if it has fewer frames.
+    """
+
+    def first(opened: Image.Image) -> list[Image.Image]:
+        found = []
+        for number in range(num_frames):
+            opened.seek(number)
+            frame = opened.copy()
+            frame.format = opened.format
+            found.append(_on_white(frame))
+        return found
+
+    return _looked_at(reference, limits, first, num_frames)
+
+
+def size_as_seen(reference: str, limits: Limits = LIMITS, num_frames: int = 1) -> Size:
+    """Height and width of a picture as it is seen, or of an animation of so many frames.
 
     Raises:
         ValueError: see `as_seen`.
@@ -55,14 +77,14 @@ def size_as_seen(reference: str, limits: Limits = LIMITS) -> Size:
         turned = opened.format != "TIFF" and opened.getexif().get(ORIENTATION, 1) >= ON_SIDE  # of a TIFF Pillow does it
         return (width, height) if turned else (height, width)
 
-    return _looked_at(reference, limits, upright)
+    return _looked_at(reference, limits, upright, num_frames)
 
 
-def _looked_at(reference: str, limits: Limits, look: Callable[[Image.Image], T]) -> T:
+def _looked_at(reference: str, limits: Limits, look: Callable[[Image.Image], T], num_frames: int = 1) -> T:
     content = read_picture(reference, limits)
     try:
         with _of_any_size(), Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            unfit = _unfit(opened, content, limits)
+            unfit = _unfit(opened, content, limits) or _unfit_frames(opened, num_frames)
             if unfit is None:
                 return look(opened)
     except UnidentifiedImageError as error:
@@ -94,8 +116,6 @@ def _unfit(opened: Image.Image, content: bytes, limits: Limits) -> str | None:
             f"has {width} x {height} pixels, more than {limits.group}max_picture_megapixels ({limits.megapixels}): "
             "raise that, or make it smaller"
         )
-    if getattr(opened, "is_animated", False) and opened.format != "MPO":  # whose others are previews and depths
-        return "is an animation, or has several pages: save the one that is meant as .png"
     if opened.mode not in MODES and not _is_wide(opened):
         return f"has pixels that are shown in no one way (Pillow's mode {opened.mode}): save it in sRGB, 8 or 16 bits"
     if "transparency" in opened.info and opened.format == "PNG" and (content[25], content[24]) in MISREAD:
@@ -110,6 +130,24 @@ def _unfit(opened: Image.Image, content: bytes, limits: Limits) -> str | None:
     if not is_told and not _are_codes_of_srgb(content, str(opened.format)):
         return "says its colours by codes (cICP or nclx) of another space than sRGB: save it in sRGB"
     return None
+
+
+def _unfit_frames(opened: Image.Image, num_frames: int) -> str | None:
+    """Why it is no picture, or no clip of so many frames."""
+    if num_frames > 1:
+        frames = getattr(opened, "n_frames", 1) if opened.format in ANIMATED else 1
+        return too_few(frames, num_frames) if frames < num_frames else None
+    if getattr(opened, "is_animated", False) and opened.format != "MPO":  # whose others are previews and depths
+        return "is an animation, or has several pages: save the one that is meant as .png"
+    return None
+
+
+def too_few(frames: int, wanted: int) -> str:
+    """Why so many frames are no clip."""
+    return (
+        f"has {frames} frame{'s' if frames > 1 else ''}, fewer than the {wanted} of the policy's num_frames: give a "
+        "longer clip, leave it out, or lower num_frames"
+    )
 
 
 def _are_codes_of_srgb(content: bytes, kind: str) -> bool:

@@ -37,7 +37,8 @@ class PromptData(LightningDataModule):
             the training prompts.
         validation_fraction: Share of the training prompts that is held out, by a hash of the text: adding prompts
             moves none.
-        images: Captions with real pictures; null takes those training records that name one.
+        images: Captions with real pictures, or with clips where the policy draws clips; null takes those training
+            records that name one.
         offline_ratio: Share of the steps that train on real pictures instead of the policy's own.
         picture_latents: Latents of a real picture: the mode of the VAE's posterior, or a sample of it as in the
             research code of SRPO, drawn once for each picture.
@@ -115,7 +116,7 @@ class PromptData(LightningDataModule):
         self._all = partial(
             select,
             *(train, evaluation, validation_fraction, images, offline_ratio),
-            *(self.sizes or [own.size], Limits(max_picture_megapixels, max_picture_megabytes)),
+            *(self.sizes or [own.size], Limits(max_picture_megapixels, max_picture_megabytes), own.num_frames),
         )
         mirror = mirror_dir, mirror_gigabytes
         self.cache = FeatureCache(cache_dir, own.text, *mirror)

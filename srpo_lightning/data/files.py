@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo_lightning.data.archives import archive_rows
-from srpo_lightning.data.picture_files import OPENED, PICTURES, is_hidden
+from srpo_lightning.data.picture_files import ARRAYS, OPENED, PICTURES, is_hidden
 from srpo_lightning.data.tables import KINDS, Found, caption_of, table_rows
 
 ARCHIVE = ".tar"
@@ -62,11 +62,12 @@ def _folder(folder: Path, prompt: str, image: str, split: str) -> Iterator[Found
     for file in files:
         if file.suffix.lower() in UNREAD:
             raise ValueError(f"{file} in a folder of prompts is not read: write it as {', '.join(READ)}, or move it")
-        if file.suffix.lower() in (*READ, *PICTURES) and not file.is_file():
+        if file.suffix.lower() in (*READ, *PICTURES, *ARRAYS) and not file.is_file():
             raise ValueError(f"{file} is a broken link, a device or a pipe: replace it by a file, or delete it")
     texts = [file for file in files if file.suffix.lower() == ".txt"]
     tables = [file for file in files if file.suffix.lower() in READ and file not in set(texts)]
     pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    pictures = sorted([*pictures, *_arrays_of_clips(files, pictures)])
     if tables and texts:
         raise ValueError(
             f"folder {folder} holds both {tables[0].relative_to(folder)} and {texts[0].relative_to(folder)}: name the "
@@ -97,6 +98,14 @@ def _files_in(folder: Path) -> list[Path]:
         seen.add(os.path.realpath(own))
         found += [Path(own, name) for name in names if not is_hidden(name)]
     return sorted(found)
+
+
+def _arrays_of_clips(files: Sequence[Path], pictures: Sequence[Path]) -> list[Path]:
+    """Arrays with captions; beside pictures others may be what programs keep of these, alone they lack a caption."""
+    shown = {path.with_suffix("") for path in pictures}
+    arrays = [own for own in files if own.suffix.lower() in ARRAYS and own.with_suffix("") not in shown]
+    captioned = [own for own in arrays if own.with_suffix(".txt").is_file()]
+    return arrays if captioned and not pictures else captioned
 
 
 def _with_captions(

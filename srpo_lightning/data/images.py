@@ -1,4 +1,4 @@
-"""Real pictures: brought to a size of the run, and kept as the latents that the VAE makes of them."""
+"""Real pictures and clips: brought to a size of the run, and kept as the latents that the VAE makes of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,28 +10,36 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from srpo_lightning.batch import Size
+from srpo_lightning.data.clips import read_clip
 from srpo_lightning.data.colours import as_seen
 from srpo_lightning.data.picture_files import LIMITS, Limits, read_picture
 from srpo_lightning.data.store import ParquetStore, per_file
 from srpo_lightning.data.tensor_files import Item, key_of
 
-Pixels = Float[Tensor, "3 H W"]
-EncodeImages = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B L C"]]
+Pixels = Float[Tensor, "3 *F H W"]
+EncodeImages = Callable[[Float[Tensor, "B 3 *F H W"]], Float[Tensor, "B *latent"]]
 LATENT_BYTES_PER_PIXEL = 64 * 4 / 256  # 64 float32 numbers for 16 x 16 pixels
 
 
 class Picture(NamedTuple):
-    """A picture at a size.
+    """A picture or a clip at a size.
 
     Args:
         image: its path, or its place in a .tar.
         size: height and width to bring it to.
         limits: up to where it is read.
+        num_frames: of the clip, its first ones; 1: it is a picture.
     """
 
     image: str
     size: Size
     limits: Limits = LIMITS
+    num_frames: int = 1
+
+    @property
+    def latent_bytes(self) -> int:
+        """Of its latents, at most."""
+        return int(self.size[0] * self.size[1] * self.num_frames * LATENT_BYTES_PER_PIXEL)
 
 
 class LatentCache(ParquetStore):
@@ -54,12 +62,12 @@ class LatentCache(ParquetStore):
         count = 0
         for size in dict.fromkeys(picture.size for picture in pictures):
             wanted = [(latent_key(picture), picture) for picture in pictures if picture.size == size]
-            items_per_file = per_file(int(size[0] * size[1] * LATENT_BYTES_PER_PIXEL))
+            items_per_file = per_file(wanted[0][1].latent_bytes)
             count += self.fill(wanted, lambda batch: encoded(batch, encode), batch_size, items_per_file)
         return count
 
     def latents(self, row: int) -> Tensor:
-        """The latents in a row, float32 [L, C]."""
+        """The latents in a row, float32 [*latent]."""
         return self.read(row)["x0"]
 
 
@@ -69,19 +77,32 @@ def encoded(pictures: Sequence[Any], encode: EncodeImages) -> list[Item]:
     return [{"x0": own.clone()} for own in latents.float().cpu()]
 
 
+def at_once(pictures: Sequence[Picture], batch_size: int) -> int:
+    """How many are encoded together: clips one after the other, for each is as much as many pictures."""
+    return 1 if any(picture.num_frames > 1 for picture in pictures) else batch_size
+
+
 def latent_key(picture: Picture) -> str:
     """A function of the picture's bytes and size: a file that is written anew is encoded anew."""
-    return key_of(read_picture(picture.image, picture.limits), "{} {}".format(*picture.size))
+    clip = f" {picture.num_frames} frames" if picture.num_frames > 1 else ""
+    return key_of(read_picture(picture.image, picture.limits), "{} {}".format(*picture.size) + clip)
 
 
 def load_picture(picture: Picture) -> Pixels:
-    """A picture in [0, 1], [3, H, W], as a viewer shows it, scaled and cropped to its size.
+    """A picture in [0, 1], [3, H, W], or a clip, [3, F, H, W], as a viewer shows it, scaled and cropped to its size.
 
     Raises:
-        ValueError: naming the file and the cure, if it is no picture, or one that is not shown in one way.
+        ValueError: naming the file and the cure, if it is no picture or clip, or is not shown in one way.
     """
-    height, width = picture.size
-    fitted = ImageOps.fit(as_seen(picture.image, picture.limits), (width, height), Image.Resampling.BICUBIC)
+    if picture.num_frames == 1:
+        return _fitted(as_seen(picture.image, picture.limits), picture.size)
+    frames = read_clip(picture.image, picture.num_frames, picture.limits)
+    return torch.stack([_fitted(frame, picture.size) for frame in frames], dim=1)
+
+
+def _fitted(shown: Image.Image, size: Size) -> Float[Tensor, "3 H W"]:
+    height, width = size
+    fitted = ImageOps.fit(shown, (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1) / 255
 
 

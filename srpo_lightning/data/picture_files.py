@@ -10,6 +10,9 @@ from srpo_lightning.files.checkpoints import complete_or_absent
 OPENED = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".tga")
 PICTURES = (*OPENED, ".apng", ".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr")
 """What takes part as a picture; one that Pillow cannot open, or not as it is seen, is then refused by name."""
+ARRAYS = (".npy", ".npz")
+"""What takes part as a clip where it has a caption; beside a picture it may be what another program keeps of it."""
+
 KEPT = Path(".cache/pictures")
 SLICE = "@"  # between an archive's path and where in it a picture lies
 MEGA = 10**6

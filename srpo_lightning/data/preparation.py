@@ -8,7 +8,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from srpo_lightning.data.features import FeatureCache
-from srpo_lightning.data.images import LatentCache
+from srpo_lightning.data.images import LatentCache, at_once
 from srpo_lightning.data.selection import Selection
 from srpo_lightning.encoding import ImageEncoder
 
@@ -68,7 +68,7 @@ class Preparation(NamedTuple):
         missing = self.latents.missing(pictures)
         if missing:
             self._refuse_many(len(missing), len(pictures), "pictures", self.latents.others())
-            self.latents.add(pictures, self.image_encoder.encode, self.batch_size)
+            self.latents.add(pictures, self.image_encoder.encode, at_once(pictures, self.batch_size))
         self.image_encoder.unload()
         return len(missing)
 

@@ -1,9 +1,11 @@
 """Which records a run trains on and which it is evaluated on, and what was left out."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from srpo_lightning.batch import Size
+from srpo_lightning.data.clips import clip_size
 from srpo_lightning.data.colours import size_as_seen
 from srpo_lightning.data.columns import CELL, check_size
 from srpo_lightning.data.images import Picture, nearest
@@ -125,6 +127,7 @@ def select(
     offline_ratio: float,
     sizes: Sequence[Size],
     limits: Limits = LIMITS,
+    num_frames: int = 1,
 ) -> Selection:
     """Read, clean and split the sources of a run.
 
@@ -136,6 +139,7 @@ def select(
         offline_ratio: the share of steps that need them.
         sizes: that real pictures are brought to.
         limits: up to where real pictures are read.
+        num_frames: of real clips; 1: they are pictures.
 
     Raises:
         ValueError: with the cure, if the sources cannot be read, or nothing is left.
@@ -152,7 +156,7 @@ def select(
     else:
         held_out = select_evaluation(train, evaluation, validation_fraction).evaluation
     own = list(zip(named, weights_of_named, strict=True))
-    real, pictures = _pictures(own, sizes, limits) if offline_ratio else ([], [])
+    real, pictures = _pictures(own, sizes, limits, num_frames) if offline_ratio else ([], [])
     trained = {text for prompts in sources for text in prompts.prompts}
     return Selection(
         [Selected(prompts, prompts.sizes, weight) for prompts, weight in zip(sources, weights, strict=True)],
@@ -186,14 +190,15 @@ def _refuse_without_picture(named: Sequence[PromptSet]) -> None:
 
 
 def _pictures(
-    named: Sequence[tuple[PromptSet, float]], sizes: Sequence[Size], limits: Limits
+    named: Sequence[tuple[PromptSet, float]], sizes: Sequence[Size], limits: Limits, num_frames: int
 ) -> tuple[list[Selected], list[Picture]]:
     real, pictures = [], []
+    seen = partial(clip_size, num_frames=num_frames) if num_frames > 1 else size_as_seen
     for prompts, weight in named:
         with_picture = prompts.with_pictures()
         if len(with_picture):
             own = [
-                Picture(image, record.size or nearest(size_as_seen(image, limits), sizes), limits)
+                Picture(image, record.size or nearest(seen(image, limits=limits), sizes), limits, num_frames)
                 for record in with_picture
                 for image in [str(record.image)]
             ]
@@ -202,6 +207,7 @@ def _pictures(
     if not real:
         raise ValueError(
             "data.offline_ratio asks for real pictures, but no record names one: give data.images, a folder of "
-            "pictures with captions in .txt files beside them, a .jsonl with a column `image`, or a webdataset .tar"
+            "pictures, or of clips, with captions in .txt files beside them, a .jsonl with a column `image`, or a "
+            "webdataset .tar"
         )
     return real, pictures

@@ -35,7 +35,10 @@ HELD_OUT = "held_out"
 LABEL = "label"
 """The column with the number of the label that the judge finds an image most like."""
 
-NOT_WON = (LABEL, *(name for name, own in STATISTICS.items() if not own.is_compared))
+CONSISTENCY = "consistency"
+"""The column with how much neighbouring frames of a clip are alike, where there are features of images."""
+
+NOT_WON = (LABEL, CONSISTENCY, *(name for name, own in STATISTICS.items() if not own.is_compared))
 """Columns of which more is not better."""
 
 HEADER = "table"

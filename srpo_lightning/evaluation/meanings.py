@@ -11,6 +11,8 @@ MEANINGS: Mapping[str, str] = {
     "held_out": "The one number to choose checkpoints by: RewardTracking.held_out of the scores that training never "
     "sees, by default judge + prompt.",
     **{name: f"{own.meaning}." for name, own in STATISTICS.items()},
+    "consistency": "Mean cosine between features of neighbouring frames of a clip, the judge's or else those of the "
+    "first reward with an encoder of pictures. It is 1 where the clip stands still, and falls when things change.",
     "diversity": "Mean cosine distance between the judge's features of different pictures. It falls when they become "
     "alike.",
     "prompt_diversity": "The same between pictures of one prompt, mean over the prompts.",

@@ -1,5 +1,6 @@
 """Pictures as files that say what they are of, and as labelled sheets."""
 
+import io
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageSequence, features
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -24,6 +25,12 @@ LABEL_PX = 14
 LETTER_PX = 6  # of Pillow's own font, on average
 
 
+FRAME_MS = 62
+"""How long a frame of a clip is shown: Wan draws 16 in a second."""
+
+QUALITY = 90
+"""Of an animated WebP, up to 100."""
+
 STRIP_FRAMES = 8
 """Frames of a clip that stand beside each other, at most."""
 
@@ -33,6 +40,59 @@ def as_picture(image: Tensor) -> Image.Image:
     if image.ndim == 4:
         image = torch.cat([image[:, frame] for frame in evenly(STRIP_FRAMES, image.shape[1])], dim=-1)
     return Image.fromarray((image.float().cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def as_clip(image: Tensor) -> bytes:
+    """Every frame of a clip [3, F, H, W] in [0, 1] as an animated WebP; nothing of an image [3, H, W]."""
+    return moving([as_picture(frame) for frame in image.unbind(1)]) if image.ndim == 4 else b""
+
+
+def moving(frames: Sequence[Image.Image], quality: int = QUALITY, frame_ms: int = FRAME_MS) -> bytes:
+    """Frames as an animated WebP that starts again and again; nothing where Pillow was built without WebP."""
+    if not features.check("webp"):
+        return b""
+    stream = io.BytesIO()
+    first, *rest = frames
+    first.save(stream, "WEBP", save_all=True, append_images=rest, duration=frame_ms, loop=0, quality=quality)
+    return stream.getvalue()
+
+
+def write_clip(path: Path, clip: bytes) -> None:
+    """Save an animated WebP, complete or absent, if there is one."""
+    if clip:
+        with complete_or_absent(path) as partial:
+            partial.write_bytes(clip)
+
+
+def clip_if_whole(path: Path) -> list[Image.Image]:
+    """The frames of a clip that was written here; none if there is none, or a damaged one.
+
+    Of frames that are alike and follow one another the file holds one, which is shown for as long.
+    """
+    try:
+        with Image.open(path, formats=["WEBP"]) as opened:
+            shown = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return []
+    return [frame for frame in shown for _ in range(max(1, round(frame.info.get("duration", 0) / FRAME_MS)))]
+
+
+def moving_sheet(
+    rows: Mapping[str, Sequence[Sequence[Image.Image]]], scale: int = 1, columns: Sequence[str] = ()
+) -> bytes:
+    """A contact sheet of clips, as an animated WebP; a shorter clip ends with its last frame.
+
+    Args:
+        rows: Frames of each clip by the name of their row; one without frames leaves a place empty.
+        scale: Whole number that pictures are enlarged by.
+        columns: Texts that stand over the columns.
+    """
+    length = max(len(clip) for row in rows.values() for clip in row)
+    sheets = []
+    for number in range(length):
+        at = {name: [clip[min(number, len(clip) - 1)] if clip else None for clip in row] for name, row in rows.items()}
+        sheets.append(contact_sheet(at, scale, columns))
+    return moving(sheets)
 
 
 def write_picture(path: Path, picture: Image.Image, record: Mapping[str, Any]) -> None:

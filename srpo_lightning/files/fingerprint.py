@@ -6,9 +6,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -20,6 +19,9 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 class Recorded:
     """Remembers what its constructor was called with, a subclass's own included."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that no number depends on, such as a folder for what is made anew where it is not there."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Before any constructor runs, so that none has to know."""
@@ -37,7 +39,7 @@ def described(value: Any) -> Any:
     """A value as JSON: classes with what they were made of, files by their content, hub models by their revision."""
     made_of: Mapping[str, Any] | None = None
     if isinstance(value, Recorded):
-        made_of = arguments(value)
+        made_of = {name: own for name, own in arguments(value).items() if name not in value.without_effect}
     elif is_dataclass(value) and not isinstance(value, type):
         made_of = {own.name: getattr(value, own.name) for own in fields(value)}
     if made_of is not None:
@@ -65,26 +67,30 @@ def described(value: Any) -> Any:
 def arguments(value: Recorded) -> dict[str, Any]:
     """What a constructor was called with, by the names of its parameters, defaults included.
 
-    What it hands on to its base as `**kwargs` counts under the names that it has there.
+    What it hands on to its base as `*args` and `**kwargs` counts under the names that it has there.
     """
     args, kwargs = value.__dict__[MADE_OF]
-    bound = inspect.signature(type(value).__init__).bind(value, *args, **kwargs)
+    own, *above = _constructors(type(value))
+    bound = own.bind(value, *args, **kwargs)
     bound.apply_defaults()
     named = dict(list(bound.arguments.items())[1:])
-    defaults = _defaults_of_bases(type(value))
-    handed_on = named.pop("kwargs") if defaults else {}
-    return defaults | named | handed_on
+    for parameter in own.parameters.values():
+        if above and parameter.kind is parameter.VAR_POSITIONAL:
+            named |= zip(list(above[0].parameters)[1:], named.pop(parameter.name), strict=False)
+        elif above and parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name)
+    of_bases = [parameter for base in reversed(above) for parameter in base.parameters.values()]
+    defaults = {parameter.name: parameter.default for parameter in of_bases if parameter.default is not parameter.empty}
+    return defaults | named
 
 
-def _defaults_of_bases(cls: type) -> dict[str, Any]:
-    """The defaults that a constructor leaves to those of its bases by a parameter called `**kwargs`."""
-    constructors = [inspect.signature(vars(own)["__init__"]) for own in cls.__mro__ if "__init__" in vars(own)]
-    defaults: dict[str, Any] = {}
-    for constructor, base in pairwise(constructors):
-        if "kwargs" not in constructor.parameters:
-            break
-        defaults = {p.name: p.default for p in base.parameters.values() if p.default is not p.empty} | defaults
-    return defaults
+def _constructors(cls: type) -> list[inspect.Signature]:
+    """A class's constructor, and those of its bases, as far as each hands keywords on to the next."""
+    found = [inspect.signature(vars(own)["__init__"]) for own in cls.__mro__ if "__init__" in vars(own)]
+    for number, constructor in enumerate(found):
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in constructor.parameters.values()):
+            return found[: number + 1]
+    return found
 
 
 def content_of(path: Path) -> str:

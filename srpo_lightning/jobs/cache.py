@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from srpo_lightning.config.arguments import new_data, new_policy, read_config
 from srpo_lightning.data import PromptData
-from srpo_lightning.data.images import LATENT_BYTES_PER_PIXEL, LatentCache, encoded, latent_key
+from srpo_lightning.data.images import LatentCache, at_once, encoded, latent_key
 from srpo_lightning.data.preparation import lengths, with_negative
 from srpo_lightning.data.store import ParquetStore, in_groups, per_file, writing
 from srpo_lightning.data.tensor_files import Item, key_of
@@ -118,14 +118,14 @@ def image_work(data: PromptData) -> Iterator[tuple[LatentCache, Wanted, Callable
     store, encoder = data.latents, data.image_encoder
     assert encoder is not None
     pictures = data.selection.pictures
-    pixels = max(picture.size[0] * picture.size[1] for picture in pictures)
-    item_bytes = int(pixels * LATENT_BYTES_PER_PIXEL)
+    item_bytes = max(picture.latent_bytes for picture in pictures)
 
     def work(missing: Wanted) -> Work:
         groups = []
         for size in dict.fromkeys(picture.size for _, picture in missing):
             groups += in_groups([item for item in missing if item[1].size == size], per_file(item_bytes))
-        return Work("pictures", store, encoder, encode_pictures, groups, item_bytes, data.text_batch_size)
+        batch_size = at_once(pictures, data.text_batch_size)
+        return Work("pictures", store, encoder, encode_pictures, groups, item_bytes, batch_size)
 
     yield store, [(latent_key(picture), picture) for picture in pictures], work
 

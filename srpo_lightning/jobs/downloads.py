@@ -16,8 +16,11 @@ from srpo_lightning.jobs.estimate.prediction import quiet
 from srpo_lightning.jobs.estimate.published import LICENCES, REWARDS, small_files, write_files
 from srpo_lightning.jobs.stand_in import pipeline, reward
 
-SETTINGS = ("pretrained", "transformer", "processor", "tokenizer")
-"""Settings that name a folder or a hub model."""
+SETTINGS = ("pretrained", "transformer", "processor", "tokenizer", "head")
+"""Settings that name a file, a folder or a hub model."""
+
+WEIGHTS = "weights"
+"""Setting that names one too where it has a slash; elsewhere it is policy or ema."""
 
 GB = 10**9
 
@@ -81,7 +84,7 @@ def named(path: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, Namespace | dict):
         for key, own in (vars(value) if isinstance(value, Namespace) else value).items():
             inner = path if key == "init_args" else f"{path}.{key}".lstrip(".")
-            if key in SETTINGS and isinstance(own, str):
+            if isinstance(own, str) and (key in SETTINGS or (key == WEIGHTS and "/" in own)):
                 yield inner, own
             else:
                 yield from named(inner, own)
@@ -93,7 +96,7 @@ def named(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is one of the hub, and no path of this machine."""
-    return "/" in name and HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
+    return HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
 
 
 def bytes_in_bfloat16(name: str) -> int | None:

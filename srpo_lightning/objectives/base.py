@@ -104,8 +104,13 @@ class FormObjective(Objective):
         weight: Float[Tensor, " B"] | None = None,
         signs: Sequence[int] | None = None,
     ) -> Float[Tensor, " B"]:
-        """What the form rewards in what `latents` decode to, a mean over frames; arguments as in RewardForm."""
+        """What the form rewards in what `latents` decode to; arguments as in RewardForm.
+
+        A reward of pictures is asked of each frame, and their mean counts; one that reads clips gets them together.
+        """
         pictures = policy.rewarded_pictures(latents, conditions.size, draws)
+        if reward.reads_clips:
+            return self.form(reward, torch.stack(pictures, dim=2), conditions, draws, weight, signs)
         scored = [self.form(reward, own, conditions, draws, weight, signs) for own in pictures]
         return torch.stack(scored).mean(0)
 

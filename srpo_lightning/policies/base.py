@@ -45,6 +45,11 @@ class Policy(Recorded, nn.Module, ABC):
     num_frames: int = 1
     """Frames of what `decode` makes: clips [B, 3, F, H, W] where they are more than one, else pictures."""
 
+    @property
+    def shown_frames(self) -> Sequence[int]:
+        """Frames that an evaluation shows to the training reward, if that reads clips: as many as training does."""
+        return range(self.num_frames)
+
     has_negative: bool = False
     """Whether guidance takes a second pass, of the text that it moves away from."""
 

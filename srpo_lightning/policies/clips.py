@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from srpo_lightning.draws import Draws
 from srpo_lightning.picture_statistics import evenly
 from srpo_lightning.policies.family import Images
-from srpo_lightning.policies.per_channel_vae import PictureVAE
+from srpo_lightning.policies.per_channel_vae import Encoded, PictureVAE
 
 FrameChoice = Literal["first", "even", "random"]
 
@@ -53,6 +53,10 @@ class ClipVAE(PictureVAE):
     def stride(self) -> int:
         """Frames of the clip that a latent frame stands for, but for the first, which is one."""
         return int(self.video.config.scale_factor_temporal)
+
+    def encode(self, pixels: Float[Tensor, "B 3 *F H W"]) -> Encoded:
+        """Pictures or clips in [-1, 1] to the posterior of their latents, a clip's one latent frame after the other."""
+        return Encoded(self.video.encode(pixels).latent_dist) if pixels.ndim == 5 else super().encode(pixels)
 
     def frames(self, z: Float[Tensor, "B c T h w"], wanted: Sequence[int]) -> list[Images]:
         """Frames of a clip around [-1, 1], with gradient; no latent frame behind the last of them is read.

@@ -38,6 +38,9 @@ class Family(Policy):
     pipeline_picture: ClassVar[str] = "images[0]"
     """Where the first picture is in what the pipeline returns."""
 
+    pipeline_clip: ClassVar[str] = ""
+    """Where the frames of the first clip are, of a family of clips."""
+
     text_encoder: ClassVar[type[PipelineTextEncoder]]
 
     single_file: ClassVar[SingleFile | None] = None

@@ -25,7 +25,7 @@ from srpo_lightning.policies.base import Shard
 from srpo_lightning.policies.family import Images, Latents, check_family, check_size
 from srpo_lightning.policies.guided import Guided, SparseGuidance
 from srpo_lightning.policies.image_encoder import VAEEncoder
-from srpo_lightning.policies.parallel import check_attention
+from srpo_lightning.policies.parallel import check_attention, check_choice
 from srpo_lightning.training.context import Context
 from srpo_lightning.training.nf4 import check_bitsandbytes
 
@@ -74,6 +74,8 @@ class FlowPolicy(Guided):
         guided_steps: number of the first steps of a training's rollout that are guided by a second pass; the others
             cost one pass. Null guides all.
     """
+
+    without_effect = frozenset({"quantize_dir"})
 
     def __init__(
         self,
@@ -132,6 +134,7 @@ class FlowPolicy(Guided):
                 )
         if self.attention is not None:
             check_attention(self.attention, masks=self.masks_text)
+            check_choice(self.empty_transformer(), type(self).__name__)
         if self.compiles_blocks:
             loading.check_compiled(self.adapter, self.rollout_cache)
         if self.exact_conditioning and not self.num_rounded:

@@ -44,8 +44,8 @@ class VAEEncoder:
         self._vae: Any = None
 
     @torch.no_grad()
-    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B *latent"]:
-        """Pictures in [0, 1] to clean latents, float32 on the CPU; the same picture always has the same."""
+    def encode(self, images: Float[Tensor, "B 3 *F H W"]) -> Float[Tensor, "B *latent"]:
+        """Pictures or clips in [0, 1] to clean latents, float32 on the CPU; the same one always has the same."""
         if self._vae is None:
             check_device("data.text_device", self.device)
             self._vae = self.read(self.dtype).eval().requires_grad_(False).to(self.device)

@@ -20,7 +20,7 @@ from srpo_lightning.files.pretrained import (
 from srpo_lightning.policies import adapters
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Shard
-from srpo_lightning.policies.parallel import compile_blocks
+from srpo_lightning.policies.parallel import choose_attention, compile_blocks
 from srpo_lightning.policies.rounded import RoundedBlocks
 from srpo_lightning.training.nf4 import keep_in_4_bits
 
@@ -192,7 +192,7 @@ def fill(policy: Loaded, transformer: Any) -> None:
 
 def _prepare_blocks(policy: Loaded, transformer: Any) -> None:
     if policy.attention is not None:
-        transformer.set_attention_backend(policy.attention)
+        choose_attention(transformer, policy.attention)
     if policy.compiles_blocks:
         compile_blocks(block for _, block in blocks(transformer))
 

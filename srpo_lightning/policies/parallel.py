@@ -4,6 +4,7 @@ What is divided over ranks is the strategy's, and of tokens divided.py's; recomp
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,6 +55,30 @@ def check_attention(name: str, *, masks: bool = False) -> None:
             f"attention is {name!r}, which is no attention kernel of diffusers that has a gradient"
             f"{', takes the masks of this model' if masks else ''} and is installed: choose from {', '.join(usable)}"
         )
+
+
+def check_choice(transformer: nn.Module, family: str) -> None:
+    """Refuse a choice of a kernel where the blocks call torch's attention whatever was chosen.
+
+    Args:
+        transformer: with or without memory.
+        family: name of the policy's class, for the message.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules()):
+        raise ValueError(
+            f"attention is set, but the blocks of {family} call torch's attention whatever is chosen: set it to null"
+        )
+
+
+def choose_attention(transformer: Any, name: str) -> None:
+    """Have a transformer's blocks call a kernel, and no other model's."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with attention_backend():  # the choice for one model is made the whole process's too: this gives that its own back
+        transformer.set_attention_backend(name)
 
 
 def _is_installed(name: str) -> bool:

@@ -7,6 +7,7 @@ github.com/Wan-Video/Wan2.1, wan/modules/model.py.
 import html
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import diffusers
@@ -21,6 +22,7 @@ from srpo_lightning.batch import Size, Text
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.pretrained import read_json
+from srpo_lightning.picture_statistics import evenly
 from srpo_lightning.policies.clips import ClipVAE, FrameChoice, chosen_frames
 from srpo_lightning.policies.family import Images, Latents
 from srpo_lightning.policies.flow_policy import FlowPolicy
@@ -82,15 +84,16 @@ class WanPolicy(FlowPolicy):
 
     Args:
         num_frames: number of frames of a clip, one more than a multiple of four; 1 draws pictures.
-        rewarded_frames: frames of a clip that the reward, which scores pictures, sees; the mean of their scores counts.
-            With even they lie from the first to the last at equal distances, with first at the beginning, and with
-            random they are drawn for each micro-batch. What lies behind the last of them is not decoded.
+        rewarded_frames: frames of a clip that the reward sees. Of one that scores pictures their mean counts; one that
+            reads clips gets them together. With even they lie from the first to the last at equal distances, with first
+            at the beginning, and with random they are drawn for each micro-batch. What lies behind the last of them is
+            not decoded.
         num_rewarded_frames: number of these frames.
     """
 
     transformer_class, pipeline_class, vae_class = "WanTransformer3DModel", "WanPipeline", "AutoencoderKLWan"
     text_encoder = WanTextEncoder
-    pipeline_picture = "frames[0][0]"
+    pipeline_picture, pipeline_clip = "frames[0][0]", "frames[0]"
     shifts_twice = True
     tied = ("in_channels", "text_dim")
     hub_tag = "wan"
@@ -110,35 +113,41 @@ class WanPolicy(FlowPolicy):
         num_frames: PositiveInt = 1,
         rewarded_frames: FrameChoice = "even",
         num_rewarded_frames: PositiveInt = 2,
-        **settings: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **settings)
+        super().__init__(*args, **kwargs)
         if num_frames % STRIDE != 1:
             nearest = (num_frames - 1) // STRIDE * STRIDE + 1
             raise ValueError(
                 f"num_frames is {num_frames}, and a clip has one more than a multiple of {STRIDE} frames: set it to "
                 f"{nearest} or {nearest + STRIDE}"
             )
-        self.num_frames, self.rewarded_frames, self.num_rewarded_frames = (
-            num_frames,
-            rewarded_frames,
-            num_rewarded_frames,
-        )
+        if self.resolution_shift:
+            raise ValueError(
+                "resolution_shift is true, but the schedulers of Wan have one shift for every size: set it to null"
+            )
+        self.num_frames = num_frames
+        self.rewarded_frames, self.num_rewarded_frames = rewarded_frames, num_rewarded_frames
 
     @property
     def cell(self) -> int:  # type: ignore[override]  # a constant of other families
         """Two of the VAE's, which are 8 pixels wide, and 16 in the model of 5 B."""
         return 2 * self.factor
 
-    @property
+    @cached_property
     def factor(self) -> int:
         """Pixels of a side that one latent stands for."""
         return int(read_json(self.pretrained, "vae", "config.json").get("scale_factor_spatial", 8))
 
+    @cached_property
+    def text_rows(self) -> int:
+        """Rows that every text has in the transformer, zeros behind its own included."""
+        return self.text_encoder.longest(self.pretrained)
+
     def network(self, x: Latents, sigma: Tensor, text: Text, size: Size, told: list[Tensor]) -> Latents:
         """The level is told in thousandths; text is filled up with zeros to the length that training had."""
         rows = text.tensors["prompt_embeds"]
-        padding = self.text_encoder.longest(self.pretrained) - rows.shape[1]
+        padding = self.text_rows - rows.shape[1]
         velocity: Tensor = self.transformer(
             hidden_states=x,
             timestep=NUM_TIMES * sigma,
@@ -158,9 +167,8 @@ class WanPolicy(FlowPolicy):
         return super().num_tokens(size) * (1 + self.num_frames // STRIDE)
 
     def encoder(self, wanted: Encoding) -> Encoder:
-        """Of texts, and of pictures where clips are pictures."""
-        encoder = super().encoder(wanted)
-        return encoder if self.num_frames == 1 else encoder._replace(images=None)
+        """Of texts, and of clips of as many frames."""
+        return super().encoder(wanted)._replace(num_frames=self.num_frames)
 
     def read_vae(self, dtype: torch.dtype) -> ClipVAE:
         """The VAE with its weights."""
@@ -171,8 +179,8 @@ class WanPolicy(FlowPolicy):
         return latents * vae.std + vae.mean
 
     def from_vae(self, vae: ClipVAE, z: Tensor) -> Latents:
-        """Of pictures, normalised."""
-        return (z[:, :, None] - vae.mean) / vae.std
+        """Of pictures [B, c, h, w] or clips [B, c, T, h, w], normalised."""
+        return ((z[:, :, None] if z.ndim == 4 else z) - vae.mean) / vae.std
 
     def decode(self, latents: Latents, size: Size | None = None) -> Float[Tensor, "B 3 *F H W"]:
         """Clean latents to clips [B, 3, F, H, W] in [0, 1], or to pictures where num_frames is 1; with gradient."""
@@ -183,6 +191,13 @@ class WanPolicy(FlowPolicy):
         """The frames that are chosen, decoded up to the last of them."""
         wanted = chosen_frames(self.rewarded_frames, self.num_rewarded_frames, self.num_frames, draws)
         return self.frames(latents, wanted)
+
+    @property
+    def shown_frames(self) -> Sequence[int]:
+        """Those that training shows, where it does not draw them; else as many at equal distances."""
+        if self.rewarded_frames == "first":
+            return range(min(self.num_rewarded_frames, self.num_frames))
+        return evenly(self.num_rewarded_frames, self.num_frames)
 
     def frames(self, latents: Latents, wanted: Sequence[int]) -> list[Images]:
         """Frames of clean latents in [0, 1], with gradient.
@@ -231,8 +246,8 @@ class WanPolicy(FlowPolicy):
         return torch.randn(1, *self.latent_shape(), generator=generator)
 
     def pipeline_arguments(self, guidance: float, max_sequence_length: int) -> Mapping[str, Any]:
-        """As many frames, each as a picture."""
-        common = super().pipeline_arguments(guidance, max_sequence_length)
+        """As many frames, each as a picture; texts are filled up with zeros as far as `network` does it."""
+        common = super().pipeline_arguments(guidance, self.text_rows)
         return {**common, "num_frames": self.num_frames, "output_type": "pil"}
 
     single_file = SingleFile(

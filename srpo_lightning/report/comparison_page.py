@@ -18,7 +18,7 @@ from srpo_lightning.report import curves, samples
 from srpo_lightning.report.configuration import OF_ONE_START, asked_for, class_of, flat, read_configuration
 from srpo_lightning.report.page import write_page
 from srpo_lightning.report.samples import Logged
-from srpo_lightning.report.thumbnails import MAX_PICTURES, Thumbnails
+from srpo_lightning.report.thumbnails import Thumbnails
 from srpo_lightning.run_folder import RunFolder
 
 OF_THE_FORM = ("control_words", "word_choice", "template", "others")
@@ -59,7 +59,8 @@ def write_comparison_page(path: Path, folders: Sequence[Path]) -> None:
     runs = [read_run(name, RunFolder(folder)) for name, folder in zip(names_of(folders), folders, strict=True)]
     kinds = [kind for kind in ("policy", "ema") if all(kind in run.tables for run in runs)] or ["policy"]
     logged = [Logged(run.folder, run.metadata) for run in runs]
-    prompts = shared_prompts(logged, MAX_PICTURES // (1 + len(runs) * len(kinds)))
+    most = min(own.most_pictures for own in logged)
+    prompts = shared_prompts(logged, most // (1 + len(runs) * len(kinds)))
     found = [curves.evaluation_curves(run.metrics) for run in runs]
     names = curves.in_order(name for own in found for name in own)
     content = {

@@ -8,7 +8,7 @@ import torch
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT, are_paired, compare, won
 from srpo_lightning.evaluation.metrics import Table
 from srpo_lightning.files.records import Record
-from srpo_lightning.report.thumbnails import MAX_PICTURES, MAX_PROMPTS, Thumbnails, thinned
+from srpo_lightning.report.thumbnails import CLIP_SHARE, MAX_PICTURES, MAX_PROMPTS, Thumbnails, thinned
 from srpo_lightning.run_folder import RunFolder
 
 MAX_SAMPLES = 2000
@@ -129,14 +129,17 @@ class Logged:
             for own in metadata
             if {"weights", "index", "prompt"} <= own.keys() and isinstance(own["index"], int)
         }
-        self.indices = sorted({index for _, _, index in self.records})[:MAX_PROMPTS]
+        has_clips = any(run.samples.clip(*key).is_file() for key in self.records)
+        self.most_pictures = MAX_PICTURES // (CLIP_SHARE if has_clips else 1)
+        most_prompts = MAX_PROMPTS // (CLIP_SHARE if has_clips else 1)
+        self.indices = sorted({index for _, _, index in self.records})[:most_prompts]
         trained = {key for key in self.records if not self.is_base(key)}
         self.weights = sorted({kind for _, kind, _ in trained}, key=lambda kind: (kind != "policy", kind))
         self.all_steps = sorted({step for step, _, _ in trained})
         self.bases = {key[2]: key for key in reversed(self.records) if self.is_base(key)}
         self.newest = {key[2]: key for key in sorted(self.records)}
         prompts = len(self.indices) or 1
-        most = (MAX_PICTURES - prompts) // (prompts * (len(self.weights) or 1))
+        most = (self.most_pictures - prompts) // (prompts * (len(self.weights) or 1))
         self.steps = thinned(self.all_steps, most)
 
     @staticmethod

@@ -8,11 +8,19 @@ from typing import TypeVar
 
 from PIL import Image, features
 
-from srpo_lightning.evaluation.pictures import picture_if_whole
+from srpo_lightning.evaluation.pictures import FRAME_MS, clip_if_whole, moving, picture_if_whole
+from srpo_lightning.run_folder import beside
 
 SIDE_PX = 256
 MAX_BYTES = 16 << 10
 """Size of a thumbnail at most."""
+
+CLIP_SHARE = 4
+MAX_CLIP_BYTES = CLIP_SHARE * MAX_BYTES
+"""Size of a moving thumbnail at most, which counts as so many others."""
+
+MAX_FRAMES = 32
+"""Frames of a moving thumbnail at most: of more every second, third or later one is shown."""
 
 MAX_PICTURES = 640
 """Number of thumbnails in a page at most: with MAX_BYTES each and base64's 4/3, 14 MB."""
@@ -31,14 +39,16 @@ class Thumbnails:
         self._used: set[Path] = set()
 
     def url(self, path: Path) -> str:
-        """A picture as a data URI; empty where there is none, or a damaged one."""
+        """A picture as a data URI, moving where a clip lies beside it; empty where there is none, or a damaged one."""
         if not path.is_file():
             return ""
         self._used.add(path)
         changed = path.stat().st_mtime_ns
         if path not in self._kept or self._kept[path][0] != changed:
             picture = picture_if_whole(path)
-            self._kept[path] = changed, data_uri(picture) if picture else ""
+            frames = clip_if_whole(beside(path)) if picture else []
+            shown = moving_uri(frames) if frames else ""
+            self._kept[path] = changed, shown or (data_uri(picture) if picture else "")
         return self._kept[path][1]
 
     def forget_unused(self) -> None:
@@ -58,8 +68,28 @@ def data_uri(picture: Image.Image) -> str:
             stream = io.BytesIO()
             small.save(stream, kind, quality=quality)
             if stream.tell() <= MAX_BYTES:
-                return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+                return as_uri(kind.lower(), stream.getvalue())
         side //= 2
+
+
+def moving_uri(frames: Sequence[Image.Image]) -> str:
+    """A clip of at most SIDE_PX, MAX_FRAMES and MAX_CLIP_BYTES, as an animated WebP."""
+    stride = -(-len(frames) // MAX_FRAMES)
+    side = SIDE_PX
+    while True:
+        small = [frame.copy() for frame in frames[::stride]]
+        for frame in small:
+            frame.thumbnail((side, side))
+        for quality in QUALITIES:
+            clip = moving(small, quality, stride * FRAME_MS)
+            if len(clip) <= MAX_CLIP_BYTES:
+                return as_uri("webp", clip)
+        side //= 2
+
+
+def as_uri(kind: str, content: bytes) -> str:
+    """A picture's file as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def thinned(items: Sequence[Item], most: int) -> list[Item]:

@@ -9,6 +9,9 @@ from srpo_lightning.rewards.hps import SGPHPS as SGPHPS
 from srpo_lightning.rewards.hps import HPSv2 as HPSv2
 from srpo_lightning.rewards.hpsv3 import HPSv3 as HPSv3
 from srpo_lightning.rewards.image_reward import ImageReward as ImageReward
+from srpo_lightning.rewards.motion import Motion as Motion
 from srpo_lightning.rewards.statistic import PictureStatistic as PictureStatistic
+from srpo_lightning.rewards.video_align import VideoAlignReward as VideoAlignReward
 from srpo_lightning.rewards.weighted import Term as Term
 from srpo_lightning.rewards.weighted import WeightedReward as WeightedReward
+from srpo_lightning.rewards.xclip import XClipReward as XClipReward

@@ -10,9 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from srpo_lightning.files.fingerprint import Recorded
+from srpo_lightning.picture_statistics import mean_over_frames, over_frames
 from srpo_lightning.rewards.words import WordList
 
-Images: TypeAlias = Float[Tensor, "B 3 H W"]
+Images: TypeAlias = Float[Tensor, "B 3 *F H W"]
+"""Pictures [B, 3, H, W] in [0, 1]; for a reward that reads clips also frames of clips, [B, 3, F, H, W]."""
+
 Scores: TypeAlias = Float[Tensor, " B"]
 
 
@@ -31,12 +34,18 @@ class Reading(NamedTuple):
 class Reward(Recorded, nn.Module, ABC):
     """Scores images under texts; higher is better; differentiable with respect to the images.
 
+    A reward of pictures scores the frames of a clip one by one, and their mean counts. One that declares `reads_clips`
+    gets the frames of each sample together, [B, 3, F, H, W].
+
     A reward of your own needs `forward` alone. `load` is where large weights are read (the constructor stays cheap);
     whatever parameters it makes are frozen. `scores` is worth overriding where image features serve several texts.
     """
 
     reads_text: bool = True
     """Whether the text counts. Where it does not there is nothing to contrast, and SRPO alone cannot use the reward."""
+
+    reads_clips: bool = False
+    """Whether the reward compares frames, so that it gets those of a clip together; pictures it then refuses."""
 
     max_tokens: int | None = None
     """The most tokens of a text that are read, once the weights are; None: all of them."""
@@ -46,7 +55,9 @@ class Reward(Recorded, nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_forward_pre_hook(lambda _, args, kwargs: check_lengths(*args, **kwargs), with_kwargs=True)
+        self.register_forward_pre_hook(
+            lambda own, args, kwargs: check_lengths(*args, **kwargs | {"clips": own.reads_clips}), with_kwargs=True
+        )
 
     def load(self) -> None:
         """Read the weights, once; a second call does nothing."""
@@ -56,7 +67,7 @@ class Reward(Recorded, nn.Module, ABC):
         """The score of each image under its own text.
 
         Args:
-            images: Pictures [B, 3, H, W] in [0, 1].
+            images: Pictures [B, 3, H, W] in [0, 1], or clips.
             texts: Texts, one for each picture.
         """
 
@@ -92,6 +103,21 @@ class Reward(Recorded, nn.Module, ABC):
         self.check_contrast()
         return (self.scores(images, texts) * coefficients).sum(1)
 
+    def check_frames(self, num_frames: int) -> None:
+        """Refuse to compare frames where there is one.
+
+        Args:
+            num_frames: Frames of a sample that a training step shows.
+
+        Raises:
+            ValueError: with the cure.
+        """
+        if self.reads_clips and num_frames < 2:
+            raise ValueError(
+                f"{type(self).__name__} compares frames of a clip, and training shows it pictures of one frame: set "
+                "num_frames and num_rewarded_frames of a policy of clips above 1, or take this reward out"
+            )
+
     def check_contrast(self) -> None:
         """Refuse to contrast texts that are not read."""
         if not self.reads_text:
@@ -121,13 +147,46 @@ class Reward(Recorded, nn.Module, ABC):
         return super().train(False)
 
 
-def check_lengths(images: Tensor, texts: Sequence[str]) -> None:
+def seen_by(reward: Reward, images: Images, score: Callable[[Images], Tensor]) -> Tensor:
+    """What a function of the reward finds in pictures; of clips the mean over frames, unless the reward reads clips.
+
+    Args:
+        reward: Reward that `score` asks.
+        images: Pictures [B, 3, H, W] or clips [B, 3, F, H, W].
+        score: Function that gives a number, or a row of them, for each picture or clip.
+    """
+    return score(images) if reward.reads_clips else mean_over_frames(images, score)
+
+
+def evaluated_by(reward: Reward, images: Images, frames: Sequence[int], score: Callable[[Images], Tensor]) -> Tensor:
+    """What an evaluation finds: of clips the mean over frames at equal distances, unless the reward reads clips.
+
+    Args:
+        reward: Reward that `score` asks.
+        images: Pictures [B, 3, H, W] or whole clips [B, 3, F, H, W].
+        frames: Frames that a reward that reads clips gets together.
+        score: Function that gives a number, or a row of them, for each picture or clip.
+    """
+    return score(images[:, :, list(frames)]) if reward.reads_clips else over_frames(images, score)
+
+
+def check_lengths(images: Tensor, texts: Sequence[str], clips: bool = False) -> None:
     """Refuse images and texts whose numbers differ, which broadcasting would let pass.
+
+    Args:
+        images: What is scored.
+        texts: Its texts.
+        clips: Whether clips are read.
 
     Raises:
         ValueError: if there is not one text for each image, or the images are no batch of RGB images.
     """
-    if images.ndim != 4 or images.shape[1] != 3:
+    if clips and (images.ndim != 5 or images.shape[1] != 3 or images.shape[2] < 2):
+        raise ValueError(
+            f"images are {list(images.shape)}: a reward that compares frames takes clips [B, 3, F, H, W] of two frames "
+            "or more; give it a policy with num_frames and num_rewarded_frames above 1"
+        )
+    if not clips and (images.ndim != 4 or images.shape[1] != 3):
         raise ValueError(f"images are {list(images.shape)}: a reward takes [B, 3, H, W]")
     if isinstance(texts, str) or len(texts) != len(images):
         count = "one string" if isinstance(texts, str) else f"{len(texts)} texts"

@@ -165,7 +165,11 @@ class ClipReward(Reward):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             pooled = self.clip.text_model(input_ids=tokens).pooler_output
             features: Tensor = self.clip.text_projection(pooled)
-        return functional.normalize(features.to(torch.promote_types(weight.dtype, torch.float32)), dim=-1)[0]
+        return self.normalized(features.to(torch.promote_types(weight.dtype, torch.float32)))[0]
+
+    def normalized(self, features: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
+        """Text features as they are kept: unit vectors."""
+        return functional.normalize(features, dim=-1)
 
     def _apply(self, *args: object, **kwargs: object) -> "ClipReward":
         """Features follow the model to another device or dtype by being computed anew."""

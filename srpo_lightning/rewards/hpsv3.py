@@ -3,32 +3,24 @@
 The score is mu of `(mu, log sigma) = MLP(h)`, h the hidden state of Qwen2-VL at the token `<|Reward|>`.
 """
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
-from srpo_lightning.files.pretrained import load_exactly, read_json, read_weights, unreadable_is_refused, weights_file
-from srpo_lightning.rewards.base import Images, Reward, Scores, check_columns, check_lengths
+from srpo_lightning.files.pretrained import read_weights, weights_file
+from srpo_lightning.rewards.base import Images, Scores, check_columns, check_lengths
 from srpo_lightning.rewards.pixels import Preprocessing
+from srpo_lightning.rewards.qwen2_vl import Qwen2VLReward, smart_resize
 from srpo_lightning.rewards.words import PUBLISHED
-from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits
 
 FILENAME = "HPSv3.safetensors"
 NUM_PIXELS = 256 * 28 * 28  # about as many as an image is resized to
-MAX_ASPECT_RATIO = 200
 IMAGE_TOKEN = "<|image_pad|>"
 REWARD_TOKEN = "<|Reward|>"
-HEAD = "rm_head."
-UNUSED = "lm_head.weight"  # what Qwen2-VL writes text with
 
 # Word for word from the package hpsv3 1.0.0, hpsv3/dataset/data_collator_qwen.py; MIT License, Copyright (c) 2024 HPSv3
 # Team. The model was trained under this text.
@@ -75,7 +67,7 @@ Textual prompt - {text_prompt}
 QUESTION = f"\nPlease provide the overall ratings of this image: {REWARD_TOKEN}\n\nEND\n"
 
 
-class HPSv3(Reward):
+class HPSv3(Qwen2VLReward):
     """HPSv3: Qwen2-VL-7B, asked to rate an image under its prompt; FLUX.1-dev scores 10.4 in its own benchmark.
 
     A head reads mean and standard deviation of the preference from the hidden state at the token `<|Reward|>`. The
@@ -94,11 +86,14 @@ class HPSv3(Reward):
         weights: Published file, a folder that holds it, or the hub id.
         dtype: Precision of the weights, 15.5 GB in bfloat16; the head's are float32 either way.
         gradient_checkpointing: Whether the backward pass computes each layer again, instead of storing it.
-        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits, on the CPU while
-            loading: 6.1 GB in all, and not quite the published scores. It needs the extra `quant`.
+        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits while loading, on a
+            GPU where there is one: 6.1 GB in all, and not quite the published scores. It needs the extra `quant`.
     """
 
     word_lists = PUBLISHED
+    base_model = "Qwen/Qwen2-VL-7B-Instruct"
+    vision_token = IMAGE_TOKEN
+    reward_tokens = (REWARD_TOKEN,)
 
     def __init__(
         self,
@@ -108,55 +103,25 @@ class HPSv3(Reward):
         gradient_checkpointing: bool = False,
         quantize: Literal["none", "nf4"] = "none",
     ) -> None:
-        super().__init__()
-        kind = read_json(pretrained, "", "config.json").get("model_type")
-        if kind != "qwen2_vl":
-            raise ValueError(
-                f"{pretrained} is of type {kind}, HPSv3 needs qwen2_vl: leave out `pretrained`, or give a copy of "
-                "Qwen/Qwen2-VL-7B-Instruct"
-            )
+        super().__init__(pretrained, weights, dtype, gradient_checkpointing, quantize)
         if Path(weights).expanduser().exists() or weights.count("/") != 1:  # a hub id has one
             weights_file(weights, FILENAME)
-        if quantize == "nf4":
-            check_bitsandbytes()
-        self.pretrained = pretrained
-        self.weights = weights
-        self.dtype = getattr(torch, dtype)
-        self.gradient_checkpointing = gradient_checkpointing
-        self.quantize = quantize
-        self.network: Network | None = None
 
-    def load(self) -> None:
-        """Read tokenizer and weights, once; at no time is there a second copy of the weights."""
-        if self.network is not None:
-            return
-        with unreadable_is_refused(self.pretrained):
-            self.tokenizer = transformers.Qwen2Tokenizer.from_pretrained(self.pretrained)
-            config = transformers.Qwen2VLConfig.from_pretrained(self.pretrained)
-        self.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-        self.image_id, self.reward_id = self.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, REWARD_TOKEN])
-        if self.tokenizer.chat_template is None:
-            self.tokenizer.chat_template = read_json(self.pretrained, "", "chat_template.json")["chat_template"]
-        config.text_config.vocab_size = len(self.tokenizer)
-        from accelerate import init_empty_weights  # takes long to import
+    def new_head(self, width: int) -> nn.Module:
+        """Mu and log sigma of a hidden state."""
+        return nn.Sequential(
+            nn.Linear(width, 1024),
+            nn.ReLU(),
+            nn.Dropout(0.05),
+            nn.Linear(1024, 16),
+            nn.ReLU(),
+            nn.Linear(16, 2),
+        )
 
-        with init_empty_weights(include_buffers=False):
-            network = Network(config)
-        network.to(torch.bfloat16)  # the rotary frequencies: the model was trained with rounded ones
+    def read_state(self) -> tuple[dict[str, Tensor], Path]:
+        """The published file, whose names are Network's."""
         path = weights_file(self.weights, FILENAME)
-        state = read_weights(path)
-        state.pop(UNUSED, None)
-        for name, tensor in state.items():
-            state[name] = tensor.to(torch.float32 if name.startswith(HEAD) else self.dtype)
-        load_exactly(network, state, path)
-        del state
-        if self.quantize == "nf4":
-            keep_in_4_bits(network.model.layers)
-        if self.gradient_checkpointing:
-            # transformers' own switch works in training mode only, which a reward never enters.
-            for layer in (*network.visual.blocks, *network.model.layers):
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        self.network = network.eval().requires_grad_(False)
+        return read_weights(path), path
 
     def forward(self, images: Images, texts: Sequence[str]) -> Scores:
         """The mean of each image's preference under its text."""
@@ -183,86 +148,16 @@ class HPSv3(Reward):
         """What stands for each image in the language model, at its N tokens; about 256."""
         assert self.network is not None, "load() comes first"
         config = self.network.visual.config
-        patch, merged = config.patch_size, config.spatial_merge_size
-        height, width = smart_resize(images.shape[-2], images.shape[-1], patch * merged)
-        pixels = Preprocessing((height, width), "squash")(images)
-        grid = torch.tensor([[1, height // patch, width // patch]] * len(images), device=images.device)
-        patches = to_patches(pixels, patch, merged, config.temporal_patch_size)
-        features: Tensor = self.network.visual(patches, grid_thw=grid).pooler_output
-        return features.unflatten(0, (len(images), -1))
+        side = config.patch_size * config.spatial_merge_size
+        height, width = images.shape[-2:]
+        pixels = Preprocessing(smart_resize(height, width, side, NUM_PIXELS, NUM_PIXELS), "squash")(images)
+        return self.features_of(pixels.unsqueeze(2).expand(-1, -1, config.temporal_patch_size, -1, -1))
 
     def tokenize(self, text: str, num_image_tokens: int) -> list[int]:
         """Token ids of the whole conversation: image, instruction and text, and the question that is answered."""
-        words = INSTRUCTION.format(text_prompt=text) + QUESTION
-        conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
-        prompt: str = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self.tokenizer(prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * num_image_tokens, 1)).input_ids
-        return ids
+        return self.conversation("image", INSTRUCTION.format(text_prompt=text) + QUESTION, num_image_tokens)
 
     def _judge(self, features: Float[Tensor, "B N D"], texts: Sequence[str]) -> Float[Tensor, "B 2"]:
-        # Padded on the right, where causal attention never looks: it takes no mask to keep padding out of a score.
-        assert self.network is not None, "load() comes first"
         rows = [self.tokenize(text, features.shape[1]) for text in texts]
-        first = rows[0].index(self.image_id)  # the same in all
-        reward = [len(row) - 1 - row[::-1].index(self.reward_id) for row in rows]
-        tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.reward_id)
-        embeds = self.network.model.embed_tokens(tokens.to(features.device))
-        parts = embeds[:, :first], features.to(embeds.dtype), embeds[:, first + features.shape[1] :]
-        hidden = self.network.model(inputs_embeds=torch.cat(parts, dim=1), use_cache=False).last_hidden_state
-        at_reward = hidden[torch.arange(len(rows)), reward]
-        with torch.autocast(hidden.device.type, enabled=False):
-            outputs: Tensor = self.network.rm_head(at_reward.to(self.network.rm_head[0].weight.dtype))
-        return outputs
-
-
-class Network(nn.Module):
-    """HPSv3 by the names of its published file, with Qwen2-VL's language head left out."""
-
-    def __init__(self, config: "transformers.Qwen2VLConfig") -> None:
-        super().__init__()
-        qwen = transformers.Qwen2VLModel(config)
-        self.visual = qwen.visual
-        self.model = qwen.language_model
-        self.rm_head = nn.Sequential(
-            nn.Linear(config.text_config.hidden_size, 1024),
-            nn.ReLU(),
-            nn.Dropout(0.05),
-            nn.Linear(1024, 16),
-            nn.ReLU(),
-            nn.Linear(16, 2),
-        )
-
-
-def smart_resize(height: int, width: int, factor: int, num_pixels: int = NUM_PIXELS) -> tuple[int, int]:
-    """The size that an image is resized to: multiples of `factor`, about `num_pixels` in all.
-
-    Sides are rounded to the nearest multiples where these have `num_pixels`. Otherwise they are scaled to it, and
-    rounded up if the image is too small, down if it is too large.
-
-    Raises:
-        ValueError: if one side is more than 200 times the other.
-
-    Source: package hpsv3 1.0.0, `dataset/utils.py`.
-    """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"images are {height} x {width}: HPSv3 takes sides up to {MAX_ASPECT_RATIO} to 1, crop them")
-    rounded = [max(factor, round(side / factor) * factor) for side in (height, width)]
-    # Multiplied or divided as there: one bit is a whole row of tokens.
-    if math.prod(rounded) > num_pixels:
-        scale = math.sqrt(height * width / num_pixels)
-        rounded = [math.floor(side / scale / factor) * factor for side in (height, width)]
-    elif math.prod(rounded) < num_pixels:
-        scale = math.sqrt(num_pixels / (height * width))
-        rounded = [math.ceil(side * scale / factor) * factor for side in (height, width)]
-    return rounded[0], rounded[1]
-
-
-def to_patches(pixels: Images, patch: int, merged: int, num_frames: int) -> Float[Tensor, "P V"]:
-    """Qwen2-VL's input: an image's patches, each repeated as the frames of a film, by squares of `merged` x `merged`.
-
-    Source: transformers, `image_processing_qwen2_vl.py`.
-    """
-    squares = pixels.unflatten(3, (-1, merged, patch)).unflatten(2, (-1, merged, patch))
-    # Image, square (row, column), patch in it (row, column), channel, frame, pixel in it (row, column).
-    squares = squares.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
-    return squares.expand(*squares.shape[:6], num_frames, patch, patch).flatten(5).flatten(0, 4)
+        (reward_id,) = self.reward_ids
+        return self.answers(features, rows, [[len(row) - 1 - row[::-1].index(reward_id)] for row in rows])[:, 0]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor, nn
 
-from srpo_lightning.rewards.base import Images, Reward, Scores
+from srpo_lightning.rewards.base import Images, Reward, Scores, seen_by
 
 
 @dataclass
@@ -39,6 +39,8 @@ class WeightedReward(Reward):
     Where images require a gradient, each term's graph is built, used and freed before the next one's. So the peak of
     memory is that of the largest reward, not of their sum.
 
+    Where a term reads clips the sum does: that term gets the frames together, the others score them one by one.
+
     Args:
         terms: Rewards, each with its weight and normalisation.
     """
@@ -52,6 +54,7 @@ class WeightedReward(Reward):
         self.steering = [term for term in terms if term.reward.reads_text and not term.plain]
         self.unsteered = [term for term in terms if not term.reward.reads_text or term.plain]
         self.reads_text = bool(self.steering)
+        self.reads_clips = any(term.reward.reads_clips for term in terms)
 
     def load(self) -> None:
         """Read all weights."""
@@ -64,7 +67,10 @@ class WeightedReward(Reward):
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
         """The sum of all terms under each text."""
-        totals = [_normal(term, term.reward.scores(images, texts)) * term.weight for term in self.terms]
+        totals = [
+            _normal(term, seen_by(term.reward, images, partial(term.reward.scores, texts=texts))) * term.weight
+            for term in self.terms
+        ]
         return torch.stack(totals).sum(0)
 
     def contrast(self, images: Images, texts: Sequence[Sequence[str]], coefficients: Float[Tensor, "B T"]) -> Scores:
@@ -100,7 +106,7 @@ class WeightedReward(Reward):
     def _sum(self, images: Images, terms: Sequence[Term], score: Callable[[Term, Images], Scores]) -> Scores:
         total = images.new_zeros(len(images), dtype=torch.promote_types(images.dtype, torch.float32))
         for term in terms:
-            total = total + term.weight * eagerly(partial(score, term), images)
+            total = total + term.weight * seen_by(term.reward, images, partial(eagerly, partial(score, term)))
         return total
 
 
@@ -132,4 +138,4 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return upstream.view(-1, 1, 1, 1).to(gradient.dtype) * gradient, None
+        return upstream.view(-1, *[1] * (gradient.ndim - 1)).to(gradient.dtype) * gradient, None

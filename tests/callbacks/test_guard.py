@@ -71,6 +71,28 @@ def test_lost_diversity_and_drift_stop_a_run_whose_scores_still_rise(numbers, se
     assert run.evaluate(20, evaluation(0.6, 1.5, **numbers))
 
 
+CLIPS = {"motion": 0.02, "flicker": 0.001, "consistency": 0.95}
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        ({"motion": 0.009}, "motion is 0.009, the base's is 0.02: clips stand still"),
+        ({"flicker": 0.0021}, "flicker is 0.0021, the base's is 0.001"),
+        ({"consistency": 0.8}, "consistency is 0.8, the base's is 0.95"),
+    ],
+)
+def test_clips_that_stand_still_flicker_or_fall_apart_stop_a_run_whose_scores_still_rise(now, told):
+    guard = OverOptimizationGuard(patience=1)
+    assert not guard.reasons(evaluation(0.5, 1.0, **CLIPS), CLIPS, 10)
+    (reason,) = guard.reasons(evaluation(0.6, 1.5, **CLIPS | now), CLIPS, 20)
+    assert reason.startswith(told)
+    of_pictures = evaluation(0.7, 1.6), {"diversity": 1.0}
+    assert not guard.reasons(*of_pictures, 30)
+    careless = OverOptimizationGuard(min_motion=0, max_flicker=None, min_consistency=0)
+    assert not careless.reasons(evaluation(0.6, 1.5, **CLIPS | now), CLIPS, 20)
+
+
 def test_the_learning_rate_is_lowered_three_times_before_the_run_stops():
     run = Run(OverOptimizationGuard(patience=1, action="lower_learning_rate", learning_rate_factor=0.5))
     run.evaluate(0, evaluation(0.5, 0.0))

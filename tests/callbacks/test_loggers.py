@@ -77,6 +77,10 @@ def test_weights_and_biases_offline_gets_settings_and_pictures_and_goes_on(confi
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     (name,) = {folder.name.rpartition("-")[2] for folder in runs}
     assert name == RunFolder(tmp_path / "run").wandb_id.read_text()
+    for kept in RunFolder(tmp_path / "run").configs():  # from which another run may be made
+        (own,) = yaml.safe_load(kept.read_text())["trainer"]["logger"]
+        assert own["init_args"]["id"] is None
+        assert "resume" not in own["init_args"]
     assert any(folder.rglob("media/images/*") for folder in runs)
     (written, *_) = runs[0].glob("run-*.wandb")
     content = written.read_bytes()

@@ -114,3 +114,14 @@ def test_a_page_that_has_no_room_is_warned_of_and_training_goes_on(models, featu
     assert run.checkpoint(4).is_file()
     assert run.report.is_file()
     assert not list(tmp_path.glob("report.html*"))
+
+
+def test_nothing_that_a_page_meets_ends_training(models, features, tmp_path, monkeypatch):
+    def broken(self):
+        raise RuntimeError("a record that nobody has thought of")
+
+    monkeypatch.setattr(RunPage, "content", broken)
+    with pytest.warns(UserWarning, match="report.html is not written, and training goes on: a record that nobody"):
+        fit(models, features, tmp_path)
+    assert RunFolder(tmp_path).checkpoint(4).is_file()
+    assert RunFolder(tmp_path).report.is_file()

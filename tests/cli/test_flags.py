@@ -38,6 +38,7 @@ from srpo_lightning.rewards import (
     LaionAesthetic,
     PickScore,
     Term,
+    VideoAlignReward,
     WeightedReward,
 )
 from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
@@ -85,6 +86,8 @@ FLAGS = {
     LaionAesthetic: "head pretrained dtype",
     AestheticV25: "head pretrained dtype",
     HPSv3: "pretrained weights dtype gradient_checkpointing quantize",
+    VideoAlignReward: "pretrained weights visual_quality motion_quality text_alignment frame_rate dtype "
+    "gradient_checkpointing quantize",
     WeightedReward: "terms",
     Term: "reward weight mean std plain",
     ShardedStrategy: "shard_size replicate_size cpu_offload reshard_after_forward timeout_minutes",

@@ -123,6 +123,8 @@ def test_the_names_that_are_read_from_files_are_those_of_the_parser(command, mon
 STRATEGY = {"class_path": "srpo_lightning.strategies.ShardedStrategy", "init_args": {"shard_size": 2}}
 NEW_STRATEGY = "srpo_lightning.training.strategies.ShardedStrategy"
 OPTIMIZER = "srpo_lightning.low_bit.AdamW8bit"
+PLUGIN = "srpo_lightning.checkpoints.AtomicCheckpointIO"
+"""Every config.yaml of a run of 0.1 has it."""
 
 
 @pytest.mark.parametrize("command", ["fit", "export"])
@@ -133,8 +135,10 @@ OPTIMIZER = "srpo_lightning.low_bit.AdamW8bit"
          f"trainer.strategy is {STRATEGY['class_path']}, which is {NEW_STRATEGY} now"),
         ({"model": {"optimizer": OPTIMIZER}},
          f"model.optimizer is {OPTIMIZER}, which is srpo_lightning.training.low_bit.AdamW8bit now"),
+        ({"trainer": {"plugins": [{"class_path": PLUGIN}]}},
+         f"trainer.plugins is {PLUGIN}, which is srpo_lightning.files.checkpoints.AtomicCheckpointIO now"),
     ],
-    ids=["strategy", "optimizer"],
+    ids=["strategy", "optimizer", "plugin"],
 )  # fmt: skip
 def test_a_configuration_with_the_old_place_of_a_class_is_told_the_new_one(settings, told, command, tmp_path, capsys):
     (config := tmp_path / "config.yaml").write_text(json.dumps(settings))

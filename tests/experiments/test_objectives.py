@@ -17,7 +17,7 @@ from experiments.objectives.claims import BASELINES, COMBINED, LATE, OTHERS, at_
 from experiments.objectives.conditions import crossing
 from experiments.objectives.forwards import count_forwards
 from experiments.objectives.plan import Plan, Row, Run, Settings, merged, rates_to_try
-from experiments.objectives.results import Curve, Point, difference, mean_over_seeds
+from experiments.objectives.results import Archive, Curve, Point, difference, mean_over_seeds
 from srpo_lightning import cli
 from srpo_lightning.objectives import (
     GRPO,
@@ -83,6 +83,29 @@ def plan(**settings) -> Plan:
     return Plan(merged(fit, {}), rows, [1e-3, 1e-4], [7, 8], 1860, 3, Path("runs/b"))
 
 
+def test_the_base_is_the_same_run_whatever_rows_a_plan_has():
+    whole = plan()
+    other = whole._replace(rows={"b": Row(Settings({"class_path": "srpo_lightning.objectives.ReFL"})), **whole.rows})
+    part = whole._replace(rows={"b": other.rows["b"]})
+    assert whole.base(7).key == other.base(7).key == part.base(7).key != whole.base(8).key
+    assert whole.base(7).key != whole._replace(fit=merged(whole.fit, {"data": {"batch_size": 3}})).base(7).key
+    assert whole.run("a", 1e-3, 7).key != other.run("b", 1e-3, 7).key
+
+
+@pytest.mark.parametrize("condition", ["w = 0", "w = 3", "w = 1", "learned"])
+def test_bases_that_were_kept_with_an_objective_in_their_key_are_found(condition):
+    settings = yaml.safe_load((REPOSITORY / "experiments" / "objectives" / "bias.yaml").read_text())
+    rows = {name: Row(Settings(row["objective"])) for name, row in settings["rows"].items()}
+    fit = merged(settings["fit"], settings["conditions"][condition]["settings"])
+    whole = Plan(fit, rows, [1e-3], settings["seeds"], 1, 1, Path("runs"))
+    archive = Archive(REPOSITORY / settings["archive"], [])
+    assert all(whole.base(seed) in archive for seed in settings["seeds"])
+    (curve,) = archive.curves([whole.base(1)])
+    assert curve.last["drift"] == 0
+    changed = whole._replace(fit=merged(fit, {"model": {"num_sample_steps": 13}}))
+    assert changed.base(1) not in archive
+
+
 def test_a_run_spends_the_compute_in_as_many_steps_as_that_allows():
     run = plan().run("a", 1e-3, 7)
     assert (run.forwards, run.steps, run.every) == (2 * 31, 30, 10)
@@ -109,6 +132,11 @@ def test_learning_rates_are_tried_until_the_best_lies_between_two_others_or_ends
     place = rates.index(best)
     assert judged.keys() >= set(rates[max(place - 1, 0) : place + 2])
     assert start is not None or best != 4 or len(judged) == 3  # no rate is tried for nothing
+
+
+def test_a_learning_rate_that_is_no_longer_to_choose_from_leads_no_search():
+    assert rates_to_try([1, 2, 4], {8: 1.0, 4: 0.5}) == [2]
+    assert rates_to_try([1, 2, 4], {8: 1.0}, 1) == [1, 2]
 
 
 def test_a_row_is_ahead_from_where_its_gap_rises_through_zero_for_good():
@@ -250,6 +278,20 @@ def test_a_benchmark_runs_every_row_once_and_goes_on_where_it_was_stopped(models
     main([*arguments, "--folder", str(tmp_path / "there"), "--archive", str(archive)])
     assert "seed-" not in capsys.readouterr().out  # what another machine has done is not done again
     assert (tmp_path / "there" / "table.md").read_text() == (folder / "table.md").read_text()
+
+    # A part of the plan is reported with the same base, and without one where nobody has measured it.
+    whole = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(whole | {"rows": {"SRPO, alone": whole["rows"]["SRPO"]}}))
+    main([*arguments, "--report_only", "true"])
+    assert json.loads((folder / "results.json").read_text())["rows"].keys() == {"base", "SRPO, alone"}
+    archive.write_text("".join(line + "\n" for line in kept if "/base/" not in line))
+    main([*arguments, "--report_only", "true"])
+    assert json.loads((folder / "results.json").read_text())["rows"].keys() == {"SRPO, alone"}
+    capsys.readouterr()
+    main(arguments)
+    assert json.loads((folder / "results.json").read_text())["rows"].keys() == {"base", "SRPO, alone"}
+    assert "/base/" not in capsys.readouterr().out  # what is measured, but not kept, is not measured again
+    config.write_text(yaml.safe_dump(whole))
 
     config.write_text(config.read_text().replace("num_sample_steps: 2", "num_sample_steps: 3"))
     with pytest.raises(SystemExit, match="was run with other settings: delete it"):

@@ -43,3 +43,8 @@ def test_the_outline_is_the_models_but_for_the_tables_numbers(pipeline):
     assert shapes[0] == shapes[1]
     assert outline.config == whole.config
     assert outline.get_buffer(TABLE).is_meta
+
+
+def test_a_kernel_that_no_block_would_call_is_refused(pipeline):
+    with pytest.raises(ValueError, match=r"attention is set, but the blocks of SD3Policy call torch's.*set it to null"):
+        SD3Policy(pipeline, 32, 32, attention="_native_math")

@@ -43,6 +43,20 @@ def test_pictures_are_the_pipelines_at_each_number_of_steps(variant):
         torch.testing.assert_close(variant.decode(x0), theirs.frames[:, 0], rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_prompts_that_are_cut_shorter_are_drawn_as_the_card_tells_the_pipeline(variant):
+    text = variant.encoder(Encoding(max_sequence_length=8)).text
+    features, none = (Text.collate(text.encode(own), text.ragged) for own in (["a cat"], [text.negative]))
+    conditions = Conditions(["a cat"], features, torch.arange(1), unconditional=none)
+    noise = sample_noise(0, [0], variant.latent_shape())
+    pipe = diffusers.WanPipeline.from_pretrained(variant.pretrained)
+    pipe.set_progress_bar_config(disable=True)
+    told = dict(variant.pipeline_arguments(5.0, text.max_sequence_length), output_type="pt")
+    x0 = variant.integrate(lambda x, s: variant(x, s, conditions, 5.0), noise, 3)
+    theirs = pipe(["a cat"], None, *variant.size, num_inference_steps=3, latents=noise, **told)
+    torch.testing.assert_close(variant.decode(x0), theirs.frames[:, 0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_steps", [3, 50])
 def test_levels_are_the_schedulers(variant, num_steps):
     scheduler = diffusers.WanPipeline.from_pretrained(variant.pretrained).scheduler
@@ -73,6 +87,26 @@ def test_sizes_are_multiples_of_the_models_own_cells(variant):
     cell = 32 if variant.factor == 16 else 16
     with pytest.raises(ValueError, match=f"width is {3 * cell // 2} pixels, which {cell} does not divide"):
         WanPolicy(variant.pretrained, cell, 3 * cell // 2)
+
+
+def test_a_shift_by_the_resolution_is_refused(variant):
+    with pytest.raises(ValueError, match=r"resolution_shift is true, but .* Wan .*: set it to null"):
+        WanPolicy(variant.pretrained, *variant.size, resolution_shift=True)
+
+
+@torch.no_grad()
+def test_no_step_reads_a_file_or_asks_the_hub(variant, monkeypatch):
+    """As it would in every pass of a model by its hub id, which one answer that does not come would end."""
+    conditions = Conditions(["a"], Text({"prompt_embeds": torch.randn(1, 5, 16)}), torch.arange(1))
+    variant(sample_noise(0, [0], variant.latent_shape()), torch.ones(1), conditions, 1.0)  # once it may
+
+    def refused(*arguments):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr("srpo_lightning.files.pretrained.part", refused)
+    noise = sample_noise(0, [0], variant.latent_shape())
+    variant(noise, torch.ones(1), conditions, 1.0)
+    assert len(variant.sigmas(3)) == 4
 
 
 FRAMES = {"coarse": ({}, 9), "fine": ({"vae": tiny_wan.FINE}, 9)}

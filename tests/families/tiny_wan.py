@@ -69,16 +69,8 @@ class WithoutPadding(WanPolicy):
     """Attention without the zeros behind a text."""
 
     def network(self, x, sigma, text, *arguments):
-        text_encoder, self.text_encoder = self.text_encoder, Unpadded
-        found = super().network(x, sigma, text, *arguments)
-        self.text_encoder = text_encoder
-        return found
-
-
-class Unpadded:
-    @staticmethod
-    def longest(pretrained: str) -> int:
-        return 0
+        self.text_rows = text.tensors["prompt_embeds"].shape[1]
+        return super().network(x, sigma, text, *arguments)
 
 
 class WithoutStatistics(WanPolicy):

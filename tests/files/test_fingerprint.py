@@ -32,6 +32,13 @@ class Child(OfOnesOwn):
     """Without a constructor."""
 
 
+class Longer(OfOnesOwn):
+    """Which hands on what it does not know by names of its own."""
+
+    def __init__(self, *before: float, more: int = 0, **settings):
+        super().__init__(*before, **settings)
+
+
 @dataclass
 class Settings(Recorded):
     """As a dataclass."""
@@ -61,6 +68,14 @@ SAME = {
         SGPHPS(pretrained=str(models.clip)),
         SGPHPS(pretrained=str(models.clip), fit="crop", dtype="float32", as_probability=True),
     ),
+    "handed on by place, by name, and not at all": lambda _: (
+        Longer(2.0, table=None),
+        Longer(factor=2.0, more=0, words=("a",)),
+    ),
+    "folders of what is made anew": lambda models: (
+        policy(models, quantize_dir=str(models.pipeline)),
+        policy(models, quantize_dir=None),
+    ),
     "another order": lambda _: (OfOnesOwn(factor=2.0, dtype=torch.float16), OfOnesOwn(dtype=torch.float16, factor=2.0)),
     "by place or by name": lambda _: (OfOnesOwn(2.0), OfOnesOwn(factor=2.0)),
     "whole numbers": lambda _: (OfOnesOwn(2), OfOnesOwn(2.0)),
@@ -73,6 +88,8 @@ SAME = {
 }
 
 OTHER = {
+    "handed on": lambda _: (Longer(2.0), Longer(3.0)),
+    "handed on by name": lambda _: (Longer(dtype=torch.float16), Longer()),
     "dtype": lambda models: (clip(models), clip(models, dtype="bfloat16")),
     "dtype of a base": lambda models: (HPSv2(str(models.clip)), HPSv2(str(models.clip), dtype="bfloat16")),
     "logit scale": lambda models: (clip(models), clip(models, logit_scale_divisor=20.0)),

@@ -1,5 +1,7 @@
 """What a recipe needs is listed in one place, with what is here of it."""
 
+import json
+
 import pytest
 
 from srpo_lightning.cli import main
@@ -28,6 +30,39 @@ def test_a_recipe_names_every_model_with_size_and_licence(capsys, monkeypatch):
     assert float(hps[1]) == pytest.approx(1.97, abs=0.05)
     assert judge[0] == "trainer.callbacks.RewardTracking.judge.pretrained"
     assert judge[3] == "1.7 GB in the hub cache"
+
+
+def test_heads_weights_and_tokenizers_of_rewards_are_listed_too(capsys, models, features, tmp_path):
+    path = tiny.write_config(models, tmp_path / "run", features)
+    settings = json.loads(path.read_text())
+    tracking = next(own for own in settings["trainer"]["callbacks"] if own["class_path"].endswith("RewardTracking"))
+    heads = {"head": "someone/head"}
+    tracking["init_args"]["metrics"] = {
+        name.lower(): {"class_path": f"srpo_lightning.rewards.{name}", "init_args": own}
+        for name, own in (("HPSv3", {}), ("ImageReward", {}), ("LaionAesthetic", heads))
+    }
+    settings["trainer"]["callbacks"].append(
+        {"class_path": "srpo_lightning.callbacks.OverOptimizationGuard", "init_args": {"weights": "ema"}}
+    )
+    path.write_text(json.dumps(settings))
+    rows = listed(capsys, path)
+    for name, setting in (
+        ("MizzenAI/HPSv3", "hpsv3.weights"),
+        ("bert-base-uncased", "imagereward.tokenizer"),
+        ("someone/head", "laionaesthetic.head"),
+    ):
+        assert rows[name][0] == f"trainer.callbacks.RewardTracking.metrics.{setting}"
+        assert rows[name][3].startswith("no: "), name
+    assert not {"ema", "policy"} & rows.keys()
+
+
+def test_a_reward_of_two_models_names_both_and_whose_weights_are_meant_is_no_model(capsys, tmp_path):
+    path = tmp_path / "reward.json"
+    path.write_text('{"model": {"reward": {"class_path": "srpo_lightning.rewards.VideoAlignReward"}}}')
+    rows = listed(capsys, "configs/flux_srpo_qlora.yaml", path)
+    assert rows["KwaiVGI/VideoReward"][::2] == ["model.reward.weights", "Apache-2.0"]
+    assert rows["Qwen/Qwen2-VL-2B-Instruct"][::2] == ["model.reward.pretrained", "Apache-2.0"]
+    assert not list(job.named("", {"callback": {"weights": "ema"}}))
 
 
 def test_folders_of_this_machine_are_there_or_not(capsys, models, features, tmp_path):

@@ -322,14 +322,14 @@ def test_a_moved_run_is_found_beside_its_configuration(trained, tmp_path):
 def test_other_pictures_than_the_checkpoints_fail_and_stay_to_be_looked_at(trained, tmp_path, monkeypatch):
     """As if the wrong weights had been written, which diffusers reads as they are."""
     run, output = trained("full"), tmp_path / "out"
-    right = job.own_picture
+    right = job.own_frames
 
     def wrong(module, *others):
         for name, tensor in saved(run, "policy").items():
             module.policy.transformer.get_parameter(name).copy_(tensor)
         return right(module, *others)
 
-    monkeypatch.setattr(job, "own_picture", wrong)
+    monkeypatch.setattr(job, "own_frames", wrong)
     message = refused(run, output, "--dtype", "float32")
     assert "is not the checkpoint's (mean" in message
     assert not output.exists()

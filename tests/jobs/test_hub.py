@@ -121,10 +121,16 @@ def test_a_token_that_may_not_write_ends_the_command_before_it_works(hub, run, t
     assert not (tmp_path / "tiny").exists()
 
 
+def test_no_repository_is_made_for_what_cannot_be_exported(hub, run, tmp_path, capsys):
+    refused(words(run, tmp_path / "tiny", "--format", "lora"), "there is no adapter that --format lora", capsys)
+    assert not hub.repositories
+
+
 def test_an_upload_that_fails_leaves_the_export_and_says_how_to_repeat_it(hub, run, tmp_path, capsys):
     hub.refuses = {"commit"}
     output = tmp_path / "tiny"
-    refused(words(run, output), rf"the upload to me/tiny failed: .*; {output} is whole, repeat with `hf upload", capsys)
+    cure = rf"{output} is whole, repeat with `hf upload me/tiny {output} --exclude 'check/\*'`"
+    refused(words(run, output), f"the upload to me/tiny failed: .*; {cure}", capsys)
     assert (output / "README.md").is_file()
     assert not hub.files
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from srpo_lightning.rewards import hpsv3
-from srpo_lightning.rewards.hpsv3 import INSTRUCTION, QUESTION, HPSv3, smart_resize
+from srpo_lightning.rewards import qwen2_vl
+from srpo_lightning.rewards.hpsv3 import INSTRUCTION, NUM_PIXELS, QUESTION, HPSv3
 from srpo_lightning.rewards.pixels import CLIP_STD
+from srpo_lightning.rewards.qwen2_vl import smart_resize
 from tests.parity import originals
 from tests.rewards.qwen import write_base
 
@@ -65,17 +66,19 @@ def test_prompt_and_tokens_equal_the_originals(original, reward):
 
 
 def test_sizes_equal_the_originals(original):
-    assert [smart_resize(*size, 28) for size in SIZES] == [tuple(size) for size in original["sizes"]]
+    assert [smart_resize(*size, 28, NUM_PIXELS, NUM_PIXELS) for size in SIZES] == [
+        tuple(size) for size in original["sizes"]
+    ]
 
 
 def test_patches_equal_the_originals_up_to_rounding_to_8_bits(original, reward, monkeypatch):
     seen = []
 
-    def to_patches(*args, to_patches=hpsv3.to_patches):
+    def to_patches(*args, to_patches=qwen2_vl.to_patches):
         seen.append(to_patches(*args))
         return seen[-1]
 
-    monkeypatch.setattr(hpsv3, "to_patches", to_patches)
+    monkeypatch.setattr(qwen2_vl, "to_patches", to_patches)
     with torch.no_grad():
         for image in original["images"]:
             reward.image_features(as_batch(image))
@@ -92,7 +95,7 @@ def test_preferences_equal_the_originals_at_equal_pixels(original, reward, monke
         zip(original["images"], original["patches"], original["outputs"], strict=True)
     ):
         if i >= len(AS_THEY_ARE):
-            monkeypatch.setattr(hpsv3, "to_patches", lambda *_, patches=patches: patches.repeat(len(TEXTS), 1))
+            monkeypatch.setattr(qwen2_vl, "to_patches", lambda *_, patches=patches: patches.repeat(len(TEXTS), 1))
         with torch.no_grad():
             torch.testing.assert_close(preferences(reward, image), theirs, rtol=1e-4, atol=1e-6)
     assert original["outputs"].std(0).min() > 0.05

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._inductor.config
 import torch._inductor.metrics
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch._dynamo.utils import counters
 
 from srpo_lightning.policies import FluxPolicy, loading, parallel
@@ -27,13 +27,6 @@ def traced(monkeypatch):
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def own_attention():
-    """A policy's choice is the process's default too, in diffusers."""
-    with attention_backend("native"):
-        yield
 
 
 def run(policy: FluxPolicy, batch_size: int, *, grad: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -99,13 +92,28 @@ def test_training_leaves_cudnns_attention_alone(models):
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_another_attention_kernel_gives_the_same_velocity_and_gradient(models, own_attention):
+def test_another_attention_kernel_gives_the_same_velocity_and_gradient(models):
     chosen, default = tiny.new_policy(models, attention="_native_math"), tiny.new_policy(models)
     backends = {block.attn.processor._attention_backend for _, block in loading.blocks(chosen.transformer)}
     assert {backend.value for backend in backends} == {"_native_math"}
-    with attention_backend("native"):
-        expected = run(default, 2, grad=True)
+    expected = run(default, 2, grad=True)
     torch.testing.assert_close(run(chosen, 2, grad=True), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_models_attention_kernel_is_no_other_models(models, monkeypatch):
+    called = []
+    math = _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+
+    def counted(*arguments, **settings):
+        called.append("math")
+        return math(*arguments, **settings)
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH, counted)
+    chosen, default = tiny.new_policy(models, attention="_native_math"), tiny.new_policy(models)
+    run(default, 1, grad=False)
+    assert not called
+    run(chosen, 1, grad=False)
+    assert len(called) == len(loading.blocks(chosen.transformer))
 
 
 @pytest.mark.parametrize("name", ["nativ", "sage", "flash_hub", "_flash_3", "_native_cudnn"])

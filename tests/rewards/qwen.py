@@ -1,16 +1,21 @@
-"""A small Qwen2-VL with random weights, in the form of the files that HPSv3 is published as."""
+"""A small Qwen2-VL with random weights, in the form of the files that HPSv3 and VideoAlign are published as."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from srpo_lightning.rewards.hpsv3 import INSTRUCTION, QUESTION, Network
+from srpo_lightning.rewards.hpsv3 import INSTRUCTION, QUESTION, HPSv3
 from srpo_lightning.rewards.pixels import CLIP_MEAN, CLIP_STD
+from srpo_lightning.rewards.qwen2_vl import Network
+from srpo_lightning.rewards.video_align import REWARD_TOKENS
 
 NAMES = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start
 vision_end vision_pad image_pad video_pad"""
@@ -23,6 +28,7 @@ CHAT_TEMPLATE = (
     "<|im_start|>{{ message['role'] }}\n"
     "{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% else %}{{ content['text'] }}{% endif %}"
     "{% endfor %}"
     "<|im_end|>\n"
@@ -130,15 +136,19 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def write_weights(base: Path, path: Path) -> Path:
-    """Random ones, in the form of the published file."""
-    torch.manual_seed(0)
-    config = Qwen2VLConfig.from_pretrained(base)
-    network = Network(config)
+def with_noise(model: nn.Module) -> nn.Module:
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in model.parameters():
             spread = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
             parameter += spread * torch.randn_like(parameter)
+    return model
+
+
+def write_weights(base: Path, path: Path) -> Path:
+    """HPSv3's: random ones, in the form of the published file."""
+    torch.manual_seed(0)
+    config = Qwen2VLConfig.from_pretrained(base)
+    network = with_noise(Network(config, HPSv3(str(base)).new_head(config.text_config.hidden_size)))
     state = {
         name: tensor if name.startswith("rm_head.") else tensor.bfloat16()
         for name, tensor in network.state_dict().items()
@@ -147,3 +157,56 @@ def write_weights(base: Path, path: Path) -> Path:
     embeddings = state["model.embed_tokens.weight"][:words].clone()
     save_file(state | {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings.clone()}, path)
     return path
+
+
+def settings(output_dim: int = 1, **lora: Any) -> dict[str, Any]:
+    """What model_config.json says, where it is read or checked."""
+    return {
+        "data_config": {
+            "max_frame_pixels": 200704,
+            "num_frames": None,
+            "fps": 2.0,
+            "eval_dim": ["VQ", "MQ", "TA"],
+            "prompt_template_type": "detailed_special",
+            "sample_type": "uniform",
+        },
+        "model_config": {"output_dim": output_dim, "use_special_tokens": True, "reward_token": "special"},
+        "peft_lora_config": {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "use_rslora": False} | lora,
+        "inference_config": {
+            "VQ_mean": 3.6757,
+            "VQ_std": 2.2476,
+            "MQ_mean": 1.1646,
+            "MQ_std": 1.3811,
+            "TA_mean": 2.8105,
+            "TA_std": 2.5121,
+        },
+    }
+
+
+def write_video_reward(base: Path, folder: Path, output_dim: int = 1, **lora: Any) -> nn.Module:
+    """A folder in the form of VideoAlign's published one, with random weights; returns the model as peft has it."""
+    torch.manual_seed(0)
+    config = Qwen2VLConfig.from_pretrained(base)
+    config.text_config.vocab_size += len(REWARD_TOKENS) - 7  # there are seven spare ones, and three are added
+    head = nn.Linear(config.text_config.hidden_size, output_dim, bias=False)
+    network = Network(config, head)
+    adapted = [name for name, own in network.model.named_modules() if isinstance(own, nn.Linear)]
+    written = settings(output_dim, **lora)
+    own = written["peft_lora_config"]
+    targets = LoraConfig(
+        r=own["lora_r"],
+        lora_alpha=own["lora_alpha"],
+        use_rslora=own["use_rslora"],
+        lora_dropout=0.05,
+        target_modules=[f"model.{name}" for name in adapted],
+    )
+    wrapped = with_noise(get_peft_model(network, targets)).eval().bfloat16()
+    for name, parameter in wrapped.named_parameters():
+        parameter.data *= 0.1 if ".lora_B." in name else 1  # as after training: small beside what it is added to
+    checkpoint = folder / "checkpoint-11352"
+    checkpoint.mkdir(parents=True)
+    (folder / "model_config.json").write_text(json.dumps(written))
+    embeddings = network.model.embed_tokens.weight
+    state = wrapped.state_dict() | {"base_model.model.lm_head.weight": embeddings.clone()}
+    torch.save(state, checkpoint / "model.pth")
+    return wrapped.float()

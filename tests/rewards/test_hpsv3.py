@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
-from srpo_lightning.rewards import hpsv3
-from srpo_lightning.rewards.hpsv3 import IMAGE_TOKEN, INSTRUCTION, REWARD_TOKEN, HPSv3
+from srpo_lightning.rewards import qwen2_vl
+from srpo_lightning.rewards.hpsv3 import IMAGE_TOKEN, INSTRUCTION, NUM_PIXELS, REWARD_TOKEN, HPSv3
 from srpo_lightning.rewards.pixels import Preprocessing
+from srpo_lightning.rewards.qwen2_vl import smart_resize, to_patches
 from srpo_lightning.training import nf4
 from tests.rewards.qwen import write_base, write_weights
 
@@ -42,6 +43,10 @@ def images(count: int = 3, height: int = 448, width: int = 448) -> torch.Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(count))
 
 
+def two_frames(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.unsqueeze(2).expand(-1, -1, 2, -1, -1)
+
+
 def pixel_gradient(reward: HPSv3, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
     pixels = pixels.clone().requires_grad_()
     reward(pixels, texts).sum().backward()
@@ -67,10 +72,10 @@ def test_scores_equal_qwen2_vl_with_its_arguments_and_one_position_for_each_toke
             input_ids=tokens,
             attention_mask=mask,
             position_ids=torch.arange(length).expand(3, len(rows), -1),
-            pixel_values=hpsv3.to_patches(Preprocessing((224, 896), "squash")(pixels), 14, 2, 2),
+            pixel_values=to_patches(two_frames(Preprocessing((224, 896), "squash")(pixels)), 14, 2, 2),
             image_grid_thw=torch.tensor([[1, 16, 64]] * 3),
         ).last_hidden_state
-        outputs = reward.network.rm_head(hidden[tokens == reward.reward_id])
+        outputs = reward.network.rm_head(hidden[tokens == reward.reward_ids[0]])
         torch.testing.assert_close(reward(pixels, TEXTS), outputs[:, 0], rtol=0, atol=1e-5)
         mu, sigma = reward.preference(pixels, TEXTS)
     torch.testing.assert_close(torch.stack([mu, sigma.log()], dim=1), outputs, rtol=0, atol=1e-5)
@@ -79,7 +84,7 @@ def test_scores_equal_qwen2_vl_with_its_arguments_and_one_position_for_each_toke
 
 def test_patches_are_squares_of_squares_row_by_row():
     pixels = images(2, 56, 84)
-    patches = hpsv3.to_patches(pixels, patch=14, merged=2, num_frames=2)
+    patches = to_patches(two_frames(pixels), patch=14, merged=2, num_frames=2)
     corners = [
         (28 * row + 14 * down, 28 * column + 14 * right)
         for row in range(2)
@@ -96,7 +101,7 @@ def test_patches_are_squares_of_squares_row_by_row():
     [((448, 448), (448, 448)), ((512, 512), (448, 448)), ((1, 200), (56, 6356)), ((1024, 768), (504, 364))],
 )
 def test_images_are_resized_to_about_256_tokens(size, expected):
-    assert hpsv3.smart_resize(*size, 28) == expected
+    assert smart_resize(*size, 28, NUM_PIXELS, NUM_PIXELS) == expected
 
 
 def test_images_narrower_than_the_original_takes_are_refused(reward):
@@ -206,9 +211,9 @@ def test_the_text_may_hold_any_token(reward):
         )
     assert all(math.isfinite(score) and score != plain for score in others)
     row = reward.tokenize(f"a {REWARD_TOKEN} cat {IMAGE_TOKEN}", 4)
-    assert row.count(reward.reward_id) == 2
-    assert row.count(reward.image_id) == 5
-    assert len(set(row[row.index(reward.image_id) :][:4])) == 1
+    assert row.count(reward.reward_ids[0]) == 2
+    assert row.count(reward.vision_id) == 5
+    assert len(set(row[row.index(reward.vision_id) :][:4])) == 1
     hidden = []
     hook = reward.network.rm_head.register_forward_hook(lambda _, inputs, output: hidden.append(inputs[0]))
     with torch.no_grad():
@@ -301,10 +306,10 @@ def test_the_constructor_reads_no_weights_and_load_reads_them_once(base, weights
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what memory is a file's")
 def test_the_weights_stay_in_the_file_until_they_are_needed(base, weights, monkeypatch):
     """No memory for initial values, and none for a copy."""
-    exactly = hpsv3.load_exactly
+    exactly = qwen2_vl.load_exactly
     initial = []
     monkeypatch.setattr(
-        hpsv3, "load_exactly", lambda network, *rest: initial.extend(network.parameters()) or exactly(network, *rest)
+        qwen2_vl, "load_exactly", lambda network, *rest: initial.extend(network.parameters()) or exactly(network, *rest)
     )
     reward = HPSv3(str(base), str(weights))
     reward.load()

@@ -32,17 +32,19 @@ def noise(height: int, width: int) -> torch.Tensor:
     return (draw(1, 3, height, width) > 0.5).float()
 
 
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("kind", [smooth, noise])
 @pytest.mark.parametrize(
     ("source", "target"),
     [((64, 64), (28, 28)), ((48, 80), (32, 20)), ((16, 16), (40, 24)), ((225, 333), (224, 332)), ((100, 37), (50, 90))],
 )
-def test_resizing_equals_pils_bicubic_to_one_of_its_8_bit_levels(kind, source, target):
+def test_resizing_equals_pils_filter_to_one_of_its_8_bit_levels(kind, source, target, resample):
     """PIL rounds after each of its two passes; without those roundings the two differ by less than 1e-5."""
     images = kind(*source)
     picture = Image.fromarray((images[0].permute(1, 2, 0) * 255).byte().numpy())
-    theirs = torch.from_numpy(np.array(picture.resize(target[::-1], Image.Resampling.BICUBIC))).permute(2, 0, 1)
-    levels = resize(images, target)[0] * 255
+    pils = Image.Resampling[resample.upper()]
+    theirs = torch.from_numpy(np.array(picture.resize(target[::-1], pils))).permute(2, 0, 1)
+    levels = resize(images, target, resample=resample)[0] * 255
     assert (levels.round() - theirs).abs().max() <= 1
     assert (levels - theirs).abs().mean() < 0.4
 
@@ -147,3 +149,10 @@ def test_pixels_equal_the_image_processors(height, width, crop):
 def test_a_processors_configuration_is_read_as_transformers_reads_it(config, expected):
     """Without centre crop `crop_size` means nothing, although CLIPImageProcessor always writes one."""
     assert Preprocessing.from_config(config, 16) == expected
+
+
+def test_the_filter_is_the_processors_and_another_is_refused():
+    assert Preprocessing.from_config({"resample": 2}, 16).resample == "bilinear"
+    assert Preprocessing.from_config({}, 16).resample == "bicubic"
+    with pytest.raises(ValueError, match=r"resample 1, which is not known here: it is 2 \(bilinear\) or 3 \(bicubic\)"):
+        Preprocessing.from_config({"resample": 1}, 16)

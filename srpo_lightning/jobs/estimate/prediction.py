@@ -107,7 +107,7 @@ def judges_of(trainer: Namespace) -> list[Reward]:
     parser = LightningArgumentParser()
     parser.add_argument("--judges", type=list[Reward])
     chosen = [own.init_args for own in of_class(trainer.callbacks, RewardTracking)]
-    judges = [judge for own in chosen for judge in (own.judge, *(own.get("metrics") or {}).values())]
+    judges = [judge for own in chosen for judge in (own.judge, *(own.get("metrics") or {}).values()) if judge]
     return list(parser.instantiate_classes(Namespace(judges=judges)).judges)
 
 

@@ -60,6 +60,9 @@ LICENCES: dict[str, str] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "Apache-2.0",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "Apache-2.0",
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "Apache-2.0",
+    "KwaiVGI/VideoReward": "Apache-2.0",
+    "Qwen/Qwen2-VL-2B-Instruct": "Apache-2.0",
+    "Qwen/Qwen2-VL-7B-Instruct": "Apache-2.0",
 }
 """In short: read the models' own pages before use."""
 

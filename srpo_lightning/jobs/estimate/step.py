@@ -19,8 +19,7 @@ from srpo_lightning.draws import Draws
 from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices
 from srpo_lightning.jobs.estimate.memory import HOST, MemoryTracker
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.picture_statistics import over_frames
-from srpo_lightning.rewards.base import Reward
+from srpo_lightning.rewards.base import Reward, evaluated_by
 
 TRAINED, FROZEN, JUDGES = "trained weights", "frozen weights", "judges of evaluation"
 GRADIENTS, STATES, AVERAGE = "gradients", "optimizer states", "EMA"
@@ -112,7 +111,7 @@ def evaluate(
             latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
             images = module.policy.decode(latents[: conditions.batch_size])  # a group has more
         for judge in judges:
-            over_frames(images.float(), judge.under(conditions.prompts))
+            evaluated_by(judge, images.float(), range(module.policy.num_frames), judge.under(conditions.prompts))
 
 
 def new_optimizer(module: SRPOModule, parameters: list[torch.nn.Parameter], *, on_cuda: bool) -> Optimizer:
@@ -172,21 +171,21 @@ def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, trac
 @contextmanager
 def phases(module: SRPOModule, tracker: Phased) -> Iterator[None]:
     """Tell the tracker when images are decoded and scored, and when their gradients are."""
-    decode, score = module.policy.decode, module.reward.contrast
+    decode, score = module.policy.rewarded_pictures, module.reward.contrast
 
-    def tracked_decode(*args: Any) -> Tensor:
+    def tracked_decode(*args: Any) -> list[Tensor]:
         tracker.phase = DECODE
-        images = decode(*args)
-        if images.requires_grad:
+        pictures = decode(*args)
+        for images in (own for own in pictures if own.requires_grad):
             images.register_hook(lambda _: setattr(tracker, "phase", DECODE))
-        return images
+        return pictures
 
     def tracked_score(*args: Any) -> Tensor:
         tracker.phase = REWARD
         return score(*args)
 
     with (
-        patch.dict(vars(module.policy), {"decode": tracked_decode}),
+        patch.dict(vars(module.policy), {"rewarded_pictures": tracked_decode}),
         patch.dict(vars(module.reward), {"contrast": tracked_score}),
     ):
         yield

@@ -1,5 +1,6 @@
-"""A picture of a checkpoint by this project's sampler, and the one that the code of the model card draws."""
+"""A picture or clip of a checkpoint by this project's sampler, and what the code of the model card draws."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,13 +10,13 @@ from PIL.Image import Image
 
 from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.encoding import TextEncoder
-from srpo_lightning.evaluation.pictures import as_picture, contact_sheet
+from srpo_lightning.evaluation.pictures import as_picture, contact_sheet, moving_sheet, write_clip
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies.flow_policy import FlowPolicy
 
 
 class Difference(NamedTuple):
-    """Of two pictures.
+    """Of two pictures, or of all frames of two clips.
 
     Args:
         mean: Mean of the absolute difference of pixels, which are in [0, 1] and in 8 bits.
@@ -32,8 +33,8 @@ class Difference(NamedTuple):
         return f"mean {self.mean:.2g}, largest {self.largest:.2g}, of a range of 1; allowed mean {self.allowed:.2g}"
 
 
-def own_picture(module: SRPOModule, encoder: TextEncoder, prompt: str, device: torch.device) -> Image:
-    """By the module's sampler, from the noise that a generator with its seed gives diffusers; a clip's first frame.
+def own_frames(module: SRPOModule, encoder: TextEncoder, prompt: str, device: torch.device) -> list[Image]:
+    """By the module's sampler, from the noise that a generator with its seed gives diffusers; one picture, or a clip.
 
     Text encoders and transformer are on the device one after the other. In bfloat16 it computes under autocast.
 
@@ -59,17 +60,19 @@ def own_picture(module: SRPOModule, encoder: TextEncoder, prompt: str, device: t
     conditions = conditions._replace(unconditional=negative[0] if negative else None)
     with torch.autocast(device.type, torch.bfloat16, enabled=encoder.dtype == torch.bfloat16):
         images = module.sample(conditions, noise)
-    return as_picture(images[0] if images.ndim == 4 else images[0, :, 0])
+    return [as_picture(frame) for frame in (images[0].unbind(1) if images.ndim == 5 else images)]
 
 
-def difference(ours: Image, theirs: Image, allowed: float) -> Difference:
-    """Measured over all pixels."""
-    a, b = (np.asarray(picture, dtype=np.float64) / 255 for picture in (ours, theirs))
+def difference(ours: Sequence[Image], theirs: Sequence[Image], allowed: float) -> Difference:
+    """Measured over all pixels of all frames."""
+    a, b = (np.stack([np.asarray(frame) for frame in frames]) / 255 for frames in (ours, theirs))
     distance = np.abs(a - b)
     return Difference(float(distance.mean()), float(distance.max()), allowed)
 
 
-def write_pictures(folder: Path, **kinds: Image) -> None:
-    """Under each other in one file."""
+def write_pictures(folder: Path, **kinds: Sequence[Image]) -> None:
+    """Under each other in one file, and clips moving in another beside their first frames."""
     folder.mkdir()
-    contact_sheet({name: [picture] for name, picture in kinds.items()}).save(folder / "pictures.png")
+    contact_sheet({name: frames[:1] for name, frames in kinds.items()}).save(folder / "pictures.png")
+    if any(len(frames) > 1 for frames in kinds.values()):
+        write_clip(folder / "clips.webp", moving_sheet({name: [frames] for name, frames in kinds.items()}))

@@ -10,6 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError
 FAILURES: tuple[type[BaseException], ...] = (OSError, ValueError, HfHubHTTPError.__bases__[0])
 """What its client raises; the last is the HTTP library's own, httpx in version 1 and httpx2 in version 2."""
 
+LEFT_OUT = "check/*"
+"""Pictures that the export was checked by."""
+
 
 def make_repository(repository: str, *, private: bool) -> None:
     """Make the repository before anything is exported, unless it is there: so a token that may not is found early.
@@ -27,10 +30,10 @@ def upload(folder: Path, repository: str) -> str:
     Raises:
         ValueError: in one line, if that fails; the folder stays as it is.
     """
-    cure = f"{folder} is whole, repeat with `hf upload {repository} {folder}`"
+    cure = f"{folder} is whole, repeat with `hf upload {repository} {folder} --exclude '{LEFT_OUT}'`"
     with told(f"the upload to {repository} failed", cure):
         commit = HfApi().upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Export", ignore_patterns=["check/*"]
+            repo_id=repository, folder_path=folder, commit_message="Export", ignore_patterns=[LEFT_OUT]
         )
     return str(commit.repo_url)
 

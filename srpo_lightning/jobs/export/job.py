@@ -13,7 +13,7 @@ from srpo_lightning.config.arguments import new_data, new_module, read_config
 from srpo_lightning.encoding import Encoding
 from srpo_lightning.files.checkpoints import check_whole, complete_or_absent_folder
 from srpo_lightning.jobs.export import usage
-from srpo_lightning.jobs.export.comparison import Difference, difference, own_picture, write_pictures
+from srpo_lightning.jobs.export.comparison import Difference, difference, own_frames, write_pictures
 from srpo_lightning.jobs.export.formats import DiffusersFolder, Format, SingleFile
 from srpo_lightning.jobs.export.hub import make_repository, upload
 from srpo_lightning.jobs.export.lora_formats import LoraComfy, LoraFiles
@@ -68,7 +68,7 @@ def export(
         weights: Weights to write: the ema, or the policy.
         dtype: Dtype of the weights written.
         check: Whether to run the code of the model card and compare its picture of the first evaluation prompt with
-            the checkpoint's own. Both are written to `check/`. Takes the memory of sampling.
+            the checkpoint's own, of clips all frames. Both are written to `check/`. Takes the memory of sampling.
         device: Device that draws both pictures: auto, cuda or cpu; auto takes a GPU if there is one.
         push_to_hub: Name of a repository of the hub, such as me/my-model, that gets what is written, with its card but
             without `check/`; it is made if it is not there. The base model's licence counts there too.
@@ -84,12 +84,12 @@ def export(
     settings = read_config(config)
     run = RunFolder.of_config(config, settings.trainer.default_root_dir)
     checkpoint = whole_checkpoint(run, ckpt_path, settings)
-    if push_to_hub is not None:
-        make_repository(push_to_hub, private=private)
     module = exported_module(settings)
     policy = module.policy
     assert isinstance(policy, FlowPolicy)
     check_format(format, policy)
+    if push_to_hub is not None:
+        make_repository(push_to_hub, private=private)
     policy.transformer = policy.outline()
     trained = read_trained(checkpoint, weights, module)
     written = FORMATS[format](policy, policy.transformer, trained, getattr(torch, dtype), folder.name)
@@ -162,12 +162,12 @@ def compare(
         parameter.copy_(written.trained[name.removeprefix(PREFIX)].read())
     length = settings.data.max_sequence_length
     encoder = policy.encoder(Encoding(length, written.dtype, device)).text
-    ours = own_picture(module, encoder, prompt, device)
+    ours = own_frames(module, encoder, prompt, device)
     module.policy = None  # type: ignore[assignment]  # frees it
     del policy
     names = usage.run(code, device, written.given(folder))
     written.compare(names["pipe"])
-    theirs = names["picture"]
+    theirs = names["clip"] if "clip" in names else [names["picture"]]
     write_pictures(folder / "check", ours=ours, card=theirs)
     found = difference(ours, theirs, EXACT if written.dtype == torch.float32 else ROUNDED)
     if not found.mean <= found.allowed:

@@ -7,12 +7,13 @@ from unittest.mock import patch
 
 import torch
 
+from srpo_lightning.evaluation.pictures import FRAME_MS
 from srpo_lightning.jobs.export.formats import Format
 from srpo_lightning.module import SRPOModule
 
 
 def python(written: Format, module: SRPOModule, folder: Path, prompt: str, max_sequence_length: int) -> str:
-    """Code that ends with one `picture`; every foreign text in it is a literal.
+    """Code that ends with one `picture`, or with a `clip` of pictures; every foreign text in it is a literal.
 
     Args:
         written: Form of what is in the folder.
@@ -34,15 +35,17 @@ def python(written: Format, module: SRPOModule, folder: Path, prompt: str, max_s
     lines += [
         "if torch.cuda.is_available():",
         "    pipe.enable_model_cpu_offload()  # one model at a time on the GPU",
-        "picture = pipe(",
+        f"{'clip' if policy.num_frames > 1 else 'picture'} = pipe(",
         f"    prompt={prompt!a},",
         f"    height={height},",
         f"    width={width},",
         f"    num_inference_steps={module.num_sample_steps},",
         *(f"    {name}={value!a}," for name, value in arguments.items()),
         f"    generator=torch.Generator().manual_seed({module.seed}),",
-        f").{policy.pipeline_picture}",
+        f").{policy.pipeline_clip if policy.num_frames > 1 else policy.pipeline_picture}",
     ]
+    if policy.num_frames > 1:
+        lines.append(f'# clip[0].save("clip.webp", save_all=True, append_images=clip[1:], duration={FRAME_MS}, loop=0)')
     classes = ("FlowMatchEulerDiscreteScheduler", policy.pipeline_class, policy.transformer_class)
     used = [name for name in classes if any(f"{name}." in line for line in lines)]
     return "\n".join(["import torch", f"from diffusers import {', '.join(used)}", "", *lines])
