@@ -22,7 +22,8 @@ originals: venv $(ORIGINALS:tests/parity/originals/%.txt=.originals/%/installed)
 	touch $@
 
 demo: venv ## training of the built-in model: numbers and pictures before and after, in minutes
-	rm -rf runs/emoji_demo
+	@if [ -e runs/emoji_demo ]; then n=1; while [ -e runs/emoji_demo_$$n ]; do n=$$((n + 1)); done; \
+		mv runs/emoji_demo runs/emoji_demo_$$n && echo "the earlier run is runs/emoji_demo_$$n now"; fi
 	$(RUN) -m srpo_lightning fit --config configs/emoji_demo.yaml
 
 test: originals ## run the whole test suite
@@ -30,6 +31,9 @@ test: originals ## run the whole test suite
 
 docs: venv ## the documentation as pages, in docs/_build
 	$(RUN) -m sphinx --builder html --fail-on-warning --quiet docs docs/_build
+
+notebooks: venv ## run the notebooks and keep their outputs in them, with a short run to look at
+	HF_HUB_OFFLINE=1 $(RUN) -m tools.notebooks
 
 check: venv ## lint, types, direction of imports
 	$(RUN) -m ruff check .
@@ -40,4 +44,4 @@ check: venv ## lint, types, direction of imports
 clean: ## delete environments and caches, keep runs
 	rm -rf .venv .originals .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help venv originals demo test docs check clean
+.PHONY: help venv originals demo test docs notebooks check clean

@@ -59,6 +59,7 @@ def main(
 def unguarded(config: str, run: Path) -> str:
     """The same configuration without the guard, in a file beside the run."""
     settings = yaml.safe_load(Path(config).read_text())
+    settings["default_callbacks"] = False
     callbacks = settings["trainer"]["callbacks"]
     settings["trainer"]["callbacks"] = [
         own for own in callbacks if not is_class(own["class_path"], OverOptimizationGuard)

@@ -156,6 +156,7 @@ def settings(policy: str, reward: str, output: Path, size: Size) -> dict[str, An
             "text_device": "cuda" if torch.cuda.is_available() else "cpu",
         },
         "checkpoint": {"every_n_steps": 1, "monitor": None},
+        "default_callbacks": False,
         "trainer": {
             "default_root_dir": str(output / "run"),
             "precision": "bf16-mixed" if size.dtype == "bfloat16" else "32-true",

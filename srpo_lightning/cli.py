@@ -14,6 +14,7 @@ from srpo_lightning import __version__
 from srpo_lightning.config.names import ALWAYS, COMMANDS, callee, check_files, check_options, known_names
 from srpo_lightning.config.shipped import with_recipes
 from srpo_lightning.errors import TRACEBACK, one_line
+from srpo_lightning.files.quiet import QUIET
 from srpo_lightning.suggestions import nearest
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ JOBS = {
     "downloads": "srpo_lightning.jobs.downloads",
     "estimate": "srpo_lightning.jobs.estimate.job",
     "export": "srpo_lightning.jobs.export.job",
+    "init": "srpo_lightning.jobs.init.job",
+    "rate": "srpo_lightning.jobs.rate.job",
+    "recipes": "srpo_lightning.jobs.recipes",
     "report": "srpo_lightning.jobs.report",
     "reward-bias": "srpo_lightning.jobs.reward_bias",
     "stand-in": "srpo_lightning.jobs.stand_in",
@@ -42,18 +46,11 @@ GONE = {"benchmark": "python -m experiments.objectives"}
 SEVERAL = "Configuration file that `fit` would get. Given again, it changes what the one before it says."
 """Help of `--config` of a command that reads a run's."""
 
-RUNS = "Folder of a run, which `fit` was given as trainer.default_root_dir."
-"""Help of what a command about runs is given without an option."""
-
-QUIET = (
-    "Found .* in eval mode",  # frozen parts stay in evaluation mode on purpose
-    "`isinstance\\(treespec, LeafSpec\\)`",  # Lightning 2.6 on torch 2.13
-    "Mismatch dtype between input and weight",  # diffusers' RMSNorm under autocast
-    "The '.*_dataloader' does not have many workers",  # features are small files: workers gain nothing
-    "Precision bf16-mixed is not supported by the model summary",
-    "You're resuming from a checkpoint that ended before the epoch ended",  # the data module goes on where it stood
-    "You are using a custom batch sampler",  # it returns every prompt
-)
+PLAIN = {
+    "runs": ("+", "RUN", "Folder of a run, which `fit` was given as trainer.default_root_dir."),
+    "recipe": ("?", "RECIPE", "Name of a recipe whose file is printed; without one all are listed."),
+}
+"""Arguments that are given without an option: how many, their name and their help."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -172,9 +169,11 @@ def job_parser(job: Callable[..., None], name: str) -> "Parser":
         parser.add_argument("--config", action="append", required=True, help=SEVERAL)
     elif "config" not in own:
         parser.add_argument("--config", action=ActionConfigFile, help="File with the arguments below.")
-    if "runs" in own:
-        parser.add_argument("runs", nargs="+", type=str, metavar="RUN", help=RUNS)
-    skip: set[str | int] = {"config"} if takes_several else {"runs"} if "runs" in own else set()
+    skip: set[str | int] = {"config"} if takes_several else set()
+    for argument in [name for name in PLAIN if name in own]:
+        number, metavar, text = PLAIN[argument]
+        parser.add_argument(argument, nargs=number, type=str, metavar=metavar, help=text)
+        skip.add(argument)
     parser.add_function_arguments(job, as_positional=False, skip=skip, sub_configs=True)
     return parser
 

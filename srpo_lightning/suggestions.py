@@ -20,6 +20,7 @@ MODULES = (
 """Where the classes are that a configuration usually names."""
 
 MOVED = {
+    "srpo_lightning.checkpoints.": "srpo_lightning.files.checkpoints.",
     "srpo_lightning.strategies.": "srpo_lightning.training.strategies.",
     "srpo_lightning.low_bit.": "srpo_lightning.training.low_bit.",
 }

@@ -50,6 +50,7 @@ def settings(policy: Mapping[str, Any], run: Path, device: str) -> dict[str, Any
             "cache_dir": str(run.with_suffix(".features")),
         },
         "checkpoint": {"every_n_steps": 1, "monitor": None},
+        "default_callbacks": False,
         "trainer": {
             "accelerator": device,
             "devices": 1,

@@ -19,6 +19,7 @@ from srpo_lightning.objectives import Objective
 
 COUNTED_STEPS = 100
 CONFIG = "run.yaml"
+NAMED_ALONE = {"default_callbacks": False}
 
 
 class Settings:
@@ -254,11 +255,15 @@ def file_name(row: str) -> str:
 def write_config(run: Run) -> Path:
     """The configuration of a run in its folder; what is there must be the same.
 
+    Callbacks are those that it names alone, so that all rows do the same beside their steps.
+
     Raises:
         ValueError: if the folder holds a run with other settings.
     """
-    path, text = run.folder / CONFIG, yaml.safe_dump(run.settings, sort_keys=False)
-    if path.is_file() and run._replace(settings=yaml.safe_load(path.read_text(encoding="utf-8"))).key != run.key:
+    path, text = run.folder / CONFIG, yaml.safe_dump({**run.settings, **NAMED_ALONE}, sort_keys=False)
+    there = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else run.settings
+    there = {name: value for name, value in there.items() if name not in NAMED_ALONE}
+    if run._replace(settings=there).key != run.key:
         raise ValueError(
             f"{run.folder} was run with other settings: delete it, or name another --folder, to run {run.row!r} again"
         )

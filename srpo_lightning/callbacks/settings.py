@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from srpo_lightning.callbacks.guard import OverOptimizationGuard
 from srpo_lightning.evaluation.exchange import callbacks_that
+from srpo_lightning.loggers import keep_id, log_configuration
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.suggestions import moved
 
 Settings: TypeAlias = dict[str, Any]
@@ -39,6 +42,9 @@ SINCE = {"trained_guidance": "conditional", "guidance_every": 1, "others": 0}
 """Settings that checkpoints of earlier versions do not have, by their last name, with what held without them."""
 
 CONSEQUENCE = "steps and records before and after do not compare"
+
+IN_PACKAGE = r"^(?:.*[/\\])?srpo_lightning[/\\]assets[/\\]"
+"""Where earlier versions wrote paths of what comes with the package, on whatever machine."""
 
 SCHEDULE = r"model\.(optimizer|lr_scheduler)[. ]"
 """Which lines are of the optimizer's or the scheduler's own settings."""
@@ -85,10 +91,16 @@ def differences(before: Settings, now: Settings) -> list[str]:
     lines = []
     for name in [*(name for name in before if name not in FOLLOWED), *(name for name in now if name not in before)]:
         then, present = before.get(name, SINCE.get(name.rpartition(".")[2])), now.get(name)
-        then = moved(then) or then if isinstance(then, str) else then
-        if then != present:
+        if _as_today(then) != _as_today(present):
             lines.append(f"{name} was {then!r} when the checkpoint was written, and is {present!r}")
     return lines
+
+
+def _as_today(value: Any) -> Any:
+    """A value of an earlier version's checkpoint as it is written now: class paths, and what comes with the package."""
+    if isinstance(value, list):
+        return [_as_today(own) for own in value]
+    return moved(value) or re.sub(IN_PACKAGE, "builtin:", value) if isinstance(value, str) else value
 
 
 class RunSettings(Callback):
@@ -109,8 +121,10 @@ class RunSettings(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell all loggers the configuration, before Lightning has them write down what the module told: nothing."""
-        for logger in trainer.loggers if stage == TrainerFn.FITTING else ():
-            logger.log_hyperparams(self.everything)
+        run, resumed = RunFolder.of(trainer), self.everything.get("ckpt_path")
+        for logger in trainer.loggers if stage == TrainerFn.FITTING and trainer.is_global_zero else ():
+            keep_id(logger, run.logged_id("mlflow"))
+            log_configuration(logger, self.everything, run.config(Path(resumed) if resumed else None).stem)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings of the run."""

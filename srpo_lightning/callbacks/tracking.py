@@ -53,7 +53,8 @@ from srpo_lightning.rewards.base import Reward, evaluated_by
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.run_folder import RunFolder
 
-SCORES = ("reward", "judge", "prompt")
+OF_JUDGE = ("judge", "prompt")
+SCORES = ("reward", *OF_JUDGE)
 OWN_COLUMNS = (*SCORES, *PICTURE_STATISTICS, LABEL, HELD_OUT)
 OF_ALL_SAMPLES = ("diversity", "share", "drift", "win", "prompt_diversity")
 
@@ -71,21 +72,23 @@ class RewardTracking(Recorder, OffersWeights):
     metrics are in host memory while the policy trains.
 
     Args:
-        judge: Reward model that reads text and is another than the training reward.
+        judge: Reward model that reads text and is another than the training reward. Without one, null, the training
+            reward, the metrics and statistics of the pictures are measured, and nothing says when it is exploited.
         labels: Texts to tell images apart by, for instance styles.
         candidates: Prompt files; each image's own prompt competes against all prompts in them.
         top_k: Number of best candidates among which an image's own prompt counts as right.
         metrics: Further reward models, by the name that their score of image and prompt is logged under.
         held_out: Weights of scores, by their name, in `held_out`: the one number to choose checkpoints by
             (checkpoint.monitor: policy/held_out) and for OverOptimizationGuard. The training reward has no place in it.
-            By default judge and prompt count alike: the first alone also rises while subjects fade.
+            By default judge and prompt count alike: the first alone also rises while subjects fade. Without a judge
+            there is none by default.
         form: Reward form that `reward` and `judge` are of; null is what the objective asks of its reward. One form
             makes runs with several objectives comparable.
     """
 
     def __init__(
         self,
-        judge: Reward,
+        judge: Reward | None = None,
         labels: Sequence[str] = (),
         candidates: Sequence[str] = (),
         top_k: PositiveInt = 5,
@@ -93,7 +96,8 @@ class RewardTracking(Recorder, OffersWeights):
         held_out: dict[str, float] | None = None,
         form: RewardForm | None = None,
     ) -> None:
-        judge.check_contrast()
+        if judge is not None:
+            judge.check_contrast()
         self.judge = judge
         self.form = form
         self.scorers = metrics or {}
@@ -101,8 +105,9 @@ class RewardTracking(Recorder, OffersWeights):
         self.candidates = [prompt for path in candidates for prompt in read_prompts(path).prompts]
         self.top_k = top_k
         self.top = f"top{top_k}"
-        self.held_out = {"judge": 1.0, "prompt": 1.0} if held_out is None else held_out
-        self._check()
+        default = {} if judge is None else dict.fromkeys(OF_JUDGE, 1.0)
+        self.held_out = default if held_out is None else held_out
+        self._check(is_own=held_out is not None)
         self.base: Table | None = None
         self.evaluations: Evaluations | None = None
         self.tables: dict[str, SampleTable] = {}
@@ -111,7 +116,14 @@ class RewardTracking(Recorder, OffersWeights):
         self._needs_base = False
         self._start_s = 0.0
 
-    def _check(self) -> None:
+    def _check(self, is_own: bool) -> None:
+        """Refuse what cannot be measured, or says nothing.
+
+        Args:
+            is_own: Whether `held_out` was given.
+        """
+        if self.judge is None and (self.labels or self.candidates):
+            raise ValueError("labels and candidates are compared by the judge, and there is none: give one, or neither")
         taken = self.scorers.keys() & {*OWN_COLUMNS, *CLIP_STATISTICS, CONSISTENCY, self.top, *OF_ALL_SAMPLES}
         if taken:
             meant = "".join(f" ({STATISTICS[name].meaning})" for name in taken & STATISTICS.keys())
@@ -123,11 +135,13 @@ class RewardTracking(Recorder, OffersWeights):
             raise ValueError(f"top_k is {of}: every picture would be right; set it below")
         if self.held_out and not any(self.held_out.values()):
             raise ValueError("held_out has weights of 0 alone: give at least one score another, for instance judge: 1")
-        unknown = self.held_out.keys() - {"judge", "prompt", self.top, *self.scorers}
-        if unknown or not self.held_out:
+        of_judge = () if self.judge is None else (*OF_JUDGE, self.top)
+        unknown = self.held_out.keys() - {*of_judge, *self.scorers}
+        if unknown or (is_own and not self.held_out):
+            known = f"{', '.join(of_judge)} and the names" if of_judge else "the names (there is no judge)"
             raise ValueError(
-                f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among judge, prompt, {self.top} and "
-                f"the names in metrics ({', '.join(self.scorers) or 'there are none'})"
+                f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among {known} in metrics "
+                f"({', '.join(self.scorers) or 'there are none'})"
             )
 
     @staticmethod
@@ -138,14 +152,17 @@ class RewardTracking(Recorder, OffersWeights):
     @property
     def models(self) -> list[Reward]:
         """The judge and the other metrics."""
-        return [self.judge, *self.scorers.values()]
+        return [*([] if self.judge is None else [self.judge]), *self.scorers.values()]
 
     @property
     def columns(self) -> list[str]:
         """The numbers that every sample gets."""
-        own = [name for name in OWN_COLUMNS if name != LABEL or self.labels]
+        missing = set() if self.labels else {LABEL}
+        missing |= set() if self.held_out else {HELD_OUT}
+        missing |= set(OF_JUDGE) if self.judge is None else set()
+        own = [name for name in OWN_COLUMNS if name not in missing]
         of_clips = [*CLIP_STATISTICS, *([CONSISTENCY] if self.frame_encoder else [])] if self.has_clips else []
-        return [*own, *of_clips, self.top, *self.scorers]
+        return [*own, *of_clips, *([] if self.judge is None else [self.top]), *self.scorers]
 
     @property
     def has_features(self) -> bool:
@@ -255,14 +272,10 @@ class RewardTracking(Recorder, OffersWeights):
 
     def scores(self, module: SRPOModule, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The numbers of each image, [B], by column; of a clip means over its frames, unless a model reads clips."""
-        candidates = list(dict.fromkeys([*self.candidates, *prompts]))
-        truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=images.device)
         form = self.form or module.objective
         whole = range(module.policy.num_frames)
         measures: dict[str, tuple[Reward, Callable[[Tensor], Tensor]]] = {
             "reward": (module.reward, lambda shown: form.score(module.reward, shown, prompts)),
-            "judge": (self.judge, lambda shown: form.score(self.judge, shown, prompts)),
-            "prompt": (self.judge, self.judge.under(prompts)),
             **{name: (scorer, scorer.under(prompts)) for name, scorer in self.scorers.items()},
         }
         scores: dict[str, Any] = {
@@ -270,14 +283,29 @@ class RewardTracking(Recorder, OffersWeights):
             for name, (model, measure) in measures.items()
         }
         scores |= {name: over_frames(images, own.measure) for name, own in PICTURE_STATISTICS.items()}
-        compared = evaluated_by(self.judge, images, whole, lambda shown: self.judge.compare(shown, candidates))
-        scores[self.top] = is_in_top(compared, truth, self.top_k)
-        if self.labels:
-            alike = evaluated_by(self.judge, images, whole, lambda shown: self.judge.compare(shown, self.labels))
-            scores[LABEL] = most_like(alike)
+        if self.judge is not None:
+            by_judge = partial(evaluated_by, self.judge, images, whole)
+            scores |= self._judged(self.judge, by_judge, form, prompts)
         if self.has_clips:
             scores |= {name: own.measure(images) for name, own in CLIP_STATISTICS.items()}
-        return scores | {HELD_OUT: sum(weight * scores[name] for name, weight in self.held_out.items())}
+        if self.held_out:
+            scores[HELD_OUT] = sum(weight * scores[name] for name, weight in self.held_out.items())
+        return scores
+
+    def _judged(
+        self, judge: Reward, by_judge: Callable[[Callable[[Tensor], Tensor]], Tensor], form: Any, prompts: Sequence[str]
+    ) -> dict[str, Tensor]:
+        candidates = list(dict.fromkeys([*self.candidates, *prompts]))
+        compared = by_judge(lambda shown: judge.compare(shown, candidates))
+        truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=compared.device)
+        scores = {
+            "judge": by_judge(lambda shown: form.score(judge, shown, prompts)),
+            "prompt": by_judge(judge.under(prompts)),
+            self.top: is_in_top(compared, truth, self.top_k),
+        }
+        if self.labels:
+            scores[LABEL] = most_like(by_judge(lambda shown: judge.compare(shown, self.labels)))
+        return scores
 
     def key(self, trainer: Trainer, module: SRPOModule) -> str:
         """What the numbers of the base depend on, as a hash."""
@@ -313,7 +341,7 @@ class RewardTracking(Recorder, OffersWeights):
         for logger in trainer.loggers:
             logger.log_metrics(named, step)
             if isinstance(logger, TensorBoardLogger):
-                for name in (*SCORES, *self.scorers):
+                for name in [name for name in (*SCORES, *self.scorers) if name in table.columns]:
                     known = table.columns[name][table.columns[name].isfinite()]
                     if len(known):  # TensorBoard has no histogram of nothing
                         logger.experiment.add_histogram(f"distribution/{weights}/{name}", known, step)

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -12,7 +13,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from srpo_lightning.callbacks import RunCheckpoint
-from srpo_lightning.config.shipped import with_builtin
+from srpo_lightning.config.defaults import complete
+from srpo_lightning.config.names import COMMANDS
+from srpo_lightning.config.shipped import by_name, with_builtin
 from srpo_lightning.config.values import check_values
 from srpo_lightning.data import PromptData
 from srpo_lightning.encoding import Encoder, Encoding
@@ -35,6 +38,17 @@ class Parser(LightningArgumentParser):
         own = getattr(ex, "subcommand_parser", None) or self
         raise SystemExit(f"error: {explain(message, own.settings)}") from ex
 
+    def format_help(self, *args: Any) -> str:
+        """This project's settings first and Lightning's Trainer last, below one line of usage in place of sixty."""
+        usage, groups, command = self.usage, self._action_groups, self.prog.split()[-1]
+        if command in COMMANDS:
+            self.usage = f"python -m srpo_lightning {command} --config FILE [--config FILE ...] [--SETTING VALUE ...]"
+        self._action_groups = sorted(groups, key=_is_of_trainer)
+        try:
+            return super().format_help(*args)
+        finally:
+            self.usage, self._action_groups = usage, groups
+
     @property
     def settings(self) -> set[str]:
         """The dotted names of all settings, those of a command without its name."""
@@ -49,10 +63,17 @@ class Parser(LightningArgumentParser):
         """What cannot be read at all is no traceback either."""
         with naming("the configuration cannot be read") if self.exit_on_error else nullcontext():
             values = super().parse_args(*args, **kwargs)
-            _with_builtin(values)
-        plain = values.as_dict()
-        check_settings(plain.get(str(plain.get("subcommand")), plain))
+            _replaced(with_builtin, values)
+        own = values.get(str(values.get("subcommand")), values)
+        check_settings(own.as_dict())
+        complete(own)
         return values
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Write a configuration down: with what it leaves unsaid, and `builtin:` names for what comes along."""
+        settings = namespace.clone()
+        complete(settings)
+        return super().dump(_replaced(by_name, settings), *args, **kwargs)
 
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Namespace:
         """A group that is empty is lost on the way: where no setting could be in it, make it one to be refused."""
@@ -77,12 +98,22 @@ class Parser(LightningArgumentParser):
             return super().instantiate_classes(*args, **kwargs)
 
 
-def _with_builtin(value: Any) -> Any:
-    """Settings with paths in the place of names of what comes with the package; namespaces are changed in place."""
+def _is_of_trainer(group: argparse._ArgumentGroup) -> bool:
+    """Whether a group of a parser has the settings of Lightning's Trainer."""
+    return any(action.dest.startswith("trainer.") for action in group._group_actions)
+
+
+def _replaced(change: Callable[[Any, Callable[[Any], Any]], Any], value: Any) -> Any:
+    """Settings with other texts in the place of some; namespaces are changed in place.
+
+    Args:
+        change: Function of a setting, and of what does the same to what a list or a mapping holds.
+        value: Setting, or settings in their nesting.
+    """
     if not isinstance(value, Namespace):
-        return with_builtin(value, _with_builtin)
+        return change(value, partial(_replaced, change))
     for key, own in vars(value).items():
-        setattr(value, key, _with_builtin(own))
+        setattr(value, key, _replaced(change, own))
     return value
 
 
@@ -119,6 +150,13 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
         help="Prediction of the memory that large models need: `fit` refuses what cannot fit the device, before "
         "reading it.",
     )
+    parser.add_argument(
+        "--default_callbacks",
+        type=bool,
+        default=True,
+        help="Callbacks that are on without being named: EMA, SampleLogger, RewardTracking, Report, and with a judge "
+        "OverOptimizationGuard. One that trainer.callbacks names takes the place of its own; false leaves out all.",
+    )
     parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
     parser.link_arguments("model.updates_per_rollout", "data.repeats")
@@ -129,6 +167,8 @@ def add_project_arguments(parser: LightningArgumentParser) -> None:
             "trainer.gradient_clip_val": 0.1,
             "trainer.use_distributed_sampler": False,
             "trainer.num_sanity_val_steps": -1,  # a part of the base's evaluation compares with nothing
+            "trainer.check_val_every_n_epoch": None,  # the stream of prompts has no epochs
+            "trainer.log_every_n_steps": 1,  # a step takes seconds to minutes
             # The module's own default is a function without a name, which config.yaml could not hold.
             "model.optimizer": {
                 "class_path": "torch.optim.AdamW",

@@ -179,6 +179,11 @@ def _check_monitor(checkpoint: RunCheckpoint, evaluations: Evaluations) -> None:
 
 def _check_guard(guard: OverOptimizationGuard, evaluations: Evaluations) -> None:
     tracking = evaluations.needed("OverOptimizationGuard watches evaluations")
+    if not tracking.held_out:
+        raise ValueError(
+            "OverOptimizationGuard watches the held-out score, and RewardTracking has no judge to measure it: give it "
+            "one, for instance a ClipReward of another model than the reward, or held_out of its metrics"
+        )
     if guard.weights not in evaluations.weights:
         raise ValueError(
             f"OverOptimizationGuard.weights is {guard.weights}, whose samples are not evaluated, only those of "
@@ -204,7 +209,7 @@ def _check_report(evaluations: Evaluations, has_pictures: bool) -> None:
 def _check_judge(tracking: RewardTracking, reward: Reward) -> None:
     """A judge that is trained against says nothing that the reward does not."""
     trained = {str(_model_of(own)) for own in _parts(reward)}
-    names = {"judge": tracking.judge}
+    names = {} if tracking.judge is None else {"judge": tracking.judge}
     names |= {f"metrics.{name}": own for name, own in tracking.scorers.items() if tracking.held_out.get(name)}
     for name, own in names.items():
         for part in _parts(own):

@@ -26,7 +26,7 @@ OWNERS = {
 """Groups of a configuration: the module and the class whose arguments they hold."""
 
 ALWAYS = {"config", "print_config", "help"}
-GENERAL = ALWAYS | {"seed_everything", "memory_check", *OWNERS, *COMMANDS}
+GENERAL = ALWAYS | {"seed_everything", "memory_check", "default_callbacks", *OWNERS, *COMMANDS}
 
 
 class Callee(NamedTuple):

@@ -1,5 +1,6 @@
 """Names of what comes with the package: `recipe:` of configurations, `builtin:` of models and prompts."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,33 @@ def _with_recipes(words: Sequence[str]) -> Iterator[str]:
     for before, word in zip(["", *words], words, strict=False):
         option, equals, value = word.partition("=")
         if equals and option in CONFIG and value.startswith(RECIPE):
-            yield f"{option}={_recipe(value)}"
+            yield f"{option}={recipe_file(value)}"
         else:
-            yield str(_recipe(word)) if before in CONFIG and word.startswith(RECIPE) else word
+            yield str(recipe_file(word)) if before in CONFIG and word.startswith(RECIPE) else word
 
 
-def _recipe(name: str) -> Path:
+def recipe_file(name: str) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name: Name of the recipe, with or without `recipe:` before it.
+
+    Raises:
+        ValueError: naming the recipe and the nearest one.
+    """
     path = RECIPES / f"{name.removeprefix(RECIPE)}.yaml"
     if not path.is_file():
-        known = [f"{RECIPE}{own}" for own in recipes()]
+        has_prefix = name.startswith(RECIPE)
+        known = [f"{RECIPE if has_prefix else ''}{own}" for own in recipes()]
         likely = nearest(name, known) or f"; there are {', '.join(known)}"
         raise ValueError(f"{name}: there is no such recipe{likely}")
     return path
+
+
+def recipe_name(file: str) -> str:
+    """A configuration file's name: `recipe:NAME` of one that comes with the package, its path of any other."""
+    path = Path(file)
+    return f"{RECIPE}{path.relative_to(RECIPES).with_suffix('').as_posix()}" if path.is_relative_to(RECIPES) else file
 
 
 def with_builtin(value: Any, inner: Callable[[Any], Any] | None = None) -> Any:
@@ -57,9 +73,27 @@ def with_builtin(value: Any, inner: Callable[[Any], Any] | None = None) -> Any:
     Raises:
         ValueError: naming what there is not, and the nearest that there is.
     """
-    inner = inner or with_builtin
     if isinstance(value, str):
         return _builtin(value) if value.startswith(BUILTIN) else value
+    return _with_inner(value, inner or with_builtin)
+
+
+def by_name(value: Any, inner: Callable[[Any], Any] | None = None) -> Any:
+    """Settings as `with_builtin` found them: paths in the package, in lists and mappings too, are `builtin:NAME` again.
+
+    What is written so is true on every machine.
+
+    Args:
+        value: Setting, or settings in their nesting.
+        inner: Function that does the same to what a list or a mapping holds; None: this one.
+    """
+    if isinstance(value, str):
+        own = value.removeprefix(f"{ASSETS}{os.sep}")
+        return value if own == value else f"{BUILTIN}{own.replace(os.sep, '/')}"
+    return _with_inner(value, inner or by_name)
+
+
+def _with_inner(value: Any, inner: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {inner(key): inner(own) for key, own in value.items()}
     if isinstance(value, list | tuple) and type(value) in (list, tuple):

@@ -123,13 +123,19 @@ def test_of_an_earlier_versions_checkpoint_only_what_differs_is_said():
         "data.pretrained": "flux",
         "data.height": 32,
         "data.width": 32,
+        "model.policy.init_args.pretrained": "/elsewhere/site-packages/srpo_lightning/assets/emoji-flux",
+        "callbacks.RewardTracking.candidates": ["srpo_lightning/assets/prompts/eval.txt"],
     }
     now = {
         "model.optimizer.class_path": "srpo_lightning.training.low_bit.AdamW8bit",
         "model.policy.init_args.trained_guidance": "conditional",
         "model.objective.init_args.others": 0,
+        "model.policy.init_args.pretrained": "builtin:emoji-flux",
+        "callbacks.RewardTracking.candidates": ["builtin:prompts/eval.txt"],
     }
     assert differences(earlier, now) == []
+    by_path = "srpo_lightning/assets/emoji-flux"  # as configurations of 0.1 have it, which are read as they are
+    assert differences(earlier, now | {"model.policy.init_args.pretrained": by_path}) == []
     assert differences(earlier, now | {"model.objective.init_args.others": 3}) == [
         "model.objective.init_args.others was 0 when the checkpoint was written, and is 3"
     ]

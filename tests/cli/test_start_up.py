@@ -92,8 +92,12 @@ def test_the_parser_of_training_imports_no_job_no_model_and_no_library_that_only
     models = ["diffusers.models", "transformers.modeling_utils", "transformers.models.clip", "transformers.models.t5"]
     optional = ["accelerate", "bitsandbytes", "boto3", "datasets", "litdata", "peft", "torchao"]
     found, output = imported(["fit", "--help"], [*JOBS.values(), *models, *optional])
-    assert "usage:" in output
     assert found == set()
+    lines = output[output.index("usage:") :].splitlines()
+    assert lines[0] == "usage: python -m srpo_lightning fit --config FILE [--config FILE ...] [--SETTING VALUE ...]"
+    own, theirs = (next(i for i, line in enumerate(lines) if own in line) for own in ("--model.policy", "--trainer."))
+    assert own < 30
+    assert theirs > len(lines) / 3
 
 
 class ParsedError(Exception):
@@ -123,6 +127,8 @@ def test_the_names_that_are_read_from_files_are_those_of_the_parser(command, mon
 STRATEGY = {"class_path": "srpo_lightning.strategies.ShardedStrategy", "init_args": {"shard_size": 2}}
 NEW_STRATEGY = "srpo_lightning.training.strategies.ShardedStrategy"
 OPTIMIZER = "srpo_lightning.low_bit.AdamW8bit"
+PLUGIN = "srpo_lightning.checkpoints.AtomicCheckpointIO"
+"""Every config.yaml of a run of 0.1 has it."""
 
 
 @pytest.mark.parametrize("command", ["fit", "export"])
@@ -133,8 +139,10 @@ OPTIMIZER = "srpo_lightning.low_bit.AdamW8bit"
          f"trainer.strategy is {STRATEGY['class_path']}, which is {NEW_STRATEGY} now"),
         ({"model": {"optimizer": OPTIMIZER}},
          f"model.optimizer is {OPTIMIZER}, which is srpo_lightning.training.low_bit.AdamW8bit now"),
+        ({"trainer": {"plugins": [{"class_path": PLUGIN}]}},
+         f"trainer.plugins is {PLUGIN}, which is srpo_lightning.files.checkpoints.AtomicCheckpointIO now"),
     ],
-    ids=["strategy", "optimizer"],
+    ids=["strategy", "optimizer", "plugin"],
 )  # fmt: skip
 def test_a_configuration_with_the_old_place_of_a_class_is_told_the_new_one(settings, told, command, tmp_path, capsys):
     (config := tmp_path / "config.yaml").write_text(json.dumps(settings))

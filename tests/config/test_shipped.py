@@ -11,7 +11,15 @@ import pytest
 import yaml
 
 from srpo_lightning.config.arguments import read_config
-from srpo_lightning.config.shipped import ASSETS, RECIPES, recipes, with_builtin, with_recipes
+from srpo_lightning.config.shipped import (
+    ASSETS,
+    RECIPES,
+    by_name,
+    recipe_name,
+    recipes,
+    with_builtin,
+    with_recipes,
+)
 from tests.processes import LIMIT_S
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,6 +60,11 @@ def test_recipes_are_named_by_their_files():
     assert {"emoji_demo", "families/z_image", "forms/host_offload"} <= set(recipes())
 
 
+def test_files_of_recipes_have_their_names_and_others_their_paths():
+    assert recipe_name(str(RECIPES / "families" / "z_image.yaml")) == "recipe:families/z_image"
+    assert recipe_name("configs/emoji_demo.yaml") == "configs/emoji_demo.yaml"
+
+
 def test_a_recipe_that_there_is_not_is_refused_with_the_nearest():
     with pytest.raises(
         ValueError, match=r"^recipe:flux_srpo_qlroa: there is no such recipe; did you mean recipe:flux_"
@@ -64,6 +77,8 @@ def test_a_recipe_that_there_is_not_is_refused_with_the_nearest():
 def test_names_of_what_is_shipped_become_paths_wherever_they_stand():
     settings = {"a": ["builtin:emoji-flux", {"b": "builtin:prompts/eval.txt"}], "c": ("builtin", 3, None)}
     named = with_builtin(settings)
+    assert by_name(named) == settings
+    assert by_name([f"{ASSETS}-mine/a", 3, "a/b"]) == [f"{ASSETS}-mine/a", 3, "a/b"]
     assert named == {
         "a": [str(ASSETS / "emoji-flux"), {"b": str(ASSETS / "prompts" / "eval.txt")}],
         "c": ("builtin", 3, None),
@@ -118,9 +133,11 @@ def test_the_demo_runs_from_an_installed_wheel_in_an_empty_folder(tmp_path):
     run = folder / "runs" / "emoji_demo"
     assert (run / "report.html").is_file()
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["model"]["policy"]["init_args"]["pretrained"] == str(
-        site / "srpo_lightning" / "assets" / "emoji-flux"
-    )
+    assert config["model"]["policy"]["init_args"]["pretrained"] == "builtin:emoji-flux"
     assert config["model"]["objective"]["class_path"] == "mine.Mine"
     recipe = json.loads((run / "recipe.json").read_text())
-    assert recipe["files"] == [str(site / "srpo_lightning" / "configs" / "emoji_demo.yaml")]
+    assert recipe["files"] == ["recipe:emoji_demo"]
+    moved = folder.rename(tmp_path / "another_machine") / "runs" / "emoji_demo"
+    records = [path for path in moved.rglob("*") if path.suffix in (".yaml", ".json", ".jsonl", ".html", ".md")]
+    assert len(records) > 4
+    assert not [path for path in records if str(site) in path.read_text()]

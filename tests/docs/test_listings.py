@@ -7,7 +7,7 @@ from inspect import signature
 
 import pytest
 
-from srpo_lightning.cli import JOBS
+from srpo_lightning.cli import JOBS, PLAIN
 from srpo_lightning.config.names import COMMANDS, known_names
 from srpo_lightning.evaluation.meanings import MEANINGS
 from tests.docs.snippets import REPOSITORY
@@ -29,7 +29,7 @@ def test_every_command_is_listed_with_every_argument(listings):
     assert set(parts) == {*COMMANDS, *JOBS}
     for command, module in JOBS.items():
         for name in signature(getattr(import_module(module), command.replace("-", "_"))).parameters:
-            term = "`RUN ...`" if name == "runs" else f"`--{name}`"
+            term = f"`{PLAIN[name][1]} ...`" if name in PLAIN else f"`--{name}`"
             assert term in parts[command], (command, name)
 
 

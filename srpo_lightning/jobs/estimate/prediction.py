@@ -13,6 +13,7 @@ are freed before training. Of the machine's own memory host.py has what is count
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pkgutil import resolve_name
@@ -107,19 +108,21 @@ def judges_of(trainer: Namespace) -> list[Reward]:
     parser = LightningArgumentParser()
     parser.add_argument("--judges", type=list[Reward])
     chosen = [own.init_args for own in of_class(trainer.callbacks, RewardTracking)]
-    judges = [judge for own in chosen for judge in (own.judge, *(own.get("metrics") or {}).values())]
+    judges = [judge for own in chosen for judge in (own.judge, *(own.get("metrics") or {}).values()) if judge]
     return list(parser.instantiate_classes(Namespace(judges=judges)).judges)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the libraries' advice on models that are built and not read."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "torch.distributed")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""`init`: a configuration of one's own, which fits the memory that there is."""
