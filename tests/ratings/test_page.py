@@ -236,6 +236,8 @@ def test_a_study_of_grades_on_a_phone(study, visitor):
 def test_a_picture_fills_the_window_and_goes_back(study, visitor):
     made = study("pairs", "--num_raters", "1", "--num_prompts", "2")
     page = visitor(made.url, "Ann")
+    small: Any = page.locator(".pictures img").first.bounding_box()
+    assert 400 < small["width"] < 640  # both beside each other, as large as the window lets them
     page.locator(".pictures img").first.click()
     box: Any = page.locator(".pictures img").first.bounding_box()
     assert (box["width"], box["height"]) == (1280, 900)
