@@ -149,7 +149,8 @@ class HPSv3(Qwen2VLReward):
         assert self.network is not None, "load() comes first"
         config = self.network.visual.config
         side = config.patch_size * config.spatial_merge_size
-        pixels = Preprocessing(smart_resize(*images.shape[-2:], side, NUM_PIXELS, NUM_PIXELS), "squash")(images)
+        height, width = images.shape[-2:]
+        pixels = Preprocessing(smart_resize(height, width, side, NUM_PIXELS, NUM_PIXELS), "squash")(images)
         return self.features_of(pixels.unsqueeze(2).expand(-1, -1, config.temporal_patch_size, -1, -1))
 
     def tokenize(self, text: str, num_image_tokens: int) -> list[int]:

@@ -7,13 +7,12 @@ multiplied by the size of the group: the average is that over the groups then. W
 group and divided by its size.
 """
 
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch.distributed._functional_collectives as collectives  # as diffusers does: they run on fake tensors too
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout  # a mesh takes no timeout, a group gets none later
 
 
 class Context(NamedTuple):
@@ -26,6 +25,11 @@ class Context(NamedTuple):
 
     mesh: DeviceMesh
     degree: int
+
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """The process groups in which its ranks exchange numbers."""
+        return [*self.mesh.get_all_groups(), self.mesh["ring", "ulysses"]._flatten().get_group()]  # as diffusers asks
 
     def enter(self, x: Tensor) -> Tensor:
         """The same numbers, on their way into the transformer; their gradient is put together from all parts."""
@@ -46,23 +50,18 @@ class Context(NamedTuple):
         return collectives.wait_tensor(summed) / self.degree
 
 
-def new_context(degree: int, num_ranks: int, device_type: str, timeout: timedelta | None = None) -> Context | None:
+def new_context(degree: int, num_ranks: int, device_type: str) -> Context | None:
     """Arrange the ranks, which are connected: neighbours are a group. None where each has samples of its own.
 
     Args:
         degree: Number of ranks of a group.
         num_ranks: Number of all ranks.
         device_type: Kind of the ranks' devices.
-        timeout: Time that the ranks of a group wait for each other; None: torch's own.
     """
     check_degree(degree, num_ranks)
     if degree == 1:
         return None
     mesh = init_device_mesh(device_type, (num_ranks // degree, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))
-    flat = mesh["ring", "ulysses"]._flatten()  # which diffusers asks for again
-    for group in (*mesh.get_all_groups(), flat.get_group()):
-        if timeout is not None:
-            _set_pg_timeout(timeout, group)
     return Context(mesh, degree)
 
 

@@ -10,7 +10,7 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed import all_gather_object, get_world_size
+from torch.distributed import ProcessGroup, all_gather_object, get_world_size
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -86,14 +86,13 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
         self.make_mesh(self.root_device.type)
         assert self.mesh is not None
-        for group in self.mesh.get_all_groups():  # a mesh's groups have torch's own patience
-            _set_pg_timeout(self.timeout, group)
+        wait(self.timeout, *self.mesh.get_all_groups(), *(self.context.groups if self.context else ()))
 
     def make_mesh(self, device_type: str) -> None:
         """Arrange the ranks, which are connected: copies in rows."""
         sizes, names = (self.replicate_size, self.shard_size), ("replicate", "shard")
         self.mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
-        self.context = new_context(self.context_parallel, self.mesh.size(), device_type, self.timeout)
+        self.context = new_context(self.context_parallel, self.mesh.size(), device_type)
 
     def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Divide the model's parameters, gathered block by block when it runs."""
@@ -206,7 +205,8 @@ class ReplicatedStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         """Connect the ranks."""
         super().setup_environment()
-        self.context = new_context(self.context_parallel, self.world_size, self.root_device.type, self.patience)
+        self.context = new_context(self.context_parallel, self.world_size, self.root_device.type)
+        wait(self.patience, *(self.context.groups if self.context else ()))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -215,6 +215,12 @@ class ReplicatedStrategy(DDPStrategy):
         path = Path(filepath)
         with full_for_all(path, partial_path(path)):
             super().save_checkpoint(checkpoint, filepath, storage_options)
+
+
+def wait(timeout: timedelta, *groups: ProcessGroup) -> None:
+    """Let the ranks of groups wait for each other no longer than this; those of a mesh have torch's own patience."""
+    for group in groups:
+        _set_pg_timeout(timeout, group)
 
 
 @contextmanager

@@ -22,7 +22,9 @@ SMALL = {
 }
 """Settings that shrink a recipe of the built-in model, beside its steps."""
 
-ELSEWHERE = {"run.lock", "guard.jsonl", "lora/step-NNNNNNNN/*.safetensors", "fast_dev_run/*"}
+MOVING = "step-NNNNNNNN/WEIGHTS/NNNNN.webp"
+OF_CLIPS = {"before_after.webp", f"samples/{MOVING}", f"predictions/{MOVING}"}
+ELSEWHERE = {"run.lock", "guard.jsonl", "wandb_id", "lora/step-NNNNNNNN/*.safetensors", "fast_dev_run/*", *OF_CLIPS}
 """Files that the run of the first page does not leave."""
 
 
