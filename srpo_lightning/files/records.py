@@ -1,4 +1,4 @@
-"""Files of one JSON object per line, each with the `step` that it was written after."""
+"""Files of one JSON object per line, each with the `step` that it was written after, or another whole number."""
 
 import json
 import os
@@ -22,10 +22,15 @@ def append(path: Path, *added: Record) -> None:
         os.fsync(stream.fileno())
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, key: str = "step", of: str = "a step") -> list[Record]:
     """All lines, oldest first; none where there is no file. A last line that a kill has left unfinished is passed over.
 
     Line feeds alone end a line: a prompt may hold U+2028 and its like.
+
+    Args:
+        path: Path of the file.
+        key: Name of the whole number that every line has.
+        of: What a line is a record of, in the words of a message.
 
     Raises:
         ValueError: naming file and line, if one cannot be read.
@@ -36,11 +41,11 @@ def read(path: Path) -> list[Record]:
     for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            is_record = isinstance(record, dict) and isinstance(record["step"], int)
+            is_record = isinstance(record, dict) and isinstance(record[key], int)
         except (ValueError, KeyError):
             is_record = False
         if not is_record:
-            raise ValueError(f"line {number} of {path} is no record of a step: delete that line, or put the file right")
+            raise ValueError(f"line {number} of {path} is no record of {of}: delete that line, or put the file right")
         found.append(record)
     return found
 
