@@ -32,6 +32,9 @@ test: originals ## run the whole test suite
 docs: venv ## the documentation as pages, in docs/_build
 	$(RUN) -m sphinx --builder html --fail-on-warning --quiet docs docs/_build
 
+notebooks: venv ## run the notebooks and keep their outputs in them, with a short run to look at
+	HF_HUB_OFFLINE=1 $(RUN) -m tools.notebooks
+
 check: venv ## lint, types, direction of imports
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -41,4 +44,4 @@ check: venv ## lint, types, direction of imports
 clean: ## delete environments and caches, keep runs
 	rm -rf .venv .originals .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help venv originals demo test docs check clean
+.PHONY: help venv originals demo test docs notebooks check clean

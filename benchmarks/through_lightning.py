@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.bare_step import BareStep, fresh, synchronize
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
-from srpo_lightning.cli import QUIET
 from srpo_lightning.config.classes import of_class
+from srpo_lightning.files.quiet import QUIET
 from srpo_lightning.module import SRPOModule
 
 

@@ -1,6 +1,7 @@
-"""Sphinx makes pages of docs/*.md: `make docs`."""
+"""Sphinx makes pages of docs/*.md and of the notebooks: `make docs`."""
 
 import re
+import shutil
 import sys
 from importlib import import_module
 from inspect import Signature, isabstract, signature
@@ -13,10 +14,11 @@ project = "SRPO-Lightning"
 copyright = "the authors of SRPO-Lightning"  # Sphinx' name
 release = __version__
 sys.path.insert(0, str(Path(__file__).parent))  # for listings.py
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
 exclude_patterns = ["_build"]
+nb_execution_mode = "off"  # their outputs are kept in them
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
@@ -27,6 +29,11 @@ default_role = "code"
 napoleon_include_init_with_doc = False
 
 REPOSITORY = Path(__file__).parents[1]
+COPIES = Path(__file__).parent / "notebooks"
+shutil.rmtree(COPIES, ignore_errors=True)
+shutil.copytree(
+    REPOSITORY / "notebooks", COPIES, ignore=lambda _, names: [n for n in names if not n.endswith(".ipynb")]
+)
 LISTED = re.compile(r"^@(commands|configuration|metrics)$", re.MULTILINE)
 CLASSES = re.compile(r"^@classes (\S+)$", re.MULTILINE)
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
@@ -40,7 +47,7 @@ def without_links_out(_app: Any, _page: str, source: list[str]) -> None:
         is_page = path.endswith(".md") or (REPOSITORY / path).is_dir()
         return found[0] if not is_page else text if path.startswith(text.rstrip("/")) else f"{text} (`{path}`)"
 
-    source[0] = OUTSIDE.sub(named, source[0])
+    source[0] = OUTSIDE.sub(named, source[0].replace("](../notebooks/", "](notebooks/"))
 
 
 def with_classes(_app: Any, _page: str, source: list[str]) -> None:

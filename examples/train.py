@@ -3,7 +3,7 @@
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from srpo_lightning.callbacks import EMA, RunCheckpoint, SampleLogger
+from srpo_lightning.callbacks import EMA, Progress, RunCheckpoint, SampleLogger, StepBar
 from srpo_lightning.config.shipped import with_builtin
 from srpo_lightning.data import PromptData
 from srpo_lightning.files.checkpoints import AtomicCheckpointIO
@@ -26,7 +26,7 @@ trainer = Trainer(
     max_steps=8,
     gradient_clip_val=0.1,
     plugins=[AtomicCheckpointIO()],  # a checkpoint is whole, or not there
-    callbacks=[EMA(decay=0.9), SampleLogger(), RunCheckpoint(every_n_steps=4)],
+    callbacks=[EMA(decay=0.9), SampleLogger(), RunCheckpoint(every_n_steps=4), Progress(), StepBar()],
     logger=TensorBoardLogger(run.logs.parent, name=run.logs.name, version=""),
     num_sanity_val_steps=-1,  # the base is evaluated before training
     check_val_every_n_epoch=None,  # evaluations count steps: the stream of prompts has no end

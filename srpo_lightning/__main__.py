@@ -3,10 +3,10 @@
 import os
 import sys
 
-from srpo_lightning.files.quiet import quiet
+from srpo_lightning.files.quiet import quiet_program
 from srpo_lightning.training.allocator import keep_freed_memory
 
-quiet()
+quiet_program()
 keep_freed_memory()
 # Threads that spin long while they wait slow a run down many times as soon as another program uses one of the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")

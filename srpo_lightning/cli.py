@@ -14,6 +14,7 @@ from srpo_lightning import __version__
 from srpo_lightning.config.names import ALWAYS, COMMANDS, callee, check_files, check_options, known_names
 from srpo_lightning.config.shipped import with_recipes
 from srpo_lightning.errors import TRACEBACK, one_line
+from srpo_lightning.files.quiet import QUIET
 from srpo_lightning.suggestions import nearest
 
 if TYPE_CHECKING:
@@ -50,16 +51,6 @@ PLAIN = {
     "recipe": ("?", "RECIPE", "Name of a recipe whose file is printed; without one all are listed."),
 }
 """Arguments that are given without an option: how many, their name and their help."""
-
-QUIET = (
-    "Found .* in eval mode",  # frozen parts stay in evaluation mode on purpose
-    "`isinstance\\(treespec, LeafSpec\\)`",  # Lightning 2.6 on torch 2.13
-    "Mismatch dtype between input and weight",  # diffusers' RMSNorm under autocast
-    "The '.*_dataloader' does not have many workers",  # features are small files: workers gain nothing
-    "Precision bf16-mixed is not supported by the model summary",
-    "You're resuming from a checkpoint that ended before the epoch ended",  # the data module goes on where it stood
-    "You are using a custom batch sampler",  # it returns every prompt
-)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from srpo_lightning import phases
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws, keyed_generator, sample_noise
 from srpo_lightning.errors import naming
@@ -166,6 +167,7 @@ class SRPOModule(LightningModule):
         turn = self.micro_step % self.updates_per_rollout
         rollout = self.kept_rollout
         if rollout is None or turn == 0:
+            phases.enter("rollout")
             with self.policy.rolling_out():
                 rollout = self.objective.rollout(self.policy, batch, draws)
         rollout = rollout._replace(turn=(turn, self.updates_per_rollout))
@@ -173,6 +175,7 @@ class SRPOModule(LightningModule):
         self.times.end_rollout(self.device)
         self.micro_step += 1
         self.num_accumulated += 1
+        phases.enter("trained steps")
         outcome = self.objective.loss(self.policy, self.reward, batch, rollout, draws)
         self.log("train/loss", outcome.loss.detach(), prog_bar=True, batch_size=batch.batch_size)
         self.log_dict({f"train/{name}": v for name, v in outcome.scalars.items()}, batch_size=batch.batch_size)

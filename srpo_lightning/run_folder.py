@@ -115,10 +115,9 @@ class RunFolder:
         """The settings of the run; those of a run that was resumed from a checkpoint have a file of their own."""
         return self.path / (f"config-{resumed.stem}.yaml" if resumed else "config.yaml")
 
-    @property
-    def wandb_id(self) -> Path:
-        """The id of the run in Weights & Biases, where it logs there."""
-        return self.path / "wandb_id"
+    def logged_id(self, service: str) -> Path:
+        """The id of the run at a service that it logs to: wandb, mlflow or trackio."""
+        return self.path / f"{service}_id"
 
     def configs(self) -> list[Path]:
         """The settings of every start of the run."""

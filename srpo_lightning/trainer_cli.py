@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -20,6 +19,7 @@ from srpo_lightning.callbacks.agreement import Agreement
 from srpo_lightning.callbacks.predictions import Predictions
 from srpo_lightning.callbacks.progress import Progress
 from srpo_lightning.callbacks.settings import RunSettings, everything_of, settings_of
+from srpo_lightning.callbacks.step_bar import StepBar
 from srpo_lightning.config.arguments import Parser, add_project_arguments, choose_strategy, read_config
 from srpo_lightning.config.effects import check_effects, check_single
 from srpo_lightning.config.loggers import forget_own, go_on_in_the_same
@@ -105,8 +105,9 @@ class SRPOCLI(LightningCLI):
         chosen = [own for own in (chosen if isinstance(chosen, list) else [chosen]) if own]
         check_single([*chosen, built.checkpoint])
         has_choice = config.trainer.enable_progress_bar is False or any(isinstance(c, ProgressBar) for c in chosen)
-        # A rich progress bar prints nothing into the log of a batch job.
-        progress = [] if has_choice or sys.stdout.isatty() else [TQDMProgressBar(refresh_rate=10)]
+        progress = [] if has_choice else [StepBar()]
+        if config.trainer.enable_model_summary is None:
+            kwargs["enable_model_summary"] = False  # Progress says what is trained, in one line
         predictions = [Predictions(config.output)] if self.command == "predict" else []
         files = [recipe_name(str(file)) for file in config.get("config") or ()]
         named = by_name(config.as_dict() | {"config": files})
@@ -149,7 +150,7 @@ class SRPOCLI(LightningCLI):
         if config.trainer.fast_dev_run:  # which logs nowhere
             config.trainer.default_root_dir = str(run.trial.path)
         elif self.command == "fit" and is_first_rank():
-            go_on_in_the_same(config.trainer.logger, run.wandb_id, is_resumed=config.ckpt_path is not None)
+            go_on_in_the_same(config.trainer.logger, run, is_resumed=config.ckpt_path is not None)
 
     def _find_checkpoint(self, config: Namespace) -> None:
         run = RunFolder(config.trainer.default_root_dir)
@@ -194,7 +195,7 @@ class SaveConfigInRunFolder(SaveConfigCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming("this configuration cannot be written down"), complete_or_absent(path) as partial:
             config = self.config.clone()
-            forget_own(config.trainer.logger, RunFolder.of(trainer).wandb_id)
+            forget_own(config.trainer.logger, RunFolder.of(trainer))
             self.parser.save(config, str(partial), skip_none=False, overwrite=True, multifile=False)
         recipe = recipe_of([str(file) for file in self.config.get("config") or ()])
         with complete_or_absent(RunFolder.of(trainer).recipe) as partial:

@@ -27,6 +27,7 @@ torch.use_deterministic_algorithms(True)
 LONGEST = (
     "tests/families/test_families.py",
     "tests/ranks/test_sharded.py",
+    "tests/ranks/test_context.py",
     "tests/jobs/test_estimate.py",
     "tests/test_notebooks.py",
     "tests/experiments/test_objectives.py",

@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from srpo_lightning.batch import Conditions
-from srpo_lightning.cli import QUIET, main
+from srpo_lightning.cli import main
 from srpo_lightning.draws import Draws
+from srpo_lightning.files.quiet import QUIET
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.rewards import Reward

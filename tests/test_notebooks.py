@@ -11,8 +11,10 @@ from nbconvert import HTMLExporter
 from srpo_lightning.run_folder import RunFolder
 from tests.browser import needs_browser, visit
 from tests.notebooks import NOTEBOOKS, ROOT, colours, executed, pictures
+from tools.notebooks import COLOURS, SUM, execute, source_sum
 
 DRAWS = ("plt.subplots(", "contact_sheet(rows")
+LARGEST_BYTES = 1_000_000
 FEW_COLOURS = 50  # black letters and axes with smooth edges have fewer
 
 
@@ -27,9 +29,43 @@ def test_every_cell_that_draws_puts_out_a_picture(notebook, finished_run):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_kept_without_outputs(notebook):
-    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in cells), "clear all outputs, then save"
+def test_notebooks_are_kept_with_small_outputs_of_their_own_source(notebook):
+    kept = nbformat.read(notebook, as_version=4)
+    assert kept.metadata.get(SUM) == source_sum(kept), "the source is another than the outputs are of: make notebooks"
+    cells = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert all(output.output_type in ("display_data", "execute_result", "stream") for output in outputs)
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    assert all(pictures(cell) for cell in cells if any(call in cell.source for call in DRAWS))
+    content = notebook.read_text(encoding="utf-8")
+    assert len(content) < LARGEST_BYTES
+    assert str(ROOT) not in content
+
+
+def test_a_changed_source_is_noticed_and_a_changed_output_is_not():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
+    before = source_sum(notebook)
+    notebook.cells[0].outputs = [nbformat.v4.new_output("stream", text="2")]
+    assert source_sum(notebook) == before
+    notebook.cells[0].source = "1 + 2"
+    assert source_sum(notebook) != before
+
+
+def test_a_notebook_is_run_with_its_parameters_and_written_with_a_small_picture(tmp_path, monkeypatch):
+    path = tmp_path / "mine.ipynb"
+    source = (
+        "import os\nfrom PIL import Image\nprint(os.environ['WORD'])\nImage.effect_noise((64, 64), 90).convert('RGB')"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, metadata={"mine": 1})])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+    execute(path, {"WORD": "hello"})
+    written = nbformat.read(path, as_version=4)
+    (cell,) = written.cells
+    assert (cell.metadata, cell.execution_count, cell.outputs[0].text) == ({}, 1, "hello\n")
+    assert written.metadata[SUM] == source_sum(written)
+    assert len(colours(pictures(cell)[0])) <= COLOURS
 
 
 @needs_browser

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from srpo_lightning.batch import Conditions, Text
-from srpo_lightning.cli import QUIET
 from srpo_lightning.data import PromptData
 from srpo_lightning.encoding import Encoder, Encoding
 from srpo_lightning.files.checkpoints import AtomicCheckpointIO
+from srpo_lightning.files.quiet import QUIET
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives import SRPO, ControlWords
 from srpo_lightning.policies import FluxPolicy

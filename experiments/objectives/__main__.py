@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from srpo_lightning.files.quiet import quiet
+from srpo_lightning.files.quiet import quiet_program
 
-quiet()
+quiet_program()
 
 from experiments.objectives.job import benchmark  # noqa: E402
 from srpo_lightning.cli import as_program, run_job  # noqa: E402

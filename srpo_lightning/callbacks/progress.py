@@ -1,38 +1,44 @@
 """What runs where, how long it will take, and how far a long step is."""
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
+from torch.optim import Optimizer
 
+from srpo_lightning import phases
+from srpo_lightning.callbacks.step_bar import StepBar
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.training.context import context_degree, data_rank
 
 TIMED_STEPS = 3
 PATIENCE_S = 2.0
+EVERY_S = 0.5
 
 
 class Progress(Callback):
     """Says in one line what runs where, and after three optimizer steps how long they take and when the run will end.
 
-    In a step that takes long, the progress bar counts the calls of the policy (`calls`), at most every two seconds: a
-    rollout is many of them.
+    In a step or an evaluation that takes longer than two seconds, it tells StepBar the phase, and in a phase how many
+    calls of the policy have been, of how many in that phase of the last step: a rollout is many of them.
     """
 
     def __init__(self) -> None:
         self._begun: tuple[float, int] = (0.0, 0)
+        self._phase = ""
         self._calls = 0
-        self._shown_s = 0.0
+        self._usual_calls: dict[str, int] = {}
+        self._step_start_s = self._told_s = 0.0
         self._evaluation_s = self._evaluation_start_s = 0.0
-        self._hook: RemovableHandle | None = None
+        self._stops: list[Callable[[], None]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what runs where, and count the calls of the policy."""
+        """Say what runs where, and begin to listen."""
         assert isinstance(pl_module, SRPOModule)
         rank_zero_info(describe(trainer, pl_module))
         if trainer.strategy.root_device.type == "cpu" and "bf16" in str(trainer.precision) and lacks_bfloat16():
@@ -40,15 +46,23 @@ class Progress(Callback):
                 "this processor has no instructions for bfloat16, which it computes several times slower than float32: "
                 "set trainer.precision to 32-true, and dtype to float32"
             )
-        self._hook = pl_module.policy.register_forward_hook(lambda *_: self._count(trainer))
+        self._listen(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the first step, which warms up: the clock starts after it."""
         self._begun = 0.0, trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the calls of a step from here."""
-        self._calls, self._shown_s = 0, time.monotonic()
+        """A step begins."""
+        self._step_start_s = time.monotonic()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The phase after the loss."""
+        phases.enter("backward")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """The phase after all gradients."""
+        phases.enter("optimizer step")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -78,26 +92,57 @@ class Progress(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time an evaluation; the first is of one kind of weights, later ones may be of several."""
         self._evaluation_start_s = time.monotonic()
+        self._listen(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """The phase of an evaluation."""
+        self._step_start_s = time.monotonic()
+        phases.enter("drawing")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep its time."""
         self._evaluation_s = time.monotonic() - self._evaluation_start_s
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count no more."""
-        if self._hook is not None:
-            self._hook.remove()
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen in `test` too."""
+        self._listen(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen in `predict` too."""
+        self._listen(trainer, pl_module)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen no more."""
+        for stop in self._stops:
+            stop()
+        self._stops = []
+
+    def _listen(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._stops:
+            assert isinstance(module, SRPOModule)
+            counted = module.policy.register_forward_hook(lambda *_: self._count(trainer))
+            self._stops = [counted.remove, phases.listen(lambda phase: self._enter(trainer, phase))]
+
+    def _enter(self, trainer: Trainer, phase: str) -> None:
+        self._usual_calls[self._phase] = self._calls
+        self._phase, self._calls = phase, 0
+        self._tell(trainer)
 
     def _count(self, trainer: Trainer) -> None:
         self._calls += 1
-        bar = trainer.progress_bar_callback
-        now_s = time.monotonic()
-        if not trainer.training or not isinstance(bar, ProgressBar) or now_s - self._shown_s < PATIENCE_S:
-            return
-        self._shown_s = now_s
-        if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-            metrics = bar.get_metrics(trainer, trainer.lightning_module)
-            bar.train_progress_bar.set_postfix(metrics | {"calls": self._calls})
+        if time.monotonic() - self._told_s >= EVERY_S:
+            self._tell(trainer)
+
+    def _tell(self, trainer: Trainer) -> None:
+        bar, now_s = trainer.progress_bar_callback, time.monotonic()
+        if isinstance(bar, StepBar) and now_s - self._step_start_s >= PATIENCE_S:
+            self._told_s = now_s
+            usual = max(self._usual_calls.get(self._phase, 0), self._calls)
+            bar.tell(f"{self._phase} {self._calls}/{usual}" if usual else self._phase)
 
 
 def lacks_bfloat16() -> bool:

@@ -1,14 +1,12 @@
-"""Evaluation samples as files, and as a sheet in TensorBoard or Weights & Biases."""
+"""Evaluation samples as files, and as a sheet in loggers."""
 
 import time
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch import Tensor
@@ -28,6 +26,7 @@ from srpo_lightning.evaluation.pictures import (
 )
 from srpo_lightning.files import records
 from srpo_lightning.files.records import Record
+from srpo_lightning.loggers import show
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.run_folder import PictureFolder, RunFolder, beside
 from srpo_lightning.training.context import data_rank
@@ -52,9 +51,10 @@ class SampleLogger(Recorder, ReadsEvaluations):
 
     Writes `<run folder>/samples/step-*/<weights>/<index>.png`. Each file has prompt, seed, RewardTracking's scores and
     the version of the code in it; `samples/metadata.jsonl` has a line for each. Of a clip this is a strip of frames,
-    and an animated .webp lies beside it. One sheet, with base, policy and ema under each other, goes to TensorBoard or
-    Weights & Biases. Every rank writes the pictures that it drew; of those that share samples the first does. Pictures
-    of `validate` and `test` are in the folder `validation` of the run folder.
+    and an animated .webp lies beside it. One sheet, with base, policy and ema under each other and the prompts above,
+    goes to TensorBoard, Weights & Biases, MLflow and trackio. Every rank writes the pictures that it drew; of those
+    that share samples the first does. Pictures of `validate` and `test` are in the folder `validation` of the run
+    folder.
 
     Args:
         num_samples: Number of evaluation samples to keep, from the first.
@@ -203,11 +203,3 @@ def gathered(own: dict[Key, Value]) -> dict[Key, Value]:
     parts: list[dict[Key, Value]] = [{}] * get_world_size()
     all_gather_object(parts, own)
     return {key: value for part in parts for key, value in part.items()}
-
-
-def show(logger: Logger, sheet: Image.Image, step: int) -> None:
-    """Log a sheet, where the logger takes pictures."""
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image("samples", np.array(sheet), step, dataformats="HWC")
-    elif isinstance(logger, WandbLogger):
-        logger.log_image("samples", [sheet], step)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from srpo_lightning.callbacks.guard import OverOptimizationGuard
 from srpo_lightning.evaluation.exchange import callbacks_that
+from srpo_lightning.loggers import keep_id, log_configuration
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.run_folder import RunFolder
 from srpo_lightning.suggestions import moved
 
 Settings: TypeAlias = dict[str, Any]
@@ -118,8 +121,10 @@ class RunSettings(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell all loggers the configuration, before Lightning has them write down what the module told: nothing."""
-        for logger in trainer.loggers if stage == TrainerFn.FITTING else ():
-            logger.log_hyperparams(self.everything)
+        run, resumed = RunFolder.of(trainer), self.everything.get("ckpt_path")
+        for logger in trainer.loggers if stage == TrainerFn.FITTING and trainer.is_global_zero else ():
+            keep_id(logger, run.logged_id("mlflow"))
+            log_configuration(logger, self.everything, run.config(Path(resumed) if resumed else None).stem)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings of the run."""

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from srpo_lightning.callbacks import RunCheckpoint
 from srpo_lightning.config.defaults import complete
+from srpo_lightning.config.names import COMMANDS
 from srpo_lightning.config.shipped import by_name, with_builtin
 from srpo_lightning.config.values import check_values
 from srpo_lightning.data import PromptData
@@ -36,6 +37,17 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         own = getattr(ex, "subcommand_parser", None) or self
         raise SystemExit(f"error: {explain(message, own.settings)}") from ex
+
+    def format_help(self, *args: Any) -> str:
+        """This project's settings first and Lightning's Trainer last, below one line of usage in place of sixty."""
+        usage, groups, command = self.usage, self._action_groups, self.prog.split()[-1]
+        if command in COMMANDS:
+            self.usage = f"python -m srpo_lightning {command} --config FILE [--config FILE ...] [--SETTING VALUE ...]"
+        self._action_groups = sorted(groups, key=_is_of_trainer)
+        try:
+            return super().format_help(*args)
+        finally:
+            self.usage, self._action_groups = usage, groups
 
     @property
     def settings(self) -> set[str]:
@@ -84,6 +96,11 @@ class Parser(LightningArgumentParser):
         """What a class refuses is told by its name."""
         with naming():
             return super().instantiate_classes(*args, **kwargs)
+
+
+def _is_of_trainer(group: argparse._ArgumentGroup) -> bool:
+    """Whether a group of a parser has the settings of Lightning's Trainer."""
+    return any(action.dest.startswith("trainer.") for action in group._group_actions)
 
 
 def _replaced(change: Callable[[Any, Callable[[Any], Any]], Any], value: Any) -> Any:

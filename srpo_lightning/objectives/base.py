@@ -10,6 +10,7 @@ from jaxtyping import Float
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from srpo_lightning import phases
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
 from srpo_lightning.files.fingerprint import Recorded
@@ -108,7 +109,9 @@ class FormObjective(Objective):
 
         A reward of pictures is asked of each frame, and their mean counts; one that reads clips gets them together.
         """
+        phases.enter("decoding")
         pictures = policy.rewarded_pictures(latents, conditions.size, draws)
+        phases.enter("reward")
         if reward.reads_clips:
             return self.form(reward, torch.stack(pictures, dim=2), conditions, draws, weight, signs)
         scored = [self.form(reward, own, conditions, draws, weight, signs) for own in pictures]

@@ -14,7 +14,7 @@ from jsonargparse.typing import PositiveFloat
 from torch import Tensor, nn
 
 from srpo_lightning.rewards.base import Images, Scores, check_lengths
-from srpo_lightning.rewards.pixels import Preprocessing
+from srpo_lightning.rewards.pixels import Preprocessing, refuse_out_of_range, resize
 from srpo_lightning.rewards.qwen2_vl import Qwen2VLReward, smart_resize
 from srpo_lightning.rewards.video_align_files import DIMENSIONS, read_checkpoint, read_settings
 from srpo_lightning.rewards.words import PUBLISHED
@@ -115,11 +115,12 @@ class VideoAlignReward(Qwen2VLReward):
         motion_quality: Factor of how stable, natural and large motion is.
         text_alignment: Factor of how well the clip matches its text.
         frame_rate: Frames per second of the clips that are scored; as many of them are read as the original reads, 2
-            per second and at least 4. null reads every frame, for a policy that chooses frames itself.
+            per second and at least 4. null reads every frame, for a policy that chooses frames itself. A judge or
+            metric gets whole clips and needs it.
         dtype: Precision of the weights, 4.4 GB in bfloat16; the head's are float32 either way.
         gradient_checkpointing: Whether the backward pass computes each layer again, instead of storing it.
-        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits, on the CPU while
-            loading: 2.5 GB in all, and not quite the published scores. It needs the extra `quant`.
+        quantize: Quantization of the language model's linear layers. nf4 rounds them to 4 bits while loading, on a
+            GPU where there is one: 2.5 GB in all, and not quite the published scores. It needs the extra `quant`.
     """
 
     word_lists = PUBLISHED
@@ -191,7 +192,11 @@ class VideoAlignReward(Qwen2VLReward):
         side = config.patch_size * config.spatial_merge_size
         height, width = clips.shape[-2:]
         size = smart_resize(height, width, side, MIN_PIXELS, data["max_frame_pixels"])
-        pixels = Preprocessing(size, "squash")(clips.transpose(1, 2).flatten(0, 1))
+        frames = clips.transpose(1, 2).flatten(0, 1)
+        refuse_out_of_range(frames)
+        # Overshoot is cut off once, as torchvision does with tensors; PIL does it after each axis.
+        resized = resize(frames.to(torch.promote_types(frames.dtype, torch.float32)), size, clamp=False).clamp(0, 1)
+        pixels = Preprocessing(size, "squash")(resized)
         return self.features_of(pixels.unflatten(0, (len(clips), -1)).transpose(1, 2))
 
     def tokenize(self, text: str, num_clip_tokens: int) -> list[int]:

@@ -92,8 +92,12 @@ def test_the_parser_of_training_imports_no_job_no_model_and_no_library_that_only
     models = ["diffusers.models", "transformers.modeling_utils", "transformers.models.clip", "transformers.models.t5"]
     optional = ["accelerate", "bitsandbytes", "boto3", "datasets", "litdata", "peft", "torchao"]
     found, output = imported(["fit", "--help"], [*JOBS.values(), *models, *optional])
-    assert "usage:" in output
     assert found == set()
+    lines = output[output.index("usage:") :].splitlines()
+    assert lines[0] == "usage: python -m srpo_lightning fit --config FILE [--config FILE ...] [--SETTING VALUE ...]"
+    own, theirs = (next(i for i, line in enumerate(lines) if own in line) for own in ("--model.policy", "--trainer."))
+    assert own < 50
+    assert theirs > len(lines) / 3
 
 
 class ParsedError(Exception):

@@ -58,7 +58,11 @@ def test_heads_weights_and_tokenizers_of_rewards_are_listed_too(capsys, models, 
 
 def test_a_reward_of_two_models_names_both_and_whose_weights_are_meant_is_no_model(capsys, tmp_path):
     path = tmp_path / "reward.json"
-    path.write_text('{"model": {"reward": {"class_path": "srpo_lightning.rewards.VideoAlignReward"}}}')
+    reward = {
+        "class_path": "srpo_lightning.rewards.VideoAlignReward",
+        "init_args": {"pretrained": "Qwen/Qwen2-VL-2B-Instruct"},  # else it would be the recipe's reward's
+    }
+    path.write_text(json.dumps({"model": {"reward": reward}}))
     rows = listed(capsys, "configs/flux_srpo_qlora.yaml", path)
     assert rows["KwaiVGI/VideoReward"][::2] == ["model.reward.weights", "Apache-2.0"]
     assert rows["Qwen/Qwen2-VL-2B-Instruct"][::2] == ["model.reward.pretrained", "Apache-2.0"]

@@ -1,9 +1,11 @@
 """Predictions against what the allocator reports, and what the command says."""
 
 import json
+import logging
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from srpo_lightning.config.arguments import new_module, read_config
 from srpo_lightning.jobs.estimate import job, published
 from srpo_lightning.jobs.estimate.devices import num_devices
 from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
-from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
+from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.prediction import fake_conditions, predict, quiet, without_weights
 from srpo_lightning.jobs.estimate.step import (
     BACKWARD,
@@ -354,6 +356,38 @@ def test_where_it_does_not_fit_options_follow_those_that_save_most_first(capsys,
     assert len(saved) == 2
     assert saved == sorted(saved, reverse=True)
     assert re.search(r"Together 0.\d+ GiB, (fits|does not fit): \S+ .*; ", printed)
+
+
+def test_who_has_one_card_is_told_first_what_fits_it_and_then_what_more_devices_would(small, monkeypatch):
+    """Sizes by what was changed, in place of predictions, which take longer."""
+
+    def predicted(config, target):
+        policy, saved = config.model.policy.init_args, 0
+        saved += 30 * (policy.quantize == "nf4") + 5 * (policy.height == 512)
+        saved += 60 * (config.trainer.strategy != "auto")
+        return SimpleNamespace(peak_phase="step", peaks={"step": SimpleNamespace(total=(100 - saved) * GIB)})
+
+    monkeypatch.setattr(job, "predict", predicted)
+    chosen = [o for o in OPTIONS if re.search("shard_size|nf4|height", o.setting)]
+    monkeypatch.setattr(job, "OPTIONS", chosen)
+    config = read_config(str(small))
+    config.model.policy.init_args.update(Namespace(height=1024, width=768))
+    lines = list(job.try_options(config, 100 * GIB, 66 * GIB, "cuda"))
+    assert [re.search("nf4|height|shard_size .", line)[0] for line in lines[:-1]] == [
+        "nf4", "height", "shard_size 2", "shard_size 8",
+    ]  # fmt: skip
+    assert re.search("Together 65.00 GiB, fits: .*nf4.*; .*height and width of 512 at most$", lines[-1])
+    assert job.smaller_pictures(config)
+    assert (config.model.policy.init_args.height, config.model.policy.init_args.width) == (512, 384)
+    assert not job.smaller_pictures(config)
+
+
+def test_what_libraries_say_of_a_prediction_is_left_out_of_its_table(caplog):
+    with warnings.catch_warnings(record=True) as said, quiet():
+        warnings.warn("FSDP", stacklevel=1)
+        logging.getLogger("torch.distributed").warning("FSDP")
+    assert not said
+    assert not caplog.records
 
 
 def test_a_model_that_cannot_be_reached_is_refused_with_a_cure(small):

@@ -37,14 +37,13 @@ def original(reward, tmp_path_factory):
     draw = torch.Generator().manual_seed(0)
     clips = [of_size(*size, draw) for size in AS_THEY_ARE + RESIZED]
     texts = ["a cat that jumps", "Painting. a horse {4k}", "", "a red apple, spinning", "very " * 40]
-    clips += [of_size(2, 336, 336, draw)] * len(TEXTS)
-    texts += TEXTS
     inputs = {
         "base": reward.pretrained,
         "state": reward.network.state_dict(),
         "special": list(REWARD_TOKENS),
         "clips": clips,
         "words": [INSTRUCTION.format(text_prompt=text) for text in texts],
+        "awkward": [INSTRUCTION.format(text_prompt=text) for text in TEXTS],
         "max_pixels": 200704,
     }
     outputs = originals.run("clips", tmp_path_factory.mktemp("original"), packages="hpsv3", **inputs)
@@ -80,6 +79,8 @@ def test_tokens_and_grids_equal_the_processors(original, reward):
         assert reward.tokenize(text, int(grid.prod()) // 4) == tokens.tolist(), text
         with torch.no_grad():
             assert reward.clip_features(as_batch(clip)).shape[1] == grid.prod() // 4
+    for text, tokens in zip(TEXTS, original["awkward"], strict=True):
+        assert reward.tokenize(text, int(original["grid"][0].prod()) // 4) == tokens.tolist(), text
 
 
 def test_patches_equal_the_processors_up_to_rounding_to_8_bits(original, reward, seen):
@@ -89,15 +90,13 @@ def test_patches_equal_the_processors_up_to_rounding_to_8_bits(original, reward,
     channel_std = torch.tensor(CLIP_STD).repeat_interleave(2 * 14 * 14)
     for i, (ours, theirs) in enumerate(zip(seen, original["pixels"], strict=True)):
         difference = (ours - theirs).abs() * channel_std
-        is_resized = len(AS_THEY_ARE) <= i < len(AS_THEY_ARE) + len(RESIZED)
-        assert difference.max() < (1.3 / 255 if is_resized else 1e-6)
-        assert difference.mean() < 0.4 / 255
+        assert difference.max() < (1e-6 if i < len(AS_THEY_ARE) else 0.501 / 255)
 
 
 def test_ratings_equal_the_models_at_equal_pixels(original, reward, monkeypatch):
     """Of resized clips at the original's resized pixels, which are rounded to 8 bits."""
     for i, (clip, text) in enumerate(zip(original["clips"], original["texts"], strict=True)):
-        if len(AS_THEY_ARE) <= i < len(AS_THEY_ARE) + len(RESIZED):
+        if i >= len(AS_THEY_ARE):
             monkeypatch.setattr(qwen2_vl, "to_patches", lambda *_, i=i: original["pixels"][i])
         with torch.no_grad():
             ratings = reward.ratings(as_batch(clip), [text])
@@ -111,13 +110,14 @@ def test_rounding_the_resized_pixels_moves_ratings_little(original, reward):
     for clip, text, theirs in zip(original["clips"], original["texts"], original["logits"], strict=True):
         with torch.no_grad():
             ratings = heads(reward, reward.ratings(as_batch(clip), [text]))
-        torch.testing.assert_close(ratings[0], theirs[:, 0], rtol=0, atol=0.01)
+        torch.testing.assert_close(ratings[0], theirs[:, 0], rtol=0, atol=0.03)
 
 
 def test_gradients_equal_the_models_at_the_patches(original, reward, seen):
     for i in range(len(AS_THEY_ARE)):
         pixels = as_batch(original["clips"][i]).requires_grad_()
         heads(reward, reward.ratings(pixels, original["texts"][i : i + 1])).sum().backward()
-        (expected,) = torch.autograd.grad(seen[-1], pixels, original["gradients"][i], retain_graph=True)
+        reward.clip_features(pixels)
+        (expected,) = torch.autograd.grad(seen[-1], pixels, original["gradients"][i])
         assert (pixels.grad - expected).norm() < 1e-4 * expected.norm()
         assert expected.norm() > 0

@@ -63,7 +63,7 @@ def builtin(run: Path, features: Path, objective: dict, ranks: int, strategy: ob
                 "init_args": {"pretrained": str(ASSETS / "emoji-clip")},
             },
             "objective": objective,
-            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5, "momentum": 0.9}},
         },
         "data": {
             "train": str(run.parent / "prompts.txt"),

@@ -58,10 +58,12 @@ class Option(NamedTuple):
     Args:
         setting: Setting as a person would write it.
         change: Change of a configuration in place; it returns False where it is there already or does not apply.
+        takes_devices: Whether it takes more devices than there are.
     """
 
     setting: str
     change: Callable[[Namespace], bool]
+    takes_devices: bool = False
 
 
 def turn(key: str, value: Any) -> Option:
@@ -81,6 +83,17 @@ def smaller_batch(config: Namespace) -> bool:
     size, config.data.batch_size = config.data.batch_size, 1
     config.trainer.accumulate_grad_batches *= size
     return size > 1
+
+
+def smaller_pictures(config: Namespace) -> bool:
+    """The same shape, with a longer side of SMALL_PX."""
+    policy = config.model.policy.init_args
+    longest = max(policy.get("height") or 0, policy.get("width") or 0)
+    if longest <= SMALL_PX or not (policy.get("height") and policy.get("width")):
+        return False
+    for side in ("height", "width"):
+        policy[side] = max(CELL_PX, round(policy[side] * SMALL_PX / longest / CELL_PX) * CELL_PX)
+    return True
 
 
 def small_states(config: Namespace) -> bool:
@@ -140,6 +153,7 @@ def adapter(quantize: str, config: Namespace) -> bool:
 
 
 POLICY = "model.policy.init_args"
+SMALL_PX, CELL_PX = 512, 32
 OPTIONS = (
     turn(f"{POLICY}.gradient_checkpointing", True),
     turn(f"{POLICY}.vae_checkpointing", True),
@@ -153,10 +167,11 @@ OPTIONS = (
     Option("model.optimizer_in_backward true, without accumulation and trainer.gradient_clip_val", in_backward),
     turn(f"{POLICY}.dtype", "bfloat16"),
     Option("ShardedStrategy with cpu_offload true, on the same devices: weights in the machine's memory", offload),
-    Option("ShardedStrategy with shard_size 2, on as many devices", partial(shard_over, 2)),
-    Option("ShardedStrategy with shard_size 8, on as many devices", partial(shard_over, 8)),
+    Option("ShardedStrategy with shard_size 2, on as many devices", partial(shard_over, 2), takes_devices=True),
+    Option("ShardedStrategy with shard_size 8, on as many devices", partial(shard_over, 8), takes_devices=True),
     Option(f"{POLICY}.adapter {{rank: 32}} and dtype bfloat16: LoRA", partial(adapter, "none")),
     Option(f"{POLICY}.adapter {{rank: 32}} and quantize nf4: QLoRA", partial(adapter, "nf4")),
+    Option(f"{POLICY}.height and width of {SMALL_PX} at most", smaller_pictures),
 )
 
 
@@ -209,17 +224,21 @@ def host_report(tracker: MemoryTracker, ranks: int, memory: int) -> str:
 
 
 def try_options(config: Namespace, peak: int, room: int, target: Literal["cuda", "cpu"]) -> Iterator[str]:
-    """What each option saves, most first; then the fewest of them, in that order, that fit together."""
+    """What each option saves, most first; then the fewest of them, in that order, that fit together.
+
+    Options that take more devices come last: who has one card is told first what fits it.
+    """
     found = []
     for option in OPTIONS:
         changed = config.clone()
         if option.change(changed):
             tracker = predict(changed, target)
             found.append((tracker.peaks[tracker.peak_phase].total, option))
-    found = sorted((size, option) for size, option in found if size < peak)
+    found = sorted(own for own in found if own[0] < peak)
+    found.sort(key=lambda own: own[1].takes_devices)
     for size, option in found:
         yield f"{in_gib(peak - size):>10} {in_gib(size):>10}  {verdict(size, room)}: {option.setting}"
-    if not found or found[0][0] <= room:
+    if not found or any(size <= room for size, option in found if not option.takes_devices):
         return
     together, used = config.clone(), []
     for _, option in found:

@@ -13,6 +13,7 @@ are freed before training. Of the machine's own memory host.py has what is count
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pkgutil import resolve_name
@@ -114,12 +115,14 @@ def judges_of(trainer: Namespace) -> list[Reward]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the libraries' advice on models that are built and not read."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "torch.distributed")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,6 +1,5 @@
 """Whether the devices have room for a run, asked before it reads any weights."""
 
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -101,7 +100,6 @@ def is_small(config: Namespace, memory: int) -> bool:
 
 def predicted_peaks(config: Namespace, target: Literal["cuda", "cpu"], ranks: int) -> tuple[int, int]:
     """Bytes per device, and bytes of the machine for so many ranks on it."""
-    with warnings.catch_warnings(), local_files(config), quiet():
-        warnings.simplefilter("ignore")
+    with local_files(config), quiet():
         tracker = predict(config, target)
     return tracker.peaks[tracker.peak_phase].total, host_peak(tracker, ranks)

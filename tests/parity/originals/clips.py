@@ -51,6 +51,9 @@ def main(source: str, target: str) -> None:
     model = new_model(inputs["base"], inputs["state"], len(processor.tokenizer))
     head = inputs["state"]["rm_head.weight"]
     outputs: dict[str, list] = {name: [] for name in ("tokens", "pixels", "grid", "logits", "counted", "gradients")}
+    outputs["awkward"] = [
+        read(processor, inputs["clips"][0], words, inputs["max_pixels"])["input_ids"][0] for words in inputs["awkward"]
+    ]
     for clip, words in zip(inputs["clips"], inputs["words"], strict=True):
         batch = read(processor, clip, words, inputs["max_pixels"])
         batch["pixel_values_videos"].requires_grad_()
