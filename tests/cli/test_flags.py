@@ -36,10 +36,12 @@ from srpo_lightning.rewards import (
     HPSv3,
     ImageReward,
     LaionAesthetic,
+    Motion,
     PickScore,
     Term,
     VideoAlignReward,
     WeightedReward,
+    XClipReward,
 )
 from srpo_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
@@ -88,14 +90,17 @@ FLAGS = {
     HPSv3: "pretrained weights dtype gradient_checkpointing quantize",
     VideoAlignReward: "pretrained weights visual_quality motion_quality text_alignment frame_rate dtype "
     "gradient_checkpointing quantize",
+    XClipReward: "pretrained processor logit_scale_divisor dtype cache_size",
+    Motion: "target",
     WeightedReward: "terms",
     Term: "reward weight mean std plain",
-    ShardedStrategy: "shard_size replicate_size cpu_offload reshard_after_forward timeout_minutes",
-    ReplicatedStrategy: "timeout_minutes",
+    ShardedStrategy: "shard_size replicate_size cpu_offload reshard_after_forward timeout_minutes context_parallel",
+    ReplicatedStrategy: "timeout_minutes context_parallel",
     EMA: "decay warmup every_n_steps dtype device evaluate",
     Predictions: "output",
     SampleLogger: "num_samples columns max_share",
-    OverOptimizationGuard: "weights action patience min_diversity max_drift learning_rate_factor",
+    OverOptimizationGuard: "weights action patience min_diversity max_drift learning_rate_factor min_motion max_flicker "
+    "min_consistency",
     RewardTracking: "judge labels candidates top_k metrics held_out form",
     Report: "num_columns scale",
     export: "config output ckpt_path format weights dtype check device push_to_hub private",
