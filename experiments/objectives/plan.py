@@ -262,7 +262,7 @@ def write_config(run: Run) -> Path:
     """
     path, text = run.folder / CONFIG, yaml.safe_dump({**run.settings, **NAMED_ALONE}, sort_keys=False)
     there = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else run.settings
-    there = {name: value for name, value in there.items() if name not in NAMED_ALONE}
+    there = {name: value for name, value in there.items() if name in run.settings or name not in NAMED_ALONE}
     if run._replace(settings=there).key != run.key:
         raise ValueError(
             f"{run.folder} was run with other settings: delete it, or name another --folder, to run {run.row!r} again"
