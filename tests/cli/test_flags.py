@@ -99,8 +99,8 @@ FLAGS = {
     EMA: "decay warmup every_n_steps dtype device evaluate",
     Predictions: "output",
     SampleLogger: "num_samples columns max_share",
-    OverOptimizationGuard: "weights action patience min_diversity max_drift learning_rate_factor min_motion max_flicker "
-    "min_consistency",
+    OverOptimizationGuard: "weights action patience min_diversity max_drift learning_rate_factor min_motion "
+    "max_flicker min_consistency",
     RewardTracking: "judge labels candidates top_k metrics held_out form",
     Report: "num_columns scale",
     export: "config output ckpt_path format weights dtype check device push_to_hub private",
