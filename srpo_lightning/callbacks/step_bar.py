@@ -35,7 +35,9 @@ class StepBar(ProgressBar):
     def __init__(self, seconds_between_lines: NonNegativeFloat = 30.0) -> None:
         super().__init__()
         self.seconds_between_lines = seconds_between_lines
-        self._is_enabled = True
+        self.is_enabled = True
+        """By which Lightning's `print` knows whether there is a bar to print above."""
+
         self._is_live = False
         self._bar: Any = None
         self._held = ExitStack()
@@ -44,11 +46,11 @@ class StepBar(ProgressBar):
 
     def enable(self) -> None:
         """Show bars."""
-        self._is_enabled = True
+        self.is_enabled = True
 
     def disable(self) -> None:
         """Show none, as on all ranks but the first."""
-        self._is_enabled = False
+        self.is_enabled = False
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bar."""
@@ -158,7 +160,7 @@ class StepBar(ProgressBar):
 
     def _open(self, name: str, batches: list[int | float], initial: int = 0, *, is_left: bool = True) -> None:
         self._close()
-        if not self._is_enabled:
+        if not self.is_enabled:
             return
         self._is_live = can_be_drawn_over(sys.stdout)
         width = width_of(sys.stdout) if self._is_live else None

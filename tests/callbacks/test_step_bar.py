@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from lightning.pytorch import LightningModule, Trainer
 from nbclient import NotebookClient
 
 from srpo_lightning import phases
@@ -129,6 +130,17 @@ def test_by_itself_a_log_file_of_a_short_run_has_the_last_step_alone(config, tmp
     assert process.exitcode == 0
     lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("step ")]
     assert lines[-1].startswith("step 4/4, ")
+
+
+def test_a_module_prints_beside_the_bar(capsys):
+    """LightningModule.print asks the bar whether it is enabled."""
+    bar = StepBar()
+    module = LightningModule()
+    module.trainer = Trainer(accelerator="cpu", callbacks=[bar], logger=False, enable_checkpointing=False)
+    module.print("first")
+    bar.disable()
+    module.print("second")
+    assert capsys.readouterr().out.endswith("first\nsecond\n")
 
 
 CELL = """

@@ -16,7 +16,8 @@ from tests.ranks.test_sharded import config as config_of_ranks
 from tests.ranks.test_sharded import fit
 
 REPLICATED = Namespace(
-    class_path="srpo_lightning.training.strategies.ReplicatedStrategy", init_args=Namespace(timeout_minutes=10.0)
+    class_path="srpo_lightning.training.strategies.ReplicatedStrategy",
+    init_args=Namespace(timeout_minutes=10.0, context_parallel=1),
 )
 
 
