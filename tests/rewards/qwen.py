@@ -210,3 +210,25 @@ def write_video_reward(base: Path, folder: Path, output_dim: int = 1, **lora: An
     state = wrapped.state_dict() | {"base_model.model.lm_head.weight": embeddings.clone()}
     torch.save(state, checkpoint / "model.pth")
     return wrapped.float()
+
+
+def check_columns_share_the_vision_tower(reward: Any, seen: torch.Tensor, columns: list[list[str]]) -> None:
+    """Scores under several texts are those of one call each, with one pass of what sees."""
+    calls: list[int] = []
+    hook = reward.network.visual.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        scores = reward.scores(seen, columns)
+        assert len(calls) == 1
+        hook.remove()
+        expected = torch.stack([reward(seen, column) for column in columns], dim=1)
+    assert torch.equal(scores, expected)
+    assert scores.dtype == torch.float32
+
+
+def check_scored_alone_as_together(reward: Any, seen: torch.Tensor, texts: list[str], least: float) -> None:
+    """A score does not depend on what else is in the batch; scores differ by `least` at least (their deviation)."""
+    with torch.no_grad():
+        together = reward(seen, texts)
+        alone = torch.cat([reward(own[None], [text]) for own, text in zip(seen, texts, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert together.std() > least

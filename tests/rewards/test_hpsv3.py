@@ -13,7 +13,12 @@ from srpo_lightning.rewards.hpsv3 import IMAGE_TOKEN, INSTRUCTION, NUM_PIXELS, R
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.qwen2_vl import smart_resize, to_patches
 from srpo_lightning.training import nf4
-from tests.rewards.qwen import write_base, write_weights
+from tests.rewards.qwen import (
+    check_columns_share_the_vision_tower,
+    check_scored_alone_as_together,
+    write_base,
+    write_weights,
+)
 
 TEXTS = ["a cat", "Painting. a horse on Mars", "a much longer text, " * 9]
 
@@ -110,24 +115,11 @@ def test_images_narrower_than_the_original_takes_are_refused(reward):
 
 
 def test_scores_under_several_texts_equal_one_call_each_with_one_pass_of_the_vision_tower(reward):
-    calls = []
-    hook = reward.network.visual.register_forward_hook(lambda *_: calls.append(1))
-    columns = [TEXTS, TEXTS[::-1], ["x", "", "z"]]
-    with torch.no_grad():
-        scores = reward.scores(images(), columns)
-        assert len(calls) == 1
-        hook.remove()
-        expected = torch.stack([reward(images(), column) for column in columns], dim=1)
-    assert torch.equal(scores, expected)
-    assert scores.dtype == torch.float32
+    check_columns_share_the_vision_tower(reward, images(), [TEXTS, TEXTS[::-1], ["x", "", "z"]])
 
 
 def test_a_score_does_not_depend_on_what_else_is_in_the_batch(reward):
-    with torch.no_grad():
-        together = reward(images(), TEXTS)
-        alone = torch.cat([reward(image[None], [text]) for image, text in zip(images(), TEXTS, strict=True)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
-    assert together.std() > 1e-2
+    check_scored_alone_as_together(reward, images(), TEXTS, least=1e-2)
 
 
 @pytest.mark.parametrize(("height", "width"), [(448, 448), (40, 72), (600, 300)])

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel
 
@@ -16,7 +15,7 @@ from .augment import Augmentation
 from .captions import write_prompts
 from .clip import JUDGE, REWARD, CLIPTraining, Size, new_clip, save_clip
 from .tokenizers import new_clip_tokenizer, new_t5_tokenizer
-from .training import Trainee, fit, read_ema
+from .training import trained
 from .world import World, build_world
 
 # The judge sees other distortions than the reward, so that the two do not share their blind spots.
@@ -58,19 +57,10 @@ class Build:
         self.clip_tokenizer = new_clip_tokenizer(self.table.captions[:-1])
         self.t5_tokenizer = new_t5_tokenizer(self.table.captions[:-1])
 
-    def trained(self, name: str, seed: int, trainee: Callable[[], Trainee]) -> dict[str, Tensor]:
-        """Averaged weights of one stage, from its file or from training it."""
-        file = self.work / f"{name}.safetensors"
-        if not file.exists():
-            torch.manual_seed(seed)  # of the initial weights
-            fit(trainee(), self.work / name)
-            save_file(read_ema(self.work / name), file)
-        return load_file(file)
-
     def first_vae(self) -> AutoencoderKL:
         """The whole autoencoder with the encoder at its final state, the decoder at its first."""
         images = self.world.images()
-        weights = self.trained("vae", 0, lambda: vae.VAETraining(images, self.steps.vae, seed=0))
+        weights = trained(self.work, "vae", 0, lambda: vae.VAETraining(images, self.steps.vae, seed=0))
         model = vae.new_vae()
         model.load_state_dict(weights)
         return vae.fold(model.eval(), images)
@@ -79,7 +69,9 @@ class Build:
         """The finished autoencoder."""
         model = self.first_vae()
         images = self.world.images()
-        weights = self.trained("decoder", 0, lambda: vae.DecoderTraining(images, model, self.steps.decoder, seed=1))
+        weights = trained(
+            self.work, "decoder", 0, lambda: vae.DecoderTraining(images, model, self.steps.decoder, seed=1)
+        )
         model.decoder.load_state_dict(weights)
         return model
 
@@ -89,7 +81,7 @@ class Build:
                 clip, self.clip_tokenizer, self.world.layers(), self.world.concepts, steps, seed, augmentation
             )
 
-        weights = self.trained(name, seed, lambda: trainee(new_clip(size, self.clip_tokenizer)))
+        weights = trained(self.work, name, seed, lambda: trainee(new_clip(size, self.clip_tokenizer)))
         clip = new_clip(size, self.clip_tokenizer)
         clip.load_state_dict(weights)
         return clip.eval()
@@ -123,7 +115,8 @@ class Build:
 
     def plain_flux(self) -> flux.TextAndPicture:
         """The transformer and T5 before distillation."""
-        weights = self.trained(
+        weights = trained(
+            self.work,
             "flux",
             4,
             lambda: flux.FluxTraining(
@@ -137,7 +130,8 @@ class Build:
     def guided_flux(self) -> flux.TextAndPicture:
         """The finished transformer and T5."""
         net = self.plain_flux()
-        weights = self.trained(
+        weights = trained(
+            self.work,
             "distillation",
             5,
             lambda: flux.GuidanceDistillation(

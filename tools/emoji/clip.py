@@ -2,12 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, XCLIPModel
 
 from .augment import Augmentation, augment
 from .captions import STYLES, caption
@@ -30,9 +30,9 @@ REWARD = Size(width=160, layers=5, patch_px=8, text_width=128)
 JUDGE = Size(width=192, layers=6, patch_px=16, text_width=96)
 
 
-def new_clip(size: Size, tokenizer: CLIPTokenizer) -> CLIPModel:
-    """An untrained CLIP for 64 x 64 images and `MAX_TOKENS` tokens."""
-    text = {
+def text_settings(size: Size, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    """The text tower's part of a configuration."""
+    return {
         "hidden_act": "gelu",
         "vocab_size": len(tokenizer),
         "hidden_size": size.text_width,
@@ -45,6 +45,10 @@ def new_clip(size: Size, tokenizer: CLIPTokenizer) -> CLIPModel:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def new_clip(size: Size, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """An untrained CLIP for 64 x 64 images and `MAX_TOKENS` tokens."""
     vision = {
         "hidden_act": "gelu",
         "hidden_size": size.width,
@@ -55,7 +59,7 @@ def new_clip(size: Size, tokenizer: CLIPTokenizer) -> CLIPModel:
         "patch_size": size.patch_px,
         "projection_dim": 128,
     }
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    return CLIPModel(CLIPConfig(text_config=text_settings(size, tokenizer), vision_config=vision, projection_dim=128))
 
 
 def image_features(clip: CLIPModel, images: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ def image_features(clip: CLIPModel, images: Tensor) -> Tensor:
     return F.normalize(clip.visual_projection(pooled).float(), dim=-1)
 
 
-def text_features(clip: CLIPModel, tokens: Tensor) -> Tensor:
+def text_features(clip: CLIPModel | XCLIPModel, tokens: Tensor) -> Tensor:
     """Unit features [B, 128] of token ids [B, T]."""
     pooled = clip.text_model(input_ids=tokens).pooler_output
     return F.normalize(clip.text_projection(pooled).float(), dim=-1)
@@ -132,7 +136,7 @@ class CLIPTraining(Trainee):
         }
 
 
-def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+def save_clip(clip: CLIPModel | XCLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write model, tokenizer and image processor as `transformers` reads them, in half precision."""
     clip.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -112,6 +112,12 @@ def percent(*parts: float) -> str:
     return " / ".join(f"{100 * part:.1f}" for part in parts) + " %"
 
 
+def quality_table(rows: Iterable[tuple[str, str, str]]) -> str:
+    """What was measured, its value and what was wanted, in Markdown."""
+    lines = ["| measured | value | wanted |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value} | {wanted} |" for name, value, wanted in rows])
+
+
 def critic_rows(name: str, critic: Critic, world: World) -> Iterable[tuple[str, str, str]]:
     """Accuracy on every picture once, freshly moved and on a fresh ground."""
     count = len(world.concepts) * len(STYLES)
@@ -150,5 +156,4 @@ def evaluate_assets(assets: Path, world: World, sheets: Path) -> str:
     rows += critic_rows("judge", judge, world)
     for guidance in (3.5, 2.0, 1.0):
         rows += sample_rows(pipeline, judge, world.concepts, guidance, sheets)
-    lines = ["| measured | value | wanted |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} | {wanted} |" for name, value, wanted in rows])
+    return quality_table(rows)

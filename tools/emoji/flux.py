@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,23 +47,26 @@ def new_transformer(pooled_dim: int) -> FluxTransformer2DModel:
     return transformer
 
 
+def t5_settings(tokenizer: T5TokenizerFast) -> dict[str, Any]:
+    """The configuration of a T5 or UMT5 encoder of two layers."""
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": 192,
+        "d_kv": 32,
+        "d_ff": 512,
+        "num_layers": 2,
+        "num_heads": 6,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+
+
 def new_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     """An untrained T5 encoder of two layers."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=192,
-            d_kv=32,
-            d_ff=512,
-            num_layers=2,
-            num_heads=6,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return T5EncoderModel(T5Config(**t5_settings(tokenizer)))
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The training loop that the three kinds of small model share: two optimizers, one schedule, EMA, exact resume."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -135,3 +136,20 @@ def read_ema(folder: Path) -> dict[str, Any]:
     averaged = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     # Copies in the usual layout: safetensors refuses tied and channels-last tensors.
     return {name: value.clone(memory_format=torch.contiguous_format) for name, value in averaged.items()}
+
+
+def trained(work: Path, name: str, seed: int, trainee: Callable[[], Trainee]) -> dict[str, Tensor]:
+    """Averaged weights of one stage of a build, from its file or from training it.
+
+    Args:
+        work: folder of checkpoints and results.
+        name: name of the stage.
+        seed: of the initial weights.
+        trainee: makes what is trained.
+    """
+    file = work / f"{name}.safetensors"
+    if not file.exists():
+        torch.manual_seed(seed)
+        fit(trainee(), work / name)
+        save_file(read_ema(work / name), file)
+    return load_file(file)

@@ -1,6 +1,6 @@
 """The stages of the build, in order; each resumes where it was stopped and is skipped once its result exists."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,15 +12,16 @@ from transformers import XCLIPModel
 
 from tools.emoji.augment import Augmentation
 from tools.emoji.build import JUDGE_AUGMENTATION, replace
+from tools.emoji.clip import Size, save_clip
 from tools.emoji.flux import SHIFT
 from tools.emoji.tokenizers import new_clip_tokenizer, new_t5_tokenizer
-from tools.emoji.training import Trainee, fit, read_ema
+from tools.emoji.training import trained
 from tools.emoji.world import build_world
 
 from . import vae, wan
 from .captions import Captions
 from .motions import MOTIONS, clips, poses
-from .xclip import JUDGE, REWARD, Size, XClipTraining, new_xclip, save_xclip
+from .xclip import JUDGE, REWARD, XClipTraining, new_xclip
 
 NUM_FOLDED = 100  # clips that the statistics of latents are taken from
 NUM_POSES = 2  # clips of each thing in each style and motion that the clip model sees
@@ -61,22 +62,14 @@ class Build:
         self.clip_tokenizer = new_clip_tokenizer(self.captions.texts[:-1])
         self.t5_tokenizer = new_t5_tokenizer(self.captions.texts[:-1])
 
-    def trained(self, name: str, seed: int, trainee: Callable[[], Trainee]) -> dict[str, Tensor]:
-        """Averaged weights of one stage, from its file or from training it."""
-        file = self.work / f"{name}.safetensors"
-        if not file.exists():
-            torch.manual_seed(seed)  # of the initial weights
-            fit(trainee(), self.work / name)
-            save_file(read_ema(self.work / name), file)
-        return load_file(file)
-
     def vae(self) -> AutoencoderKLWan:
         """The finished autoencoder."""
         model = vae.new_vae()
         stages = (("frames", self.steps.frames, True, 32, 2e-3), ("clips", self.steps.clips, False, 6, 1e-3))
         for seed, (name, steps, is_still, batch, lr) in enumerate(stages):
             model.load_state_dict(
-                self.trained(
+                trained(
+                    self.work,
                     name,
                     seed,
                     lambda: vae.VAETraining(model, self.layers, steps, seed, is_still, batch, lr),  # noqa: B023
@@ -109,7 +102,8 @@ class Build:
         """A finished X-CLIP."""
         model = new_xclip(size, self.clip_tokenizer)
         model.load_state_dict(
-            self.trained(
+            trained(
+                self.work,
                 name,
                 seed,
                 lambda: XClipTraining(
@@ -141,7 +135,8 @@ class Build:
         """The finished transformer and UMT5."""
         net = self.new_wan()
         net.load_state_dict(
-            self.trained(
+            trained(
+                self.work,
                 "wan",
                 4,
                 lambda: wan.WanTraining(
@@ -161,7 +156,7 @@ class Build:
         """All stages, then the assets, each folder written beside its place first and then moved there."""
         autoencoder, net = self.vae(), self.wan()
         for name, model in (("moving-xclip", self.reward()), ("moving-judge", self.judge())):
-            replace(self.assets / name, lambda folder: save_xclip(model, self.clip_tokenizer, folder))  # noqa: B023
+            replace(self.assets / name, lambda folder: save_clip(model, self.clip_tokenizer, folder))  # noqa: B023
         pipeline = WanPipeline(
             tokenizer=self.t5_tokenizer,
             text_encoder=net.text,

@@ -12,15 +12,15 @@ from transformers import CLIPTokenizer, UMT5EncoderModel, XCLIPModel
 from srpo_lightning.files.pretrained import load_whole
 from tools.emoji.augment import TEST
 from tools.emoji.captions import STYLES, split
-from tools.emoji.clip import token_ids
-from tools.emoji.evaluate import percent
+from tools.emoji.clip import text_features, token_ids
+from tools.emoji.evaluate import percent, quality_table
 from tools.emoji.tokenizers import MAX_TOKENS
 from tools.emoji.world import World
 
 from .captions import caption
 from .motions import MOTIONS, NUM_FRAMES, SIZE_PX, clips, layers_of, poses
 from .vae import mean_psnr
-from .xclip import augmented, clip_features, text_features
+from .xclip import augmented, clip_features
 
 SAMPLING_STEPS = 25
 FRAME_MS = 90
@@ -155,5 +155,4 @@ def evaluate_assets(assets: Path, world: World, sheets: Path) -> str:
     rows += critic_rows("judge", judge, world)
     for guidance in (1.0, 2.0, 3.5):
         rows += sample_rows(pipeline, judge, world.concepts, guidance, sheets)
-    lines = ["| measured | value | wanted |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} | {wanted} |" for name, value, wanted in rows])
+    return quality_table(rows)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from srpo_lightning import flow
-from tools.emoji.flux import draw_sigmas
+from tools.emoji.flux import draw_sigmas, t5_settings
 from tools.emoji.tokenizers import MAX_TOKENS
 from tools.emoji.training import Trainee
 
@@ -39,20 +39,7 @@ def new_transformer() -> WanTransformer3DModel:
 
 def new_text_encoder(tokenizer: T5TokenizerFast) -> UMT5EncoderModel:
     """An untrained UMT5 encoder of two layers."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=len(tokenizer),
-            d_model=WIDTH,
-            d_kv=32,
-            d_ff=512,
-            num_layers=2,
-            num_heads=6,
-            dropout_rate=0.0,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return UMT5EncoderModel(UMT5Config(**t5_settings(tokenizer)))
 
 
 class TextAndClip(nn.Module):

@@ -1,18 +1,15 @@
 """Two X-CLIP models on the same clips: the reward, and the judge that is never trained against."""
 
 import math
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPTokenizer, XCLIPConfig, XCLIPModel
+from transformers import CLIPTokenizer, XCLIPConfig, XCLIPModel
 
 from tools.emoji.augment import Augmentation, blurred, grounds, uniform
 from tools.emoji.captions import STYLES
-from tools.emoji.clip import MEAN, STD, token_ids
-from tools.emoji.tokenizers import MAX_TOKENS
+from tools.emoji.clip import MEAN, STD, Size, text_features, text_settings, token_ids
 from tools.emoji.training import Trainee
 
 from .captions import caption
@@ -21,33 +18,12 @@ from .motions import MOTIONS, NUM_FRAMES, SIZE_PX, layers_of, poses
 FEATURES = 128
 
 
-class Size(NamedTuple):
-    """What differs between the two models."""
-
-    width: int
-    layers: int
-    patch_px: int
-    text_width: int
-
-
 REWARD = Size(width=128, layers=4, patch_px=16, text_width=128)
 JUDGE = Size(width=160, layers=4, patch_px=8, text_width=96)
 
 
 def new_xclip(size: Size, tokenizer: CLIPTokenizer) -> XCLIPModel:
     """An untrained X-CLIP for 9 frames of 64 x 64; clips change no text, so that a score is a plain cosine."""
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": size.text_width,
-        "intermediate_size": 4 * size.text_width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": size.text_width // 32,
-        "max_position_embeddings": MAX_TOKENS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "hidden_act": "gelu",
-    }
     vision = {
         "hidden_size": size.width,
         "intermediate_size": 4 * size.width,
@@ -62,7 +38,10 @@ def new_xclip(size: Size, tokenizer: CLIPTokenizer) -> XCLIPModel:
         "mit_num_attention_heads": 4,
         "hidden_act": "gelu",
     }
-    model = XCLIPModel(XCLIPConfig(text_config=text, vision_config=vision, projection_dim=FEATURES, prompt_layers=0))
+    config = XCLIPConfig(
+        text_config=text_settings(size, tokenizer), vision_config=vision, projection_dim=FEATURES, prompt_layers=0
+    )
+    model = XCLIPModel(config)
     torch.nn.init.normal_(model.mit.position_embedding, std=0.02)
     return model
 
@@ -71,11 +50,6 @@ def clip_features(model: XCLIPModel, clips: Tensor) -> Tensor:
     """Unit features [B, 128] of clips [B, 3, F, 64, 64] in [0, 1]."""
     pooled = model.get_video_features((clips.transpose(1, 2) - MEAN) / STD).pooler_output
     return F.normalize(pooled.float(), dim=-1)
-
-
-def text_features(model: XCLIPModel, tokens: Tensor) -> Tensor:
-    """Unit features [B, 128] of token ids [B, T]."""
-    return F.normalize(model.text_projection(model.text_model(input_ids=tokens).pooler_output).float(), dim=-1)
 
 
 def augmented(layers: Tensor, settings: Augmentation, draw: torch.Generator) -> Tensor:
@@ -164,12 +138,3 @@ class XClipTraining(Trainee):
             "style": (styles.argmax(1) == style).float().mean(),
             "motion": (motions.argmax(1) == motion).float().mean(),
         }
-
-
-def save_xclip(model: XCLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write model, tokenizer and image processor as `transformers` reads them, in half precision."""
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": SIZE_PX}, crop_size=SIZE_PX, image_mean=[MEAN] * 3, image_std=[STD] * 3
-    ).save_pretrained(folder)
