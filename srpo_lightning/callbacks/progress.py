@@ -115,8 +115,15 @@ class Progress(Callback):
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Listen no more; Lightning has no teardown then, and what listens keeps the model in memory."""
+        self._stop()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen no more."""
+        self._stop()
+
+    def _stop(self) -> None:
         for stop in self._stops:
             stop()
         self._stops = []

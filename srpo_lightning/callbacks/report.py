@@ -28,6 +28,12 @@ from srpo_lightning.files.records import Record
 from srpo_lightning.report.run_page import RunPage
 from srpo_lightning.run_folder import RunFolder
 
+MOVING_SIDE_PX = 256
+"""Side of a clip in the moving sheet at most, before it is enlarged."""
+
+MOVING_WIDTH_PX = 8192
+"""Width of the moving sheet, about: WebP has 16,383 pixels at most, and all frames are in memory at once."""
+
 
 class Report(Callback, ReadsEvaluations):
     """Writes `report.html` at every evaluation, and at the end `report.md` and `before_after.png`; prints the table.
@@ -107,7 +113,8 @@ class Report(Callback, ReadsEvaluations):
         with complete_or_absent(run.sheet) as partial:
             contact_sheet(rows, self.scale, prompts).save(partial, format="PNG")
         print(f"pictures: {run.sheet}")
-        clips = {name: [clip_if_whole(self._clip(run, own, i)) for i in shown] for name, own in columns.items()}
+        side = min(MOVING_SIDE_PX, MOVING_WIDTH_PX // (self.scale * len(shown)))
+        clips = {name: [clip_if_whole(self._clip(run, own, i), side) for i in shown] for name, own in columns.items()}
         if all(map(any, clips.values())):
             write_clip(run.moving_sheet, moving_sheet(clips, self.scale, prompts))
             print(f"clips: {run.moving_sheet}")

@@ -64,14 +64,22 @@ def write_clip(path: Path, clip: bytes) -> None:
             partial.write_bytes(clip)
 
 
-def clip_if_whole(path: Path) -> list[Image.Image]:
+def clip_if_whole(path: Path, side: int | None = None) -> list[Image.Image]:
     """The frames of a clip that was written here; none if there is none, or a damaged one.
 
     Of frames that are alike and follow one another the file holds one, which is shown for as long.
+
+    Args:
+        path: file of the clip.
+        side: pixels that the longer side of a frame has at most; larger frames are made smaller as they are read.
     """
+    shown: list[Image.Image] = []
     try:
         with Image.open(path, formats=["WEBP"]) as opened:
-            shown = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+            for frame in ImageSequence.Iterator(opened):
+                shown.append(frame.convert("RGB"))
+                if side is not None:
+                    shown[-1].thumbnail((side, side))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
         return []
     return [frame for frame in shown for _ in range(max(1, round(frame.info.get("duration", 0) / FRAME_MS)))]

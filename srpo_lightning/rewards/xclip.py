@@ -5,6 +5,7 @@ small transformer joins their features, and each text is changed a little by the
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from srpo_lightning.files.pretrained import load_whole
+from srpo_lightning.files.pretrained import load_whole, read_json
 from srpo_lightning.picture_statistics import evenly
 from srpo_lightning.rewards.base import Images, check_lengths
 from srpo_lightning.rewards.clip import ClipReward
@@ -47,11 +48,19 @@ class XClipReward(ClipReward):
         """The model with its weights."""
         return load_whole(transformers.XCLIPModel, self.pretrained, dtype=self.dtype)
 
-    @property
+    @cached_property
     def num_frames(self) -> int:
         """Frames that the model reads."""
-        assert self.clip is not None, "load() comes first"
-        return int(self.clip.config.vision_config.num_frames)
+        return int(read_json(self.pretrained, "", "config.json")["vision_config"].get("num_frames", 8))
+
+    def check_frames(self, num_frames: int) -> None:
+        """Refuse clips that are shorter than the model reads."""
+        super().check_frames(num_frames)
+        if num_frames < self.num_frames:
+            raise ValueError(
+                f"clips have {num_frames} frames, and {self.pretrained} reads {self.num_frames}: raise the policy's "
+                "num_rewarded_frames (and num_frames) to that"
+            )
 
     def scores(self, images: Images, texts: Sequence[Sequence[str]]) -> Float[Tensor, "B T"]:
         """Each clip goes through the model once, and each distinct text."""
@@ -61,8 +70,8 @@ class XClipReward(ClipReward):
         seen = self.seen(images)
         rows = torch.stack([self.text_features(column) for column in texts], dim=1)
         with torch.autocast(images.device.type, enabled=False):
-            own = rows.to(seen.patches.dtype)
-            changed = own + self.clip.prompts_generator(own, seen.patches)
+            own = rows.to(self.clip.logit_scale.dtype)
+            changed = own + self.clip.prompts_generator(own, seen.patches.to(own.dtype))
             cosines = torch.einsum("be,bte->bt", seen.clip, functional.normalize(changed.to(seen.clip.dtype), dim=-1))
         return self.scale * cosines
 
@@ -77,11 +86,7 @@ class XClipReward(ClipReward):
             ValueError: if they have fewer frames than the model reads.
         """
         model: Any = self.clip
-        if images.shape[2] < self.num_frames:
-            raise ValueError(
-                f"clips have {images.shape[2]} frames, and {self.pretrained} reads {self.num_frames}: raise the "
-                "policy's num_rewarded_frames (and num_frames) to that"
-            )
+        self.check_frames(images.shape[2])
         frames = images[:, :, evenly(self.num_frames, images.shape[2])].transpose(1, 2).flatten(0, 1)
         pixels = self.preprocess(frames)
         vision = model.vision_model(pixel_values=pixels.to(model.dtype))

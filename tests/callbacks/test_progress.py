@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from srpo_lightning import phases
 from srpo_lightning.callbacks.progress import Progress
 from tests import tiny
 
@@ -47,3 +49,17 @@ def test_a_run_says_how_long_it_will_take_with_its_evaluations(models, features,
     trainer = tiny.new_trainer(tmp_path, [Progress()], **settings)
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
     assert re.search(r"s per step, 0:00:\d\d for the 5 left, with 2 evaluations of 0 s or more", caplog.text)
+
+
+def test_a_run_that_breaks_off_leaves_no_listener_that_keeps_its_model(models, features, tmp_path):
+    """Lightning has no teardown then."""
+
+    class Breaks(Callback):
+        def on_train_batch_start(self, *_):
+            raise RuntimeError("out of memory")
+
+    before = list(phases._listeners)
+    trainer = tiny.new_trainer(tmp_path, [Progress(), Breaks()], max_steps=1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
+    assert phases._listeners == before

@@ -119,6 +119,14 @@ def test_a_part_of_own_prompts_is_held_out_where_no_others_are_given(predicted, 
     (folder / "mine.txt").write_text("\n".join(f"prompt {number}" for number in range(100)))
     settings = read_config(str(written(folder, "--model", "flux_dev", "--gpu_memory", "24GiB", "--train", "mine.txt")))
     assert (settings.data.evaluation, settings.data.validation_fraction) == (None, 0.05)
+    (tracking,) = (own.init_args for own in settings.trainer.callbacks if own.class_path.endswith("RewardTracking"))
+    assert list(tracking.candidates) == ["mine.txt"]
+    (folder / "many.txt").write_text("\n".join(f"prompt {number}" for number in range(3000)))
+    many = written(folder, "--model", "flux_dev", "--gpu_memory", "24GiB", "--train", "many.txt", "--overwrite", "true")
+    (tracking,) = (
+        own.init_args for own in read_config(str(many)).trainer.callbacks if own.class_path.endswith("RewardTracking")
+    )
+    assert not tracking.candidates  # each is a text that the judge compares with every picture
     (folder / "few.txt").write_text("a\nb")
     with pytest.raises(SystemExit, match=r"validation_fraction 0.05 leaves 0 prompts to evaluate"):
         written(folder, "--model", "flux_dev", "--gpu_memory", "24GiB", "--train", "few.txt", "--overwrite", "true")

@@ -66,6 +66,9 @@ def test_a_clip_is_shown_moving_in_the_place_of_its_strip(tmp_path):
     assert [frame.getpixel((0, 0))[0] for frame in clip_if_whole(strip.with_suffix(".webp"))] == pytest.approx(
         [0, 63, 127, 191, 255], abs=3
     )
+    width, height = frames[0].size
+    small = clip_if_whole(strip.with_suffix(".webp"), max(width, height) // 2)
+    assert [max(frame.size) for frame in small] == [max(width, height) // 2] * 5
     strip.with_suffix(".webp").write_bytes(strip.with_suffix(".webp").read_bytes()[:80])
     assert clip_if_whole(strip.with_suffix(".webp")) == []
     assert opened(Thumbnails().url(strip))[1].is_animated is False

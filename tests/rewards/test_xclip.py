@@ -116,6 +116,25 @@ def test_the_gradient_equals_differences(folder):
     torch.testing.assert_close(slopes, (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-9)
 
 
+def test_half_precision_changes_little_and_has_a_gradient(reward):
+    """As a training reward it is called under the trainer's autocast."""
+    shown = clips().requires_grad_()
+    expected = reward(shown, TEXTS[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = reward(shown, TEXTS[:2])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0.05)
+    scores.sum().backward()
+    assert shown.grad.abs().sum() > 0
+
+
+def test_clips_that_are_too_short_are_refused_before_weights_are_read(folder):
+    unread = XClipReward(str(folder))
+    unread.check_frames(FRAMES)
+    with pytest.raises(ValueError, match=r"clips have 2 frames, and .* reads 3: raise the policy's num_reward"):
+        unread.check_frames(2)
+    assert unread.clip is None
+
+
 @pytest.mark.parametrize(
     ("shown", "message"),
     [

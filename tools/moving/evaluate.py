@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer, UMT5EncoderModel, XCLIPModel
 
+from srpo_lightning.evaluation.pictures import moving, write_clip
 from srpo_lightning.files.pretrained import load_whole
 from tools.emoji.augment import TEST
 from tools.emoji.captions import STYLES, split
@@ -100,9 +101,8 @@ def moving_sheet(shown: Tensor, columns: int, file: Path) -> None:
     height, width = shown.shape[-2:]
     tiles = shown[: rows * columns].unflatten(0, (rows, columns)).permute(3, 0, 4, 1, 5, 2)
     pixels = (tiles.reshape(-1, rows * height, columns * width, 3) * 255).round().byte().numpy()
-    frames = [Image.fromarray(own) for own in pixels]
     file.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
+    write_clip(file, moving([Image.fromarray(own) for own in pixels], frame_ms=FRAME_MS))
 
 
 def critic_rows(name: str, critic: Critic, world: World) -> Iterable[tuple[str, str, str]]:

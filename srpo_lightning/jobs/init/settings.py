@@ -21,6 +21,9 @@ HELD_OUT = 0.05
 TOP = 5
 """Candidates among which RewardTracking looks for a picture's own prompt; there must be more."""
 
+MOST_CANDIDATES = 2000
+"""Candidates that are compared with every picture at most: each is a text that the judge encodes."""
+
 
 class Draft(NamedTuple):
     """Settings of a configuration in their nesting, and comments on some of them."""
@@ -116,5 +119,5 @@ def _use_prompts(found: Draft, wishes: Wishes) -> None:
     for callback in found.settings["trainer"]["callbacks"]:
         if callback["class_path"].endswith(f".{RewardTracking.__name__}"):
             callback["init_args"]["candidates"] = candidates
-            if num_candidates <= TOP:
+            if not TOP < num_candidates <= MOST_CANDIDATES:
                 del callback["init_args"]["candidates"]

@@ -1,6 +1,5 @@
 """The page on which people answer: it knows pictures by their place in a rater's own order, and no names."""
 
-import base64
 import html
 import io
 import signal
@@ -16,6 +15,7 @@ from PIL import Image
 from srpo_lightning.ratings.answers import rater_name
 from srpo_lightning.ratings.plan import CHOICES, Plan
 from srpo_lightning.ratings.turns import Study, Turn
+from srpo_lightning.report.thumbnails import as_uri
 
 FOLDER = Path(__file__).parent
 KEPT_PICTURES = 64
@@ -165,4 +165,4 @@ def data_uri(path: Path) -> str:
         alone = Image.frombytes("RGB", pixels.size, pixels.tobytes())
     stream = io.BytesIO()
     alone.save(stream, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return as_uri("png", stream.getvalue())
