@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from transformers import CLIPModel, CLIPTokenizer
 
+from srpo_lightning.config.shipped import ASSETS
+from srpo_lightning.files.pretrained import load_whole
 from tools.emoji.augment import Augmentation
 from tools.emoji.captions import STYLES
+from tools.emoji.clip import text_features, token_ids
 from tools.emoji.world import World
 from tools.moving import build, vae
 from tools.moving.captions import Captions, caption
 from tools.moving.motions import MOTIONS, NUM_FRAMES, Poses, clips, layers_of, poses
-from tools.moving.xclip import augmented
+from tools.moving.xclip import augmented, new_tokenizer, new_xclip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries about themselves
 
@@ -134,6 +138,20 @@ def test_a_ground_is_one_for_all_frames_of_a_clip():
     shown = augmented(layers_of(square(), of("sliding", 1)), settings, drawn())
     assert torch.equal(shown[0, :, 0, 0], shown[0, :, -1, 0])
     assert not torch.allclose(shown[0, :, 0, 0], torch.ones(3, 64), atol=0.02)
+
+
+@pytest.mark.parametrize("pictures", ["emoji-clip", "emoji-judge"])
+def test_an_xclip_begins_with_all_that_its_clip_knows(pictures):
+    clip = load_whole(CLIPModel, str(ASSETS / pictures), dtype=torch.float32)
+    before = CLIPTokenizer.from_pretrained(ASSETS / pictures)
+    tokenizer = new_tokenizer([*Captions.of(["red apple", "bus"]).texts[:-1], "zebra crossing"])
+    xclip = new_xclip(ASSETS / pictures, tokenizer)
+    texts = ["3d. red apple", "ink. bus"]
+    known, own = (text_features(model, token_ids(of, texts)) for model, of in ((clip, before), (xclip, tokenizer)))
+    torch.testing.assert_close(own, known, rtol=0, atol=1e-5)
+    kept = {name for name, value in xclip.named_parameters() if name not in dict(clip.named_parameters())}
+    assert all("message" in name or "mit." in name or "prompts_" in name or "pre_layernorm" in name for name in kept)
+    torch.testing.assert_close(xclip.vision_model.pre_layernorm.weight, clip.vision_model.pre_layrnorm.weight)
 
 
 def test_the_build_makes_a_pipeline_that_diffusers_draws_with(tmp_path, monkeypatch):

@@ -10,18 +10,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import XCLIPModel
 
+from srpo_lightning.config.shipped import ASSETS
 from tools.emoji.augment import Augmentation
 from tools.emoji.build import JUDGE_AUGMENTATION, replace
-from tools.emoji.clip import Size, save_clip
+from tools.emoji.clip import save_clip
 from tools.emoji.flux import SHIFT
-from tools.emoji.tokenizers import new_clip_tokenizer, new_t5_tokenizer
+from tools.emoji.tokenizers import new_t5_tokenizer
 from tools.emoji.training import trained
 from tools.emoji.world import build_world
 
 from . import vae, wan
 from .captions import Captions
 from .motions import MOTIONS, clips, poses
-from .xclip import JUDGE, REWARD, XClipTraining, new_xclip
+from .xclip import XClipTraining, new_tokenizer, new_xclip
 
 NUM_FOLDED = 100  # clips that the statistics of latents are taken from
 NUM_POSES = 2  # clips of each thing in each style and motion that the clip model sees
@@ -38,11 +39,11 @@ class Steps(NamedTuple):
         wan: transformer and UMT5.
     """
 
-    frames: int = 3000
-    clips: int = 2000
-    reward: int = 1500
-    judge: int = 1500
-    wan: int = 5000
+    frames: int = 2000
+    clips: int = 1200
+    reward: int = 400
+    judge: int = 500
+    wan: int = 3500
 
 
 class Build:
@@ -59,13 +60,13 @@ class Build:
         world = build_world(work / "icons", work / "world.npz")
         self.concepts, self.layers = world.concepts, world.layers()
         self.captions = Captions.of(self.concepts)
-        self.clip_tokenizer = new_clip_tokenizer(self.captions.texts[:-1])
+        self.clip_tokenizer = new_tokenizer(self.captions.texts[:-1])
         self.t5_tokenizer = new_t5_tokenizer(self.captions.texts[:-1])
 
     def vae(self) -> AutoencoderKLWan:
         """The finished autoencoder."""
         model = vae.new_vae()
-        stages = (("frames", self.steps.frames, True, 32, 2e-3), ("clips", self.steps.clips, False, 6, 1e-3))
+        stages = (("frames", self.steps.frames, True, 32, 1e-3), ("clips", self.steps.clips, False, 6, 1e-3))
         for seed, (name, steps, is_still, batch, lr) in enumerate(stages):
             model.load_state_dict(
                 trained(
@@ -94,38 +95,31 @@ class Build:
         file = self.work / "latents.safetensors"
         if not file.exists():
             model = self.vae()
-            found = [vae.encode(model, part).bfloat16() for part in self.all_clips(20, seed=1)]
+            with torch.autocast("cpu", torch.bfloat16):
+                found = [vae.encode(model, part).bfloat16() for part in self.all_clips(20, seed=1)]
             save_file({"latents": torch.cat(found)}, file)
         return load_file(file)["latents"]
 
-    def xclip(self, size: Size, name: str, steps: int, seed: int, augmentation: Augmentation) -> XCLIPModel:
-        """A finished X-CLIP."""
-        model = new_xclip(size, self.clip_tokenizer)
-        model.load_state_dict(
-            trained(
-                self.work,
-                name,
-                seed,
-                lambda: XClipTraining(
-                    new_xclip(size, self.clip_tokenizer),
-                    self.clip_tokenizer,
-                    self.layers,
-                    self.concepts,
-                    steps,
-                    seed,
-                    augmentation,
-                ),
-            )
-        )
+    def xclip(self, pictures: str, name: str, steps: int, seed: int, augmentation: Augmentation) -> XCLIPModel:
+        """A finished X-CLIP, which began as one of the built-in CLIP models of pictures."""
+
+        def new() -> XCLIPModel:
+            return new_xclip(ASSETS / pictures, self.clip_tokenizer)
+
+        def training() -> XClipTraining:
+            return XClipTraining(new(), self.clip_tokenizer, self.layers, self.concepts, steps, seed, augmentation)
+
+        model = new()
+        model.load_state_dict(trained(self.work, name, seed, training))
         return model.eval()
 
     def reward(self) -> XCLIPModel:
         """The finished reward."""
-        return self.xclip(REWARD, "reward", self.steps.reward, 2, Augmentation())
+        return self.xclip("emoji-clip", "reward", self.steps.reward, 2, Augmentation())
 
     def judge(self) -> XCLIPModel:
         """The finished judge."""
-        return self.xclip(JUDGE, "judge", self.steps.judge, 3, JUDGE_AUGMENTATION)
+        return self.xclip("emoji-judge", "judge", self.steps.judge, 3, JUDGE_AUGMENTATION)
 
     def new_wan(self) -> wan.TextAndClip:
         """Untrained."""

@@ -1,48 +1,79 @@
 """Two X-CLIP models on the same clips: the reward, and the judge that is never trained against."""
 
+import json
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPTokenizer, XCLIPConfig, XCLIPModel
+from transformers import CLIPModel, CLIPTokenizer, XCLIPConfig, XCLIPModel
 
+from srpo_lightning.files.pretrained import load_whole
 from tools.emoji.augment import Augmentation, blurred, grounds, uniform
 from tools.emoji.captions import STYLES
-from tools.emoji.clip import MEAN, STD, Size, text_features, text_settings, token_ids
+from tools.emoji.clip import MEAN, STD, text_features, token_ids
+from tools.emoji.tokenizers import MAX_TOKENS, new_clip_tokenizer
 from tools.emoji.training import Trainee
 
 from .captions import caption
 from .motions import MOTIONS, NUM_FRAMES, SIZE_PX, layers_of, poses
 
+WORDS = "text_model.embeddings.token_embedding.weight"
 FEATURES = 128
+"""Numbers in a feature, as in the two CLIP models of pictures."""
+
+FRAME_SPREAD = 0.5
+"""Standard deviation of what tells frames apart at first: features of pictures are about as large."""
 
 
-REWARD = Size(width=128, layers=4, patch_px=16, text_width=128)
-JUDGE = Size(width=160, layers=4, patch_px=8, text_width=96)
+def new_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """CLIP's for these captions, the end token's number the highest: XCLIPModel reads a text where that is."""
+    plain = new_clip_tokenizer(captions)
+    vocab = plain.get_vocab()
+    last = max(vocab, key=vocab.__getitem__)
+    vocab[last], vocab[plain.eos_token] = vocab[plain.eos_token], vocab[last]
+    merges = [tuple(pair) for pair in json.loads(plain.backend_tokenizer.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def new_xclip(size: Size, tokenizer: CLIPTokenizer) -> XCLIPModel:
-    """An untrained X-CLIP for 9 frames of 64 x 64; clips change no text, so that a score is a plain cosine."""
+def new_xclip(pictures: Path, tokenizer: CLIPTokenizer) -> XCLIPModel:
+    """An X-CLIP for 9 frames of 64 x 64 that begins with what a CLIP knows of pictures, as arXiv 2208.02816 does.
+
+    Clips change no text, so that a score is a plain cosine.
+
+    Args:
+        pictures: folder of the CLIP.
+        tokenizer: of the captions of clips; words that the CLIP has not seen begin at random.
+    """
+    clip = load_whole(CLIPModel, str(pictures), dtype=torch.float32)
     vision = {
-        "hidden_size": size.width,
-        "intermediate_size": 4 * size.width,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.width // 32,
-        "image_size": SIZE_PX,
-        "patch_size": size.patch_px,
+        **clip.config.vision_config.to_dict(),
         "num_frames": NUM_FRAMES,
         "mit_hidden_size": FEATURES,
         "mit_intermediate_size": 4 * FEATURES,
         "mit_num_hidden_layers": 2,
         "mit_num_attention_heads": 4,
-        "hidden_act": "gelu",
     }
-    config = XCLIPConfig(
-        text_config=text_settings(size, tokenizer), vision_config=vision, projection_dim=FEATURES, prompt_layers=0
+    text = {
+        **clip.config.text_config.to_dict(),
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = XCLIPModel(
+        XCLIPConfig(text_config=text, vision_config=vision, projection_dim=FEATURES, prompt_layers=0, dtype="float32")
     )
-    model = XCLIPModel(config)
-    torch.nn.init.normal_(model.mit.position_embedding, std=0.02)
+    known = {name.replace("pre_layrnorm", "pre_layernorm"): value for name, value in clip.state_dict().items()}
+    known_words = known.pop(WORDS)
+    model.load_state_dict(known, strict=False)
+    own, before = tokenizer.get_vocab(), CLIPTokenizer.from_pretrained(pictures).get_vocab()
+    shared = sorted(own.keys() & before.keys())
+    with torch.no_grad():
+        words = model.get_parameter(WORDS)
+        words[[own[word] for word in shared]] = known_words[[before[word] for word in shared]]
+        torch.nn.init.normal_(model.mit.position_embedding, std=FRAME_SPREAD)
     return model
 
 
@@ -92,7 +123,7 @@ class XClipTraining(Trainee):
         augmentation: Augmentation,
         batch: int = 40,
     ) -> None:
-        super().__init__(model, steps, seed, muon_lr=3e-3, adam_lr=1e-3)
+        super().__init__(model, steps, seed, muon_lr=1e-3, adam_lr=5e-4)
         model.set_attn_implementation("eager")  # the backward of fused attention is slow on a CPU at these lengths
         self.layers, self.augmentation, self.concepts, self.batch = layers, augmentation, concepts, batch
         whole = [caption(style, concept, motion) for concept in concepts for style in STYLES for motion in MOTIONS]
