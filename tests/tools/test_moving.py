@@ -159,7 +159,7 @@ def test_the_build_makes_a_pipeline_that_diffusers_draws_with(tmp_path, monkeypa
     pictures = np.zeros((2, len(STYLES), 64, 64, 4), np.uint8)
     pictures[..., 16:48, 16:48, :] = np.random.default_rng(0).integers(0, 255, (2, len(STYLES), 1, 1, 4))
     monkeypatch.setattr(build, "build_world", lambda *_: World(["red apple", "bus"], pictures))
-    made = build.Build(tmp_path, tmp_path / "assets", build.Steps(2, 2, 2, 2, 2))
+    made = build.Build(tmp_path, tmp_path / "assets", build.Steps(2, 2, 2, 2, 2, 2))
     made.everything()
     pipeline = WanPipeline.from_pretrained(tmp_path / "assets" / "moving-wan")
     pipeline.set_progress_bar_config(disable=True)

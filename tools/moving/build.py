@@ -1,6 +1,7 @@
 """The stages of the build, in order; each resumes where it was stopped and is skipped once its result exists."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Steps(NamedTuple):
     Attributes:
         frames: autoencoder on single frames.
         clips: autoencoder on clips.
+        decoder: its decoder alone.
         reward: the reward X-CLIP.
         judge: the other X-CLIP.
         wan: transformer and UMT5.
@@ -41,8 +43,9 @@ class Steps(NamedTuple):
 
     frames: int = 2000
     clips: int = 1200
-    reward: int = 400
-    judge: int = 500
+    decoder: int = 1600
+    reward: int = 900
+    judge: int = 1250
     wan: int = 3500
 
 
@@ -63,8 +66,8 @@ class Build:
         self.clip_tokenizer = new_tokenizer(self.captions.texts[:-1])
         self.t5_tokenizer = new_t5_tokenizer(self.captions.texts[:-1])
 
-    def vae(self) -> AutoencoderKLWan:
-        """The finished autoencoder."""
+    def first_vae(self) -> AutoencoderKLWan:
+        """The whole autoencoder with the encoder at its final state, the decoder at its first."""
         model = vae.new_vae()
         stages = (("frames", self.steps.frames, True, 32, 1e-3), ("clips", self.steps.clips, False, 6, 1e-3))
         for seed, (name, steps, is_still, batch, lr) in enumerate(stages):
@@ -82,6 +85,13 @@ class Build:
             model.eval(), clips(self.layers[pictures], poses(torch.arange(NUM_FOLDED) % len(MOTIONS), draw))
         )
 
+    def finished_vae(self) -> AutoencoderKLWan:
+        """The finished autoencoder."""
+        model = self.first_vae()
+        training = partial(vae.DecoderTraining, model, self.layers, self.steps.decoder, seed=5)
+        model.load_state_dict(trained(self.work, "decoder", 5, training))
+        return model
+
     def all_clips(self, batch: int, seed: int) -> Iterable[Tensor]:
         """Clips of everything, in the order concept, style, motion, pose."""
         draw = torch.Generator().manual_seed(seed)
@@ -94,7 +104,7 @@ class Build:
         """Latents of all clips, [concept * style * motion * NUM_POSES, C, T, 8, 8] in half precision."""
         file = self.work / "latents.safetensors"
         if not file.exists():
-            model = self.vae()
+            model = self.first_vae()
             with torch.autocast("cpu", torch.bfloat16):
                 found = [vae.encode(model, part).bfloat16() for part in self.all_clips(20, seed=1)]
             save_file({"latents": torch.cat(found)}, file)
@@ -148,7 +158,7 @@ class Build:
 
     def everything(self) -> None:
         """All stages, then the assets, each folder written beside its place first and then moved there."""
-        autoencoder, net = self.vae(), self.wan()
+        autoencoder, net = self.finished_vae(), self.wan()
         for name, model in (("moving-xclip", self.reward()), ("moving-judge", self.judge())):
             replace(self.assets / name, lambda folder: save_clip(model, self.clip_tokenizer, folder))  # noqa: B023
         pipeline = WanPipeline(

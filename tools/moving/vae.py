@@ -104,12 +104,36 @@ class VAETraining(Trainee):
             frame = int(torch.randint(NUM_FRAMES, (), generator=draw))
             where = Poses(*(own[:, frame : frame + 1] for own in where))
         shown = clips(self.layers[rows], where)
-        means = encode(self.net, shown).float()
-        centre, spread = (own(means, (0, 2, 3, 4), keepdim=True) for own in (torch.mean, torch.std))
-        latents = (means - centre) / (spread + 1e-4)
+        latents = self.latents(shown)
         decoded = decode(self.net, latents + LATENT_NOISE * torch.randn(latents.shape, generator=draw)).float()
         wanted = shown * 2 - 1
         return {"loss": reconstruction_loss(decoded, wanted), "psnr": psnr(decoded, wanted)}
+
+    def latents(self, shown: Tensor) -> Tensor:
+        """What is decoded, [B, C, T, 8, 8], of frames [B, 3, F, 64, 64] in [0, 1]."""
+        means = encode(self.net, shown).float()
+        centre, spread = (own(means, (0, 2, 3, 4), keepdim=True) for own in (torch.mean, torch.std))
+        return (means - centre) / (spread + 1e-4)
+
+
+class DecoderTraining(VAETraining):
+    """The decoder alone on clips: latents that a Wan already learns stay what they are.
+
+    Args:
+        vae: folded result of `VAETraining`.
+    """
+
+    def __init__(
+        self, vae: AutoencoderKLWan, layers: Tensor, steps: int, seed: int, batch: int = 6, lr: float = 1e-3
+    ) -> None:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        super().__init__(vae, layers, steps, seed, False, batch, lr)
+
+    @torch.no_grad()
+    def latents(self, shown: Tensor) -> Tensor:
+        """The encoder's means as they are."""
+        return encode(self.net, shown).float()
 
 
 @torch.no_grad()

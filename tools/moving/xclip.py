@@ -26,6 +26,9 @@ FEATURES = 128
 FRAME_SPREAD = 0.5
 """Standard deviation of what tells frames apart at first: features of pictures are about as large."""
 
+MOTION_WEIGHT = 4
+"""Of the motion's part of the loss: it is all that a CLIP of pictures does not know."""
+
 
 def new_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """CLIP's for these captions, the end token's number the highest: XCLIPModel reads a text where that is."""
@@ -121,7 +124,7 @@ class XClipTraining(Trainee):
         steps: int,
         seed: int,
         augmentation: Augmentation,
-        batch: int = 40,
+        batch: int = 20,
     ) -> None:
         super().__init__(model, steps, seed, muon_lr=1e-3, adam_lr=5e-4)
         model.set_attn_implementation("eager")  # the backward of fused attention is slow on a CPU at these lengths
@@ -160,8 +163,8 @@ class XClipTraining(Trainee):
         whole, bare, styles, motions = logits.split([len(rows), len(self.bare), len(STYLES), len(MOTIONS)], dim=1)
         own = torch.arange(count)
         loss = F.cross_entropy(whole, own, label_smoothing=0.05) + 0.25 * F.cross_entropy(whole[:, :count].T, own)
-        for part, truth in ((bare, concept), (styles, style), (motions, motion)):
-            loss = loss + F.cross_entropy(part, truth, label_smoothing=0.05)
+        for part, truth, weight in ((bare, concept, 1), (styles, style, 1), (motions, motion, MOTION_WEIGHT)):
+            loss = loss + weight * F.cross_entropy(part, truth, label_smoothing=0.05)
         return {
             "loss": loss,
             "whole": (whole.argmax(1) == own).float().mean(),
