@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from benchmarks.bare_step import BareStep, fresh, synchronize
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.config.classes import of_class
-from srpo_lightning.files.quiet import QUIET
+from srpo_lightning.files.quiet import quiet_first
 from srpo_lightning.module import SRPOModule
 
 
@@ -70,8 +69,7 @@ def lightning_share(module: SRPOModule, config: Namespace, conditions: Condition
     """What a step through Trainer.fit takes over what a bare one does, pair by pair."""
     turns = TakingTurns(conditions, num_steps)
     emas = [EMA(**vars(own.init_args)) for own in of_class(config.trainer.callbacks, EMA)]
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message)
+    quiet_first()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             default_root_dir=folder,

@@ -34,7 +34,7 @@ from srpo_lightning.jobs.estimate.room import predicted_peaks
 from srpo_lightning.jobs.stand_in import stand_in
 from srpo_lightning.run_folder import RunFolder
 
-LOOK_S = 0.1
+LOOK_S = 0.05
 RECIPE = "configs/flux_srpo_qlora.yaml"
 FEW_LAYERS = {"black-forest-labs/FLUX.1-dev": 2}
 """Of text encoders that are larger than what is measured here, and whose features of random weights nobody needs."""
@@ -69,27 +69,41 @@ class Phase(NamedTuple):
     Args:
         name: Name of the phase.
         seconds: Seconds from its start to its end.
+        own_peak_bytes: Most memory of its process's own at one look; see `Memory`.
         peak_bytes: Most memory that its process had at one moment, pages of files included.
-        predicted_bytes: What `estimate` says to that; None where it says nothing.
+        predicted_bytes: What `estimate` says to `own_peak_bytes`; None where it says nothing.
     """
 
     name: str
     seconds: float
+    own_peak_bytes: int
     peak_bytes: int
     predicted_bytes: int | None = None
 
 
-def peak_so_far(process: int) -> int:
-    """Most bytes that a process has had since it began its program; 0 of one that is gone.
+class Memory(NamedTuple):
+    """Of a process, in bytes, from /proc/PID/status (proc_pid_status(5)).
+
+    Args:
+        own: What it has now without pages of files, which the system can take back: RssAnon + RssShmem.
+        peak: Most that it has had since it began its program, pages of files included: VmHWM.
+    """
+
+    own: int
+    peak: int
+
+
+def memory_of(process: int) -> Memory:
+    """Memory of a process; zeros of one that is gone.
 
     What `wait4` says would hold the parent's memory too, in which a program begins.
     """
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
     except OSError:
-        return 0
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) << 10 if found else 0
+        return Memory(0, 0)
+    found = {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE)}
+    return Memory(found.get("RssAnon", 0) + found.get("RssShmem", 0), found.get("VmHWM", 0))
 
 
 def measured(name: str, command: list[str], log: Path, predicted: int | None = None) -> Phase:
@@ -101,13 +115,14 @@ def measured(name: str, command: list[str], log: Path, predicted: int | None = N
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen([sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT)
-        peak = 0
+        own = peak = 0
         while process.poll() is None:
-            peak = max(peak, peak_so_far(process.pid))
+            now = memory_of(process.pid)
+            own, peak = max(own, now.own), max(peak, now.peak)
             time.sleep(LOOK_S)
     if process.returncode:
         raise RuntimeError(f"{name} ended with {process.returncode}:\n{log.read_text(encoding='utf-8')[-4000:]}")
-    return Phase(name, time.perf_counter() - start, peak, predicted)
+    return Phase(name, time.perf_counter() - start, own, peak, predicted)
 
 
 class Size(NamedTuple):
@@ -232,12 +247,14 @@ def report(done: list[Phase]) -> None:
         [
             phase.name,
             f"{phase.seconds:.0f}",
-            f"{phase.peak_bytes / GIB:.1f}",
+            f"{phase.own_peak_bytes / GIB:.1f}",
             "" if phase.predicted_bytes is None else f"{phase.predicted_bytes / GIB:.1f}",
+            f"{phase.peak_bytes / GIB:.1f}",
         ]
         for phase in done
     ]
-    print(markdown_table(["phase", "seconds", "peak GiB", "predicted GiB"], rows), flush=True)
+    header = ["phase", "seconds", "peak GiB", "predicted GiB", "peak with pages of files GiB"]
+    print(markdown_table(header, rows), flush=True)
 
 
 def folder_of(model: str, parent: Path) -> str:

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from importlib import import_module
@@ -14,7 +13,7 @@ from srpo_lightning import __version__
 from srpo_lightning.config.names import ALWAYS, COMMANDS, callee, check_files, check_options, known_names
 from srpo_lightning.config.shipped import with_recipes
 from srpo_lightning.errors import TRACEBACK, one_line
-from srpo_lightning.files.quiet import QUIET
+from srpo_lightning.files.quiet import quiet_first
 from srpo_lightning.suggestions import nearest
 
 if TYPE_CHECKING:
@@ -89,8 +88,7 @@ def main(args: list[str] | None = None) -> None:
 @contextmanager
 def as_program() -> Iterator[None]:
     """Around everything that a program does: silence about what does not concern its user, and errors in one line."""
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message)
+    quiet_first()
     try:
         yield
     except KeyboardInterrupt as error:  # before the first step: nothing is lost

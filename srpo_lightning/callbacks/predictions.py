@@ -13,6 +13,7 @@ from srpo_lightning.evaluation.exchange import HasPictures
 from srpo_lightning.evaluation.pictures import (
     as_clip,
     as_picture,
+    can_move,
     clip_if_whole,
     record_if_whole,
     write_clip,
@@ -113,7 +114,8 @@ class Predictions(Callback, HasPictures):
         path = self.folder.path / record["file"]
         found = record_if_whole(path)
         is_same = found is not None and all(found.get(name) == value for name, value in record.items())
-        is_same = is_same and ("num_frames" not in record or bool(clip_if_whole(beside(path))))
+        has_clip = "num_frames" in record and can_move()
+        is_same = is_same and (not has_clip or bool(clip_if_whole(beside(path))))
         if is_same:
             self.outcomes.setdefault(record["file"], KEPT)
         return is_same

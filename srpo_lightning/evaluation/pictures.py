@@ -47,9 +47,14 @@ def as_clip(image: Tensor) -> bytes:
     return moving([as_picture(frame) for frame in image.unbind(1)]) if image.ndim == 4 else b""
 
 
+def can_move() -> bool:
+    """Whether Pillow was built with WebP, which clips are written as."""
+    return bool(features.check("webp"))
+
+
 def moving(frames: Sequence[Image.Image], quality: int = QUALITY, frame_ms: int = FRAME_MS) -> bytes:
     """Frames as an animated WebP that starts again and again; nothing where Pillow was built without WebP."""
-    if not features.check("webp"):
+    if not can_move():
         return b""
     stream = io.BytesIO()
     first, *rest = frames

@@ -47,10 +47,13 @@ def room_for(path: Path, partial: Path | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_full(error) or isinstance(error, FullDiskError):
+        is_told = isinstance(error, FullDiskError)
+        if not is_told and not is_full(error):
             raise
         if partial is not None and partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         elif partial is not None:
             partial.unlink(missing_ok=True)
+        if is_told:
+            raise
         raise FullDiskError(told(path)) from error

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import warnings
 
 QUIET = (
@@ -50,6 +51,16 @@ def quiet() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(own, LeftOut) for own in logger.filters):
             logger.addFilter(LeftOut(pattern))
+
+
+def quiet_first() -> None:
+    """For a program: the warnings above are left out whatever libraries ask for; `python -W` has the first word still.
+
+    Without `python -W` and PYTHONWARNINGS the filters come before all that there are.
+    """
+    if not sys.warnoptions:
+        for message in QUIET:
+            warnings.filterwarnings("ignore", message)
 
 
 def quiet_program() -> None:

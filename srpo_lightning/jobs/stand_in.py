@@ -16,6 +16,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from srpo_lightning.files.checkpoints import complete_or_absent_folder
+from srpo_lightning.files.full_disk import FullDiskError
 from srpo_lightning.jobs.convert import processor_config
 from srpo_lightning.jobs.estimate.published import REWARDS, small_files, write_files
 from srpo_lightning.jobs.export.streaming import write_shards
@@ -99,11 +100,11 @@ def check_room(folder: Path, num_bytes: int) -> None:
     """Refuse what has no room on the disk.
 
     Raises:
-        ValueError: with the sizes.
+        FullDiskError: with the sizes.
     """
     free = shutil.disk_usage(folder.parent).free
     if num_bytes > free:
-        raise ValueError(
+        raise FullDiskError(
             f"{folder} would take {num_bytes / GB:.1f} GB, and {free / GB:.1f} GB are free there: make room, name "
             "another output, or give fewer text_encoder_layers"
         )

@@ -11,9 +11,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from srpo_lightning.callbacks import RunCheckpoint
 from srpo_lightning.callbacks.predictions import Predictions, together
-from srpo_lightning.evaluation.pictures import read_record
+from srpo_lightning.evaluation.pictures import read_record, write_picture
 from srpo_lightning.policies import FluxPolicy
-from srpo_lightning.run_folder import RunFolder
+from srpo_lightning.run_folder import PictureFolder, RunFolder
 from tests import tiny
 from tests.files.test_owners import ended
 
@@ -172,3 +172,13 @@ def test_a_picture_that_one_rank_drew_and_another_kept_was_drawn():
     """Ranks fill their last batch up with pictures of another rank."""
     said = [("a", "kept"), ("a", "drawn"), ("b", "drawn again"), ("b", "kept"), ("c", "kept")]
     assert together(said) == {"a": "drawn", "b": "drawn again", "c": "kept"}
+
+
+def test_a_clip_is_kept_without_its_moving_file_only_where_pillow_writes_none(tmp_path, monkeypatch):
+    callback = Predictions()
+    callback.folder = PictureFolder(tmp_path)
+    record = {"file": "a.png", "num_frames": 5, "prompt": "a"}
+    write_picture(tmp_path / "a.png", Image.new("RGB", (8, 8)), record)
+    assert not callback.is_kept(record)
+    monkeypatch.setattr("srpo_lightning.evaluation.pictures.features.check", lambda _: False)
+    assert callback.is_kept(record)

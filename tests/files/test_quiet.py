@@ -65,3 +65,14 @@ def test_every_pattern_is_one():
         for message in QUIET:
             warnings.filterwarnings("ignore", message)  # which compiles it
     assert all(LeftOut(pattern).name == pattern for pattern in LOGS.values())
+
+
+def test_who_asks_the_command_line_for_all_warnings_gets_them():
+    program = """
+import warnings
+from srpo_lightning.cli import as_program
+with as_program():
+    warnings.warn("Found 3 module(s) in eval mode")
+"""
+    assert "eval mode" in said("-W", "always:Found", "-c", program)
+    assert "eval mode" not in said("-c", program)
