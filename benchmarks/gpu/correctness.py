@@ -10,7 +10,7 @@ elsewhere is far above. Every other kernel may be TIMES as far as plain attentio
 for which many processors have no instructions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -83,53 +83,82 @@ def configuration(way: Way, scale: Scale) -> Iterator[Namespace]:
         yield config
 
 
-def step_of(way: Way, scale: Scale, device: torch.device) -> Step:
-    """Make it on a device; everything is read anew."""
+@contextmanager
+def steps(way: Way, scale: Scale, device: torch.device) -> Iterator[Callable[[str], Step]]:
+    """A function from an attention kernel to the step with it; models are read once, each step has their weights."""
     with configuration(way, scale) as config:
-        return make_step(load(config, device, "small"), config, way.attention)
+        module = load(config, device, "small")
+        start = [(parameter, parameter.detach().clone()) for _, parameter in module.trainable_parameters()]
+
+        def step(attention: str) -> Step:
+            for parameter, own in start:
+                parameter.data.copy_(own)
+            module.zero_grad()
+            return make_step(module, config, attention)
+
+        yield step
 
 
-def correctness(scale: Scale, attention: Sequence[str] | None = None) -> dict[str, Any]:
+def correctness(scale: Scale, attention: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """Compare steps on the device with those on the CPU: eager, and with each attention kernel.
 
     Args:
         scale: Where and how large.
         attention: Attention kernels; None: all that are installed.
 
-    Returns:
-        `rows`, one for each way, and `passed`: whether all but kernels that do not run are within their tolerances.
+    Yields:
+        `rows`, one for each way so far; at last `passed`: whether all but kernels that do not run are within their
+        tolerances.
     """
     compare_in_float32()
     names = installed() if attention is None else attention
-    rows = []
+    rows: list[dict[str, Any]] = []
     for trained in TRAINED:
-        reference = step_of(Way(trained, "float32"), scale, torch.device("cpu"))
-        rows.append(row(Way(trained, "float32"), scale, reference, FLOAT32))
-        rows += bfloat16_rows(trained, names if trained != "all weights" else ["native"], scale, reference)
-    return {"rows": rows, "passed": all(found["passed"] for found in rows if found["passed"] is not None)}
+        for found in rows_of(trained, names if trained != "all weights" else ["native"], scale):
+            rows.append(found)
+            yield {"rows": rows} | ({"passed": False} if found["passed"] is False else {})
+    yield {"passed": all(found["passed"] for found in rows if found["passed"] is not None)}
 
 
 def cudnn_attention(scale: Scale, trained: str) -> dict[str, Any]:
     """The same of cuDNN's attention, which no run uses: whether that is still wrong."""
-    reference = step_of(Way(trained, "float32"), scale, torch.device("cpu"))
-    return {"rows": bfloat16_rows(trained, ["_native_cudnn"], scale, reference)}
+    return {"rows": list(bfloat16_rows(trained, ["_native_cudnn"], scale, reference_of(trained, scale)))}
 
 
-def bfloat16_rows(trained: str, names: Sequence[str], scale: Scale, reference: Step) -> list[dict[str, Any]]:
+def reference_of(trained: str, scale: Scale) -> Step:
+    """The CPU's."""
+    with steps(Way(trained, "float32"), scale, torch.device("cpu")) as step:
+        return step("native")
+
+
+def rows_of(trained: str, names: Sequence[str], scale: Scale) -> Iterator[dict[str, Any]]:
+    """The rows of what is trained: in float32, then in bfloat16."""
+    reference = reference_of(trained, scale)
+    way = Way(trained, "float32")
+    free_cached(scale.torch_device)
+    with steps(way, scale, scale.torch_device) as step:
+        yield row(way, step, reference, FLOAT32)
+    yield from bfloat16_rows(trained, names, scale, reference)
+
+
+def bfloat16_rows(trained: str, names: Sequence[str], scale: Scale, reference: Step) -> Iterator[dict[str, Any]]:
     """Plain attention's, and those of other kernels."""
-    plain = row(Way(trained, "bfloat16", PLAIN), scale, reference, MOST)
-    rounding = plain["measured"] if plain["passed"] else {}
-    allowed = {name: min(max(TIMES * rounding.get(name, most), LEAST[name]), most) for name, most in MOST.items()}
-    others = [row(Way(trained, "bfloat16", name), scale, reference, allowed) for name in names if name != PLAIN]
-    return [plain, *others]
+    way = Way(trained, "bfloat16", PLAIN)
+    free_cached(scale.torch_device)
+    with steps(way, scale, scale.torch_device) as step:
+        yield (plain := row(way, step, reference, MOST))
+        rounding = plain["measured"] if plain["passed"] else {}
+        allowed = {name: min(max(TIMES * rounding.get(name, most), LEAST[name]), most) for name, most in MOST.items()}
+        for name in names:
+            if name != PLAIN:
+                yield row(way._replace(attention=name), step, reference, allowed)
 
 
-def row(way: Way, scale: Scale, reference: Step, allowed: Mapping[str, float]) -> dict[str, Any]:
+def row(way: Way, step: Callable[[str], Step], reference: Step, allowed: Mapping[str, float]) -> dict[str, Any]:
     """A way's differences, their tolerances, and whether it passed; None: the kernel does not run here."""
     found: dict[str, Any] = {**way._asdict(), "allowed": dict(allowed)}
     try:
-        free_cached(scale.torch_device)
-        measured = differences(step_of(way, scale, scale.torch_device), reference)
+        measured = differences(step(way.attention), reference)
     except Exception as error:  # of compiled code there are many kinds
         return found | {"error": first_line(error), "passed": False if way.attention == "native" else None}
     passed = all(measured[name] <= allowed[name] for name in NUMBERS)  # a comparison with NaN is false

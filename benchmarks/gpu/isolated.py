@@ -4,8 +4,10 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 import traceback
 from contextlib import suppress
+from inspect import isgenerator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -26,25 +28,31 @@ def run_alone(function: str, limit_s: float, log: Path, **arguments: Any) -> dic
     The process and all that it has started are killed when its result is here, or when its time is up.
 
     Args:
-        function: Where it is, as `package.module:name`; it returns a dictionary.
+        function: Where it is, as `package.module:name`; it returns a dictionary, or yields several, of what it has
+            found so far.
         limit_s: Seconds that it has at most, with its imports.
         log: File for what it prints.
         arguments: Arguments of the function.
 
     Returns:
-        The result, or its failure: `error` holds the message, in one line.
+        The result, or what there was of it before a failure: `error` then holds the message, in one line.
     """
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_answer, args=(sender, function, log, arguments))  # type: ignore[attr-defined]
     process.start()
     sender.close()
+    found: dict[str, Any] = {}
+    end = time.monotonic() + limit_s
     try:
-        if receiver.poll(limit_s):
-            return dict(receiver.recv())
-        return {"error": f"{LATE} of {limit_s:.0f} s"}
+        while receiver.poll(max(end - time.monotonic(), 0)):
+            is_last, more = receiver.recv()
+            found |= more
+            if is_last:
+                return found
+        return found | {"error": f"{LATE} of {limit_s:.0f} s"}
     except EOFError:
         process.join(10)
-        return {"error": f"the process ended without a result, with status {process.exitcode}; see {log}"}
+        return found | {"error": f"the process ended without a result, with status {process.exitcode}; see {log}"}
     finally:
         with suppress(ProcessLookupError):  # it is the first of a group, once it runs
             os.killpg(process.pid, signal.SIGKILL)
@@ -66,10 +74,13 @@ def _answer(sender: Connection, function: str, log: Path, arguments: dict[str, A
     faulthandler.enable(stream)
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: what asks for it is at fault
     try:
-        sender.send(resolve_name(function)(**arguments))
+        result = resolve_name(function)(**arguments)
+        for more in result if isgenerator(result) else [result]:
+            sender.send((False, more))
+        sender.send((True, {}))
     except BaseException as error:
         traceback.print_exc()
-        sender.send({"error": first_line(error)})
+        sender.send((True, {"error": first_line(error)}))
 
 
 def first_line(error: BaseException) -> str:

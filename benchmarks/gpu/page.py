@@ -13,7 +13,7 @@ from srpo_lightning.jobs.estimate.memory import GIB
 BYTES = ("peak", "states", "beside", "highest memory of the process", "files in 4 bits", "optimizer states", "weights")
 """Names of numbers that are in bytes."""
 
-LEFT_OUT = ("state", "seconds", "passed", "step")
+LEFT_OUT = ("state", "seconds", "passed")
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -36,7 +36,6 @@ def blocks(results: Mapping[str, Any]) -> Iterator[str]:
             yield f"## {name}: {found['state']}"
             yield PARTS[name].shows
             yield from tables(name, found)
-    yield from compiled_over_eager(results["parts"])
 
 
 def verdict(parts: Mapping[str, Any]) -> str:
@@ -58,28 +57,18 @@ def machine_line(results: Mapping[str, Any]) -> str:
 
 
 def tables(name: str, found: Mapping[str, Any]) -> Iterator[str]:
-    """Those of a part."""
+    """Those of a part, as far as it came."""
     if "error" in found:
         yield str(found["error"])
-    elif name.startswith(("correctness", "cuDNN attention")):
+        found = {key: own for key, own in found.items() if key != "error"}
+    if not found.keys() - set(LEFT_OUT):
+        return
+    if name.startswith(("correctness", "cuDNN attention")):
         yield differences_table(found["rows"])
     elif name.startswith("memory"):
         yield peaks_table(found)
-    elif name in ("speed", "compiled"):
-        yield from nested({**found, "phases": {**found["phases"], "in all": found["step"]}, "step": None})
     else:
         yield from nested(found)
-
-
-def compiled_over_eager(parts: Mapping[str, Any]) -> Iterator[str]:
-    """The ratio of their seconds, where both were measured."""
-    both = [parts.get(name, {}).get("phases") for name in ("compiled", "speed")]
-    if all(both):
-        rows = {
-            phase: {"compiled / eager": both[0][phase]["seconds"] / own["seconds"]} for phase, own in both[1].items()
-        }
-        yield "## compiled over eager, seconds"
-        yield rows_table("phase", rows)
 
 
 def differences_table(rows: list[Mapping[str, Any]]) -> str:

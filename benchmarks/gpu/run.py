@@ -40,8 +40,8 @@ def run_parts(names: Iterable[str], scale: Scale, seconds: float) -> Iterator[tu
 
 
 def state_of(found: dict[str, Any], *, decides: bool = True) -> str:
-    """How a part has ended, one that can fail or one that decides nothing."""
-    if is_late(found):
+    """How a part has ended, one that can fail or one that decides nothing; one that is cut off may have failed."""
+    if is_late(found) and found.get("passed") is not False:
         return LATE
     if "error" in found:
         return FAILED if decides else MEASURED

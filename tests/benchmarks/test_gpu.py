@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
+from contextlib import nullcontext
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,11 @@ def numbers(found):
             yield own
 
 
+def last(parts) -> dict:
+    """All that a function has found that tells it bit by bit."""
+    return reduce(or_, parts)
+
+
 def check(name: str, found: Mapping) -> str:
     """A part's result is finite, JSON, and on the page."""
     assert all(map(math.isfinite, numbers(found)))
@@ -90,7 +97,7 @@ def test_a_step_is_compared_with_the_cpus_and_a_wrong_gradient_of_one_attention_
 
     monkeypatch.setattr(correctness, "make_step", wrong_in_one_kernel)
     monkeypatch.setattr(correctness, "TRAINED", {"QLoRA": correctness.TRAINED["QLoRA"]})
-    found = correctness.correctness(scale, ["native", "_native_flash"])
+    found = last(correctness.correctness(scale, ["native", "_native_flash"]))
     passed = [(row["numbers"], row["attention"], row["passed"]) for row in found["rows"]]
     assert passed == [
         ("float32", "native", True),
@@ -110,15 +117,17 @@ def test_a_gradient_that_is_not_finite_or_not_there_is_wrong(scale, monkeypatch)
     step = one_step.Step(1.0, {"a": torch.ones(3)}, {"a": torch.ones(3)}, {"a": torch.ones(3)})
     assert one_step.differences(step, step) == dict.fromkeys(correctness.MOST, 0)
     for gradients in ({"a": torch.tensor([1.0, torch.nan, 1.0])}, {}):
-        monkeypatch.setattr(correctness, "step_of", lambda *_, own=gradients: step._replace(gradients=own))
-        rows = correctness.bfloat16_rows("LoRA", ["native"], scale, step)
+        gives = nullcontext(lambda _, own=gradients: step._replace(gradients=own))
+        monkeypatch.setattr(correctness, "steps", lambda *_, own=gives: own)
+        rows = list(correctness.bfloat16_rows("LoRA", ["native"], scale, step))
         assert [row["passed"] for row in rows] == [False, False]
         assert rows[1]["allowed"] == correctness.MOST
 
 
 def test_a_kernel_that_does_not_run_is_told_and_fails_nothing(scale, monkeypatch):
-    monkeypatch.setattr(correctness, "step_of", lambda *_: (_ for _ in ()).throw(RuntimeError("No kernel.\nMore.")))
-    rows = correctness.bfloat16_rows("LoRA", ["native", "flex"], scale, one_step.Step(1.0, {}, {}, {}))
+    no_kernel = nullcontext(lambda _: (_ for _ in ()).throw(RuntimeError("No kernel.\nMore.")))
+    monkeypatch.setattr(correctness, "steps", lambda *_: no_kernel)
+    rows = list(correctness.bfloat16_rows("LoRA", ["native", "flex"], scale, one_step.Step(1.0, {}, {}, {})))
     assert [row["passed"] for row in rows] == [None, False, None]
     assert rows[2]["error"] == "RuntimeError: No kernel."
 
@@ -173,13 +182,32 @@ def test_what_does_not_fit_says_how_far_it_came(scale, monkeypatch):
     assert "out of memory in: rollout" in check("memory: LoRA", found)
 
 
-def test_phases_have_seconds_and_their_share_of_the_matrix_rate(scale):
-    found = speed.speed(scale, repeats=1)
-    assert sum(row["share"] for row in found["phases"].values()) == pytest.approx(1)
-    step = found["step"]
-    assert step["of the matrix rate"] == pytest.approx(step["model FLOPs"] / step["seconds"] / found["matrix rate"])
-    assert found["phases"][FORWARD]["of the matrix rate"] > 0
+def test_phases_have_seconds_and_their_share_of_the_matrix_rate_eager_and_compiled(scale, monkeypatch):
+    """Without compiling, which takes minutes."""
+
+    def eager_module(config, scale):
+        eager = config.clone()
+        eager[f"{speed.POLICY}.compile"] = False
+        return recipes.new_module(eager, scale)
+
+    monkeypatch.setattr(speed, "new_module", eager_module)
+    found = last(speed.speed(scale, repeats=1))
+    for way in ("eager", "compiled"):
+        rows = dict(found[way])
+        step = rows.pop("in all")
+        assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+        assert rows[FORWARD]["of the matrix rate"] > 0
+    rate = found["matrix rate"]
+    step = found["eager"]["in all"]
+    assert step["of the matrix rate"] == pytest.approx(step["model FLOPs"] / step["seconds"] / rate)
+    assert found["compiled"]["in all"]["over eager"] == found["compiled"]["in all"]["seconds"] / step["seconds"]
     assert "matrix rate" in check("speed", found)
+
+
+def test_the_floating_point_operations_of_a_rollout_are_those_of_its_steps(scale):
+    with recipes.settings_of("LoRA", scale) as config:
+        config.model.objective.init_args.num_rollout_steps = 3
+        assert speed.flops_of(config) == speed.model_flops(config)
 
 
 def test_a_kept_rollout_a_cache_and_sparse_guidance_are_timed(scale):
@@ -262,6 +290,11 @@ def crash(scale) -> dict:
     os._exit(3)
 
 
+def find_then_hang(scale, passed: bool = True):
+    yield {"found": 1.0} | ({} if passed else {"passed": False})
+    time.sleep(1000)
+
+
 def give(scale, passed: bool = True) -> dict:
     return {"times": {"a": {"seconds": 1.0}}, "passed": passed}
 
@@ -269,6 +302,8 @@ def give(scale, passed: bool = True) -> dict:
 def test_a_part_that_hangs_fails_or_crashes_leaves_the_others_alone(scale, monkeypatch):
     tried = {
         "hangs": Part("hang", 1, "", {}),
+        "hangs later": Part("find_then_hang", 1, ""),
+        "is wrong, then hangs": Part("find_then_hang", 1, "", {"passed": False}),
         "fails": Part("fail", 60, ""),
         "crashes": Part("crash", 60, ""),
         "works": Part("give", 60, ""),
@@ -282,8 +317,13 @@ def test_a_part_that_hangs_fails_or_crashes_leaves_the_others_alone(scale, monke
         run, "run_alone", lambda function, *all, **own: alone(f"{__name__}:{function.rpartition('.')[2]}", *all, **own)
     )
     found = dict(run.run_parts(tried, scale, 100))
-    states = [run.LATE, run.FAILED, run.FAILED, run.PASSED, run.FAILED, run.MEASURED]
+    states = [run.LATE, run.LATE, run.FAILED, run.FAILED, run.FAILED, run.PASSED, run.FAILED, run.MEASURED]
     assert [own["state"] for own in found.values()] == states
+    assert [found[name].get("found") for name in ("hangs", "hangs later", "is wrong, then hangs")] == [None, 1, 1]
+    monkeypatch.setattr(page, "PARTS", tried)
+    cut_off = check("hangs later", found["hangs later"])
+    assert "no result within its limit" in cut_off
+    assert "found 1" in cut_off
     assert found["fails"]["error"] == "RuntimeError: first line"
     assert "status 3" in found["crashes"]["error"]
     assert [own["state"] for _, own in run.run_parts(tried, scale, 0.1)] == [run.NOT_REACHED] * len(tried)
