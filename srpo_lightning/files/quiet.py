@@ -14,6 +14,7 @@ QUIET = (
     "Precision bf16-mixed is not supported by the model summary",
     "You're resuming from a checkpoint that ended before the epoch ended",  # the data module goes on where it stood
     "You are using a custom batch sampler",  # it returns every prompt
+    "`torch.distributed._functional_collectives.all_gather",  # diffusers 0.42; torch 2.13 has another name for it
     "IProgress not found",  # a notebook without ipywidgets has a bar of letters
 )
 """Beginnings of warnings, as regular expressions."""

@@ -4,7 +4,6 @@ Every rank has as many tokens of picture and text. In attention they exchange th
 heads there. Where the tokens are put together again, the output is whole on every rank.
 """
 
-import warnings
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
@@ -163,8 +162,6 @@ def divide(transformer: Any, context: Context) -> None:
                     norm.register_forward_hook(_as_autocast)
     transformer._parallel_config = config
     apply_context_parallel(transformer, own, transformer._cp_plan)
-    # Diffusers 0.42 calls what torch 2.13 has another name for.
-    warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives.all_gather", FutureWarning)
 
 
 def _default(transformer_class: Any, name: str) -> Any:

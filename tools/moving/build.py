@@ -46,7 +46,7 @@ class Steps(NamedTuple):
     decoder: int = 1600
     reward: int = 900
     judge: int = 1250
-    wan: int = 3500
+    wan: int = 11000
 
 
 class Build:
