@@ -132,13 +132,21 @@ def reference_of(trained: str, scale: Scale) -> Step:
 
 
 def rows_of(trained: str, names: Sequence[str], scale: Scale) -> Iterator[dict[str, Any]]:
-    """The rows of what is trained: in float32, then in bfloat16."""
-    reference = reference_of(trained, scale)
+    """The rows of what is trained: in float32, then in bfloat16; of a model that does not load, one that says why."""
+    try:
+        reference = reference_of(trained, scale)
+        yield float32_row(trained, scale, reference)
+        yield from bfloat16_rows(trained, names, scale, reference)
+    except Exception as error:  # the next is tried all the same
+        yield {**Way(trained, "any")._asdict(), "allowed": dict(MOST), "error": first_line(error), "passed": False}
+
+
+def float32_row(trained: str, scale: Scale, reference: Step) -> dict[str, Any]:
+    """The row of a step in float32, whose model is gone afterwards."""
     way = Way(trained, "float32")
     free_cached(scale.torch_device)
     with steps(way, scale, scale.torch_device) as step:
-        yield row(way, step, reference, FLOAT32)
-    yield from bfloat16_rows(trained, names, scale, reference)
+        return row(way, step, reference, FLOAT32)
 
 
 def bfloat16_rows(trained: str, names: Sequence[str], scale: Scale, reference: Step) -> Iterator[dict[str, Any]]:

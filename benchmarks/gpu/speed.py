@@ -18,33 +18,34 @@ from srpo_lightning.jobs.estimate.step import ROLLOUT, phases
 from srpo_lightning.training.timing import now, seconds_between
 
 
-def speed(scale: Scale, case: str = "LoRA", repeats: int = 3) -> Iterator[dict[str, Any]]:
+def speed(scale: Scale, repeats: int = 3) -> Iterator[dict[str, Any]]:
     """Seconds of a micro-batch with an optimizer step, by phase; the rollout has as many steps as the recipe's.
 
     Yields:
         `eager` by phase and `in all`: seconds (medians), their share, model FLOPs without recomputation, and how much
         of the matrix rate that is; and `matrix rate` in FLOP/s, of products of square bfloat16 matrices in between.
-        Then `compiled`, the same of compiled blocks, with their seconds over the eager ones; and the seconds of the
-        first step, which compiles.
+        Then `compiled`, the same of compiled blocks at the same rate, with their seconds over the eager ones; and the
+        seconds of the first compiled step, which compiles.
     """
-    with settings_of(case, scale, {f"{POLICY}.compile": True}) as config:
+    with settings_of("LoRA", scale, {f"{POLICY}.compile": True}) as config:
         flops = flops_of(config)
         module = new_module(config, scale)
         step = new_step(module, config)
         rate_now = partial(matrix_rate, module.device, torch.bfloat16, 64 if scale.is_small else None)
 
-        def times(stance: str) -> tuple[dict[str, dict[str, float]], float]:
-            turns, rates = by_phase(step, {"way": partial(torch.compiler.set_stance, stance)}, repeats, rate_now)
-            return rows_of(turns["way"], flops, median(rates)), median(rates)
+        def turns(stance: str) -> tuple[list[dict[str, float]], list[float]]:
+            times, rates = by_phase(step, {"way": partial(torch.compiler.set_stance, stance)}, repeats, rate_now)
+            return times["way"], rates
 
-        eager, rate = times("force_eager")
-        yield {"eager": eager, "matrix rate": rate}
+        times, rates = turns("force_eager")
+        rate = median(rates)
+        yield {"eager": (eager := rows_of(times, flops, rate)), "matrix rate": rate}
         start = time.perf_counter()
         with phases(module, clock := Meter(partial(now, module.device), seconds_between)):
             step(clock)
         synchronize(module.device)
         first = time.perf_counter() - start
-        compiled, _ = times("default")
+        compiled = rows_of(turns("default")[0], flops, rate)
         for phase, own in compiled.items():
             if eager[phase]["seconds"]:
                 own["over eager"] = own["seconds"] / eager[phase]["seconds"]

@@ -104,7 +104,7 @@ def _with_inner(value: Any, inner: Callable[[Any], Any]) -> Any:
 def _builtin(name: str) -> str:
     path = ASSETS / name.removeprefix(BUILTIN)
     if not path.exists():
-        folders = [own.name for own in ASSETS.iterdir() if own.is_dir() and own.name.startswith("emoji-")]
+        folders = [own.name for own in ASSETS.iterdir() if own.is_dir() and own.name != "prompts"]
         files = [f"prompts/{own.name}" for own in (ASSETS / "prompts").iterdir()]
         known = [f"{BUILTIN}{own}" for own in sorted([*folders, *files])]
         raise ValueError(f"{name}: nothing of that name comes with the package{nearest(name, known) or ''}")

@@ -63,10 +63,12 @@ def moving(frames: Sequence[Image.Image], quality: int = QUALITY, frame_ms: int 
 
 
 def write_clip(path: Path, clip: bytes) -> None:
-    """Save an animated WebP, complete or absent, if there is one."""
+    """Save an animated WebP, complete or absent; without one, an earlier clip goes, which shows something else."""
     if clip:
         with complete_or_absent(path) as partial:
             partial.write_bytes(clip)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def clip_if_whole(path: Path, side: int | None = None) -> list[Image.Image]:

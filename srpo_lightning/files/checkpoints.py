@@ -171,10 +171,14 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def complete_or_absent_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder, which stays to be looked at if what is done in it fails for another reason than room."""
+    """The same for a folder: a refusal or a full disk leaves nothing, any other failure a folder to be looked at."""
     partial = partial_path(path)
     with room_for(path, partial):
-        yield begin_folder(path)
+        try:
+            yield begin_folder(path)
+        except ValueError:
+            discard(partial)
+            raise
         finish_folder(partial, path)
 
 

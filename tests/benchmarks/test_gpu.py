@@ -112,6 +112,24 @@ def test_a_step_is_compared_with_the_cpus_and_a_wrong_gradient_of_one_attention_
     assert "**no**" in check("correctness", found)
 
 
+def test_a_model_that_does_not_load_is_one_wrong_row(scale, monkeypatch):
+    monkeypatch.setattr(correctness, "load", lambda *_: (_ for _ in ()).throw(RuntimeError("no such layer\nmore")))
+    found = last(correctness.correctness(scale))
+    assert [row["trained"] for row in found["rows"]] == list(correctness.TRAINED)
+    assert not found["passed"]
+    assert "no such layer" in check("correctness", found)
+
+
+@pytest.mark.parametrize("trained", correctness.TRAINED)
+def test_each_step_of_a_model_that_was_read_once_has_the_weights_it_was_read_with(scale, trained):
+    with correctness.steps(correctness.Way(trained, "float32"), scale, scale.torch_device) as step:
+        first, second = step("native"), step("native")
+    assert first.loss == second.loss
+    for name in ("gradients", "updates", "alone"):
+        own, again = getattr(first, name), getattr(second, name)
+        assert all(torch.equal(own[key], again[key]) for key in own)
+
+
 def test_a_gradient_that_is_not_finite_or_not_there_is_wrong(scale, monkeypatch):
     """Also of plain attention, whose rounding then allows nothing to others."""
     step = one_step.Step(1.0, {"a": torch.ones(3)}, {"a": torch.ones(3)}, {"a": torch.ones(3)})

@@ -74,7 +74,9 @@ def test_a_clip_is_shown_moving_in_the_place_of_its_strip(tmp_path):
     assert opened(Thumbnails().url(strip))[1].is_animated is False
 
 
-def test_pictures_and_pillow_without_webp_make_no_clip(tmp_path, monkeypatch):
+def test_pictures_and_pillow_without_webp_make_no_clip_and_keep_no_earlier_one(tmp_path, monkeypatch):
+    write_clip(tmp_path / "a.webp", as_clip(torch.rand(3, 5, 8, 8)))
+    assert (tmp_path / "a.webp").exists()
     assert as_clip(torch.rand(3, 8, 8)) == b""
     monkeypatch.setattr("srpo_lightning.evaluation.pictures.features.check", lambda name: False)
     write_clip(tmp_path / "a.webp", as_clip(torch.rand(3, 5, 8, 8)))
