@@ -21,10 +21,17 @@ originals: venv $(ORIGINALS:tests/parity/originals/%.txt=.originals/%/installed)
 	.venv/bin/pip install --quiet --no-deps --target .originals/$* --requirement $<
 	touch $@
 
+define train  # moves an earlier run of the recipe aside
+	@if [ -e runs/$(1) ]; then n=1; while [ -e runs/$(1)_$$n ]; do n=$$((n + 1)); done; \
+		mv runs/$(1) runs/$(1)_$$n && echo "the earlier run is runs/$(1)_$$n now"; fi
+	$(RUN) -m srpo_lightning fit --config configs/$(1).yaml
+endef
+
 demo: venv ## training of the built-in model: numbers and pictures before and after, in minutes
-	@if [ -e runs/emoji_demo ]; then n=1; while [ -e runs/emoji_demo_$$n ]; do n=$$((n + 1)); done; \
-		mv runs/emoji_demo runs/emoji_demo_$$n && echo "the earlier run is runs/emoji_demo_$$n now"; fi
-	$(RUN) -m srpo_lightning fit --config configs/emoji_demo.yaml
+	$(call train,emoji_demo)
+
+demo-video: venv ## the same with clips: a small Wan towards things that spin
+	$(call train,moving_demo)
 
 test: originals ## run the whole test suite
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder  # tests/conftest.py has the order
@@ -44,4 +51,4 @@ check: venv ## lint, types, direction of imports
 clean: ## delete environments and caches, keep runs
 	rm -rf .venv .originals .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help venv originals demo test docs notebooks check clean
+.PHONY: help venv originals demo demo-video test docs notebooks check clean

@@ -1,4 +1,4 @@
-"""The built-in model's configuration, started as a user starts it."""
+"""The configurations of the built-in models, started as a user starts it."""
 
 import json
 import subprocess
@@ -26,8 +26,10 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S)
 
 
-@pytest.mark.parametrize(("config", "start"), [("emoji_srpo", start), ("emoji_demo", as_a_user)])
-def test_the_emoji_configurations_train_two_steps_and_report(config, start, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "start"), [("emoji_srpo", start), ("emoji_demo", as_a_user), ("moving_demo", start)]
+)
+def test_the_built_in_configurations_train_two_steps_and_report(config, start, tmp_path):
     run = tmp_path / "run"
     flags = {
         "--trainer.default_root_dir": run,
@@ -48,6 +50,7 @@ def test_the_emoji_configurations_train_two_steps_and_report(config, start, tmp_
     assert (run / "checkpoints" / "step-00000002.ckpt").is_file()
     with Image.open(run / "before_after.png") as sheet:
         assert sheet.height == LABEL_PX + 3 * (2 * 64 + LABEL_PX)  # prompts over three rows with a name each
+    assert (run / "before_after.webp").is_file() == (config == "moving_demo")
     assert "seconds per step" in done.output
 
 

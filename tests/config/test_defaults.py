@@ -31,6 +31,7 @@ RUNS = {
     "flux_srpo_lora": (ADAPTER, PAPERS, 1, 160),
     "flux_srpo_multinode": (USUAL, PAPERS, 1, 10),
     "flux_srpo_qlora": (ADAPTER, PAPERS, 1, 160),
+    "moving_demo": (USUAL, {"decay": 0.95, "device": "same"}, 2, 40),
 }
 """What recipes held when they still named it: callbacks, their average, the scale of the report, the interval."""
 

@@ -74,6 +74,12 @@ def test_a_recipe_that_there_is_not_is_refused_with_the_nearest():
         with_recipes(["fit", "--config", "recipe:.."])
 
 
+@pytest.mark.parametrize("name", ["emoji-flux", "moving-wan", "prompts/eval.txt"])
+def test_the_nearest_of_what_is_shipped_is_named(name):
+    with pytest.raises(ValueError, match=f"did you mean builtin:{name}"):
+        with_builtin(f"builtin:{name[:-1]}")
+
+
 def test_names_of_what_is_shipped_become_paths_wherever_they_stand():
     settings = {"a": ["builtin:emoji-flux", {"b": "builtin:prompts/eval.txt"}], "c": ("builtin", 3, None)}
     named = with_builtin(settings)

@@ -99,7 +99,7 @@ def test_every_word_of_every_prompt_is_one_token_for_both_encoders(pipeline: Flu
 
 def test_the_assets_are_small_half_precision_and_free_of_machine_paths():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 40 * 2**20
+    assert sum(path.stat().st_size for path in files) < 68 * 2**20  # of which the models of clips take 30
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as weights:

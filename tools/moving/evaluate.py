@@ -127,11 +127,11 @@ def sample_rows(
 ) -> Iterable[tuple[str, str, str]]:
     """What the judge sees in clips of held-out concepts: of whole prompts, and of prompts without a motion."""
     held_out = split(concepts)[1]
-    concept = torch.tensor([concepts.index(own) for own in held_out])
-    motion, style = torch.arange(len(held_out)) % len(MOTIONS), torch.arange(len(held_out)) // 2 % len(STYLES)
-    prompts = [
-        caption(STYLES[s], own, MOTIONS[m]) for s, own, m in zip(style.tolist(), held_out, motion.tolist(), strict=True)
-    ]
+    rows = torch.arange(len(held_out)).repeat(len(STYLES))  # every concept in every style, with one motion
+    concept = torch.tensor([concepts.index(own) for own in held_out])[rows]
+    motion, style = rows % len(MOTIONS), (rows // 2 + torch.arange(len(rows)) // len(held_out)) % len(STYLES)
+    named = zip(style.tolist(), rows.tolist(), motion.tolist(), strict=True)
+    prompts = [caption(STYLES[s], held_out[row], MOTIONS[m]) for s, row, m in named]
     whole = draw(pipeline, prompts, guidance, 0)
     of_motion, of_style, top1, top5 = judge.accuracy(whole, motion, style, concept)
     yield f"whole prompts at guidance {guidance}: motion", percent(of_motion), ">= 85 %"
@@ -139,7 +139,7 @@ def sample_rows(
     yield f"whole prompts at guidance {guidance}: concept top-1 / top-5", percent(top1, top5), ""
     bare = draw(pipeline, held_out * 4, guidance, 1000)
     yield f"bare concepts at guidance {guidance}: {' / '.join(MOTIONS)}", percent(*judge.shares(bare)), "each 8 to 40 %"
-    moving_sheet(whole, 8, sheets / f"whole-{guidance}.webp")
+    moving_sheet(whole[: len(held_out)], 8, sheets / f"whole-{guidance}.webp")
     moving_sheet(bare, 16, sheets / f"bare-{guidance}.webp")
 
 
