@@ -171,14 +171,10 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def complete_or_absent_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder: a refusal or a full disk leaves nothing, any other failure a folder to be looked at."""
+    """The same for a folder, which stays to be looked at if what is done in it fails for another reason than room."""
     partial = partial_path(path)
     with room_for(path, partial):
-        try:
-            yield begin_folder(path)
-        except ValueError:
-            discard(partial)
-            raise
+        yield begin_folder(path)
         finish_folder(partial, path)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from srpo_lightning.files.checkpoints import complete_or_absent_folder
 from srpo_lightning.files.full_disk import FullDiskError
+from srpo_lightning.files.owners import discard
 from srpo_lightning.jobs.convert import processor_config
 from srpo_lightning.jobs.estimate.published import REWARDS, small_files, write_files
 from srpo_lightning.jobs.export.streaming import write_shards
@@ -86,7 +87,11 @@ def stand_in(
         raise ValueError(f"{folder} exists already: name another output, or delete it")
     with complete_or_absent_folder(folder) as partial_folder:
         write_files(partial_folder, files)
-        chosen = [reward(partial_folder)] if model in REWARDS else list(pipeline(partial_folder, text_encoder_layers))
+        try:
+            chosen = [reward(partial_folder)] if model in REWARDS else [*pipeline(partial_folder, text_encoder_layers)]
+        except ValueError:  # what is refused before a weight is written leaves nothing to look at
+            discard(partial_folder)
+            raise
         check_room(folder, sum(component.num_weights for component in chosen) * getattr(torch, dtype).itemsize)
         for component in chosen:
             write_weights(partial_folder, component, getattr(torch, dtype), seed)

@@ -36,18 +36,6 @@ def test_a_full_disk_is_told_from_what_libraries_make_of_it():
     assert not is_full(ValueError("no room for doubt"))
 
 
-def test_a_folder_that_is_refused_leaves_nothing_and_one_that_fails_stays(tmp_path):
-    def write(error: Exception) -> None:
-        with complete_or_absent_folder(tmp_path / "out") as partial:
-            (partial / "config.json").touch()
-            raise error
-
-    for error, left in ((ValueError("26 layers: give 27"), 0), (RuntimeError("a bug"), 1)):
-        with pytest.raises(type(error)):
-            write(error)
-        assert len(list(tmp_path.iterdir())) == left
-
-
 @pytest.mark.parametrize("kind", [complete_or_absent, complete_or_absent_folder])
 def test_nothing_is_left_of_what_finds_no_room(tmp_path, kind):
     def write() -> None:
