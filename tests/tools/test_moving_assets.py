@@ -7,10 +7,10 @@ from torch.nn import functional
 from transformers import CLIPTokenizer, XCLIPModel
 
 from srpo_lightning.config.shipped import ASSETS
+from tools.moving.motions import MOTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of two libraries about themselves; ours do not show here
 
-MOTIONS = ("bouncing", "spinning", "sliding", "pulsing", "shaking")
 THINGS = ("red apple", "flat. bus", "ink. guitar", "penguin")
 ASKED = [(thing, motion) for thing in THINGS for motion in MOTIONS]
 
