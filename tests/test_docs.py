@@ -51,3 +51,9 @@ def test_no_word_in_angle_brackets_is_taken_for_markup_and_lost(page):
     assert not re.findall(
         r"<(?!(?:https?|mailto):|/?(?:a|img|br|p|picture|source|sub|sup|details|summary)\b)[A-Za-z/]", text
     )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_is_taken_for_a_comment_and_lost(page):
+    """One that begins with a percent sign, to MyST."""
+    assert not re.findall(r"(?m)^ *%.*", page.read_text())
