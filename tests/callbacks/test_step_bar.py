@@ -24,7 +24,7 @@ from tests import tiny
 from tests.processes import launch
 
 ROOT = Path(__file__).parents[2]
-ADVICE = ("Tip:", "FLOPs", "Epoch", "-2")
+ADVICE = ("Tip:", "FLOPs", "Epoch", "/-2")
 
 
 def without_patience() -> None:
