@@ -28,7 +28,7 @@ from srpo_lightning.config.arguments import read_config
 from srpo_lightning.jobs.estimate.job import POLICY, local_files
 from srpo_lightning.jobs.estimate.memory import GIB
 from srpo_lightning.jobs.estimate.prediction import fake_conditions
-from srpo_lightning.jobs.estimate.step import BACKWARD, FORWARD, ROLLOUT
+from srpo_lightning.phases import BACKWARD, FORWARD, ROLLOUT
 
 CONFIGS = {"small": "configs/emoji_srpo.yaml", "flux": "configs/flux_srpo_lora.yaml"}
 

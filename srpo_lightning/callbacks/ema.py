@@ -10,6 +10,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from srpo_lightning import phases
 from srpo_lightning.evaluation.exchange import OffersWeights, Weights
 from srpo_lightning.module import SRPOModule
 
@@ -80,6 +81,7 @@ class EMA(Callback, OffersWeights):
         steps = trainer.global_step - self.num_updates
         if steps < self.every_n_steps:
             return  # among them the micro-batches that still accumulate
+        phases.enter(phases.AVERAGING)
         self.num_updates = trainer.global_step
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
         for name, parameter in pl_module.trainable_parameters():

@@ -109,9 +109,10 @@ class FormObjective(Objective):
 
         A reward of pictures is asked of each frame, and their mean counts; one that reads clips gets them together.
         """
-        phases.enter("decoding")
+        phases.enter(phases.DECODE)
         pictures = policy.rewarded_pictures(latents, conditions.size, draws)
-        phases.enter("reward")
+        phases.enter_backward(phases.DECODE, pictures)
+        phases.enter(phases.REWARD)
         if reward.reads_clips:
             return self.form(reward, torch.stack(pictures, dim=2), conditions, draws, weight, signs)
         scored = [self.form(reward, own, conditions, draws, weight, signs) for own in pictures]

@@ -22,20 +22,8 @@ from srpo_lightning.jobs.estimate.devices import num_devices
 from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
 from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.prediction import fake_conditions, predict, quiet, without_weights
-from srpo_lightning.jobs.estimate.step import (
-    BACKWARD,
-    BATCH,
-    DECODE,
-    EVALUATION,
-    FORWARD,
-    FROZEN,
-    GRADIENTS,
-    JUDGES,
-    REWARD,
-    STATES,
-    STEP,
-    TRAINED,
-)
+from srpo_lightning.jobs.estimate.step import BATCH, EVALUATION, FROZEN, GRADIENTS, JUDGES, STATES, TRAINED
+from srpo_lightning.phases import BACKWARD, DECODE, FORWARD, REWARD, STEP
 from srpo_lightning.policies import FluxPolicy, Lora, loading
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import processes, tiny
