@@ -2,8 +2,8 @@
 
 python -m benchmarks.true_size [--policy black-forest-labs/FLUX.1-dev] [--pixels 256]
 
-QLoRA by configs/flux_srpo_qlora.yaml on a CPU, from stand-ins with random weights (FLUX.1: 26 GB of disk), or from folders
-of the models themselves. Each phase is a command as a user gives it, in a process of its own:
+QLoRA by configs/flux_srpo_qlora.yaml on a CPU, from stand-ins with random weights (FLUX.1: 26 GB of disk), or from the
+models' own folders. Each phase is a command as a user gives it, in a process of its own:
 features of two prompts; two steps; the second of them again from the checkpoint of the first, compared bit for bit; one
 picture; the adapter's file; and that file read by diffusers alone. Seconds hold each command's start.
 """

@@ -6,6 +6,8 @@ import torch
 
 from srpo_lightning import phases
 from srpo_lightning.callbacks import EMA, Progress
+from srpo_lightning.draws import Draws
+from srpo_lightning.objectives import GRPO
 from srpo_lightning.phases import AVERAGING, BACKWARD, DECODE, FORWARD, REWARD, ROLLOUT, STEP
 from tests import tiny
 
@@ -47,3 +49,14 @@ def test_a_step_of_training_says_its_phases_in_their_order(models, features, tmp
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
     stop()
     assert heard == [ROLLOUT, FORWARD, DECODE, REWARD, DECODE, BACKWARD, STEP, AVERAGING]
+
+
+def test_rewards_of_grpo_come_before_its_transformer_passes(models):
+    heard = []
+    policy, reward = tiny.new_policy(models), tiny.new_reward(models.clip)
+    objective, conditions, draws = GRPO(num_steps=3, group_size=2), tiny.new_conditions(2), Draws(0)
+    rollout = objective.rollout(policy, conditions, draws)
+    stop = phases.listen(heard.append)
+    objective.loss(policy, reward, conditions, rollout, draws)
+    stop()
+    assert heard == [DECODE, REWARD, FORWARD]

@@ -1,5 +1,6 @@
 """What happens before the first step: features are computed or found, and what was left out is reported."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -129,7 +130,10 @@ def lengths(texts: Sequence[str], cache: FeatureCache) -> list[str]:
 
 
 def cache_command() -> str:
-    """What encodes everything, with the configuration files that this process got."""
-    pairs = zip(sys.argv, sys.argv[1:], strict=False)
-    configs = [value for flag, value in pairs if flag in ("--config", "-c")]
-    return f"python -m srpo_lightning cache --config {configs[-1] if configs else 'CONFIG'}"
+    """What encodes everything, with the configuration files and what this process was told of model and data."""
+    options = []
+    for word, following in zip(sys.argv, [*sys.argv[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-c") or name.startswith(("--model", "--data")):
+            options.append(f"{name} {shlex.quote(value if equals else following)}")
+    return f"python -m srpo_lightning cache {' '.join(options or ['--config CONFIG'])}"

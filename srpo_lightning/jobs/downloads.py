@@ -43,7 +43,7 @@ def downloads(config: list[str]) -> None:
     """List what a configuration reads that is not part of this package, and what of it is here.
 
     Args:
-        config: Configuration files that `fit` would get; each changes what those before it say.
+        config: Configuration files and settings that `fit` would get; each changes what those before it say.
 
     Raises:
         ValueError: with the cure, if the configuration cannot be read.

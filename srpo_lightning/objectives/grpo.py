@@ -15,7 +15,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from srpo_lightning import flow
+from srpo_lightning import flow, phases
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
 from srpo_lightning.objectives.base import Outcome, Rollout
@@ -148,6 +148,7 @@ class GRPO(TrajectoryObjective):
         states = rollout.trajectory
         groups = conditions.repeat(self.group_size)
         rewards = self._all_rewards(policy, reward, groups, rollout.x0, draws)
+        phases.enter(phases.FORWARD)
         advantage = advantages(rewards.view(self.group_size, -1), self.max_advantage).flatten()
         sigmas, diffusion = self.levels(policy, conditions, rollout.noise)
 

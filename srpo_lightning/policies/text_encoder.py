@@ -14,7 +14,7 @@ from torch import Tensor
 from srpo_lightning.encoding import Encoding, Quantize
 from srpo_lightning.errors import naming
 from srpo_lightning.files.fingerprint import ends
-from srpo_lightning.files.pretrained import load_whole, part, read_json, unreadable_is_refused
+from srpo_lightning.files.pretrained import load_whole, part, read_by, read_json
 from srpo_lightning.training.devices import check_device
 from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits, keep_in_8_bits
 
@@ -76,11 +76,9 @@ class PipelineTextEncoder(ABC):
         part(pretrained, self.quantized, "config.json")
         self.pretrained, self.dtype, self.device = pretrained, dtype, device
         self.quantize = quantize
-        with unreadable_is_refused(pretrained):
-            self.tokenizers: dict[str, Any] = {
-                name: getattr(transformers, cls).from_pretrained(pretrained, subfolder=name)
-                for name, cls in self.tokenizer_classes.items()
-            }
+        self.tokenizers: dict[str, Any] = {
+            name: read_by(getattr(transformers, cls), pretrained, name) for name, cls in self.tokenizer_classes.items()
+        }
         stated = int(self.tokenizers[self.counting].model_max_length)
         self.max_sequence_length = max_sequence_length or min(stated, self.most_tokens)
         self._models: dict[str, Any] | None = None

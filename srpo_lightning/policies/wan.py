@@ -233,7 +233,7 @@ class WanPolicy(FlowPolicy):
         """By the pipeline's scheduler (UniPC: arXiv 2302.04867), which tells the model whole thousandths."""
         if not self.is_multistep:
             return super().integrate(velocity, noise, num_steps, size)
-        scheduler: Any = diffusers.UniPCMultistepScheduler.from_pretrained(self.pretrained, subfolder="scheduler")
+        scheduler: Any = diffusers.UniPCMultistepScheduler.from_config(self.configs["scheduler"])
         scheduler.set_timesteps(num_steps, device=noise.device)
         x = noise
         for time in scheduler.timesteps:

@@ -15,7 +15,7 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor
 
-from srpo_lightning.files.pretrained import read_json, read_weights, weights_file
+from srpo_lightning.files.pretrained import read_by, read_json, read_weights, weights_file
 from srpo_lightning.rewards.base import Images
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.rewards.open_clip import clip_model
@@ -80,7 +80,7 @@ class HPSv2(ClipReward):
 
     def read_tokenizer(self) -> "transformers.CLIPTokenizer":
         """A special token that is spelt out in a prompt is text, as in open_clip."""
-        return transformers.CLIPTokenizer.from_pretrained(self.processor, split_special_tokens=True)
+        return read_by(transformers.CLIPTokenizer, self.processor, split_special_tokens=True)
 
     def read_model(self) -> "transformers.CLIPModel":
         """The folder that `convert` wrote, or the published file."""

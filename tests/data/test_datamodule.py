@@ -223,12 +223,25 @@ def test_what_was_left_out_and_cut_is_reported(models, features, tmp_path, caplo
 
 
 def test_many_missing_prompts_are_refused_with_the_exact_command(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["srpo_lightning", "fit", "--config", "my.yaml"])
+    words = [
+        "fit",
+        "--config",
+        "my.yaml",
+        "--config=other.yaml",
+        "--data.train",
+        "X",
+        "--trainer.max_steps",
+        "3",
+        "--model.seed=1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["srpo_lightning", *["my prompts.txt" if word == "X" else word for word in words]])
     data = new_data(models, tmp_path, str(models.train), max_prompts_to_encode=9)
-    with pytest.raises(
-        ValueError, match=r"10 of 10 prompts are not in .*\n    python -m srpo_lightning cache --config my.yaml"
-    ):
+    with pytest.raises(ValueError, match=r"10 of 10 prompts are not in") as error:
         data.prepare_data()
+    assert str(error.value).endswith(
+        "\n    python -m srpo_lightning cache --config my.yaml --config other.yaml --data.train 'my prompts.txt' "
+        "--model.seed 1"
+    )
     assert not list(tmp_path.rglob("*.parquet"))
 
 

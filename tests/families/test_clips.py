@@ -19,9 +19,13 @@ from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.callbacks import RewardTracking
 from srpo_lightning.callbacks.tracking import encoder_of_pictures
 from srpo_lightning.cli import main
+from srpo_lightning.config.arguments import read_config
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoding
-from srpo_lightning.evaluation.pictures import clip_if_whole
+from srpo_lightning.evaluation.pictures import clip_if_whole, read_record
+from srpo_lightning.jobs.estimate.prediction import predict, quiet
+from srpo_lightning.jobs.estimate.step import LastFrames
+from srpo_lightning.jobs.pictures import read_pictures
 from srpo_lightning.objectives import DirectAlign
 from srpo_lightning.picture_statistics import consistency, evenly, flicker, motion, over_frames
 from srpo_lightning.policies import WanPolicy
@@ -63,6 +67,9 @@ def test_a_run_measures_motion_shows_strips_and_goes_on_where_it_was_stopped(con
         assert "win/consistency" not in record
         assert "win/motion" not in record
     strip = next((tmp_path / "run" / "samples").rglob("*.png"))
+    assert read_record(strip)["num_frames"] == 5
+    with pytest.raises(ValueError, match=r"00000.png is a strip of a clip's frames.*num_frames 1"):
+        read_pictures(str(strip.parent), str(tmp_path / "run" / "samples" / "metadata.jsonl"))
     with Image.open(strip) as picture:
         assert picture.size == (5 * 32, 32)
     with Image.open(strip.with_suffix(".webp")) as clip:
@@ -250,3 +257,18 @@ def test_the_decoding_of_chosen_frames_is_a_phase_of_the_memory_that_is_predicte
         assert seen.phase == phases.REWARD
         rewards.sum().backward()
     assert seen.phase == phases.DECODE
+
+
+def test_frames_that_are_drawn_are_predicted_as_the_last_ones(case, models, tmp_path):
+    """So no step takes more than was predicted, whatever it draws."""
+    found = {}
+    for choice, number in (("random", 1), ("first", 1), ("first", 9)):
+        policy = {"num_frames": 9, "rewarded_frames": choice, "num_rewarded_frames": number}
+        config = read_config(str(write_config(case, models, tmp_path / "run", tmp_path, **policy)))
+        config.trainer.callbacks = None
+        with quiet():
+            found[choice, number] = predict(config, "cpu").peaks[phases.DECODE].total
+    assert found["first", 1] < 0.8 * found["random", 1]
+    assert found["random", 1] == pytest.approx(found["first", 9], rel=0.2)
+    assert LastFrames(0).subset("frames", [1.0] * 9, 2) == [7, 8]
+    assert LastFrames(0).subset("steps", [1.0] * 9, 2) == Draws(0).subset("steps", [1.0] * 9, 2)

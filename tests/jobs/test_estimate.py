@@ -260,6 +260,13 @@ def test_judges_take_memory_while_they_evaluate_and_none_while_the_policy_trains
     assert parts[STATES] == without.peaks[STEP].parts[STATES] > 0
 
 
+def test_judges_score_pictures_of_the_largest_size_of_the_prompts(small):
+    config = read_config(str(small))
+    config["data.sizes"] = [(64, 64), (16, 32)]
+    sizes = predicted(config).peaks[EVALUATION].parts[EVALUATION], predicted(read_config(str(small))).peaks
+    assert sizes[0] > 2 * sizes[1][EVALUATION].parts[EVALUATION]
+
+
 @pytest.mark.parametrize(
     "init_args",
     [
@@ -277,6 +284,16 @@ def test_every_objective_is_estimated_judges_included(small, init_args):
     Path(small).write_text(yaml.safe_dump(settings))
     prediction = predicted(read_config(str(small)))
     assert {EVALUATION, BACKWARD} <= prediction.peaks.keys()
+
+
+def test_settings_of_fit_count_in_their_order(capsys, small, tmp_path):
+    (tmp_path / "wide.yaml").write_text("model: {policy: {init_args: {width: 96}}}")
+    policy = "--model.policy.init_args"
+    printed = run(
+        capsys, "--config", str(small), f"{policy}.height=64", f"{policy}.width", "48", "--config",
+        str(tmp_path / "wide.yaml"), "--options", "never", "--data.batch_size", "3",
+    )  # fmt: skip
+    assert "64 x 96 px, batch_size 3," in printed
 
 
 def test_on_several_devices_auto_is_estimated_as_it_is_run(capsys, small):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -127,10 +127,13 @@ def test_what_was_trained_in_bfloat16_is_compared_in_bfloat16(trained, tmp_path,
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
 
 
-def test_settings_that_diffusers_does_not_have_make_no_difference(trained, tmp_path):
+def test_settings_that_the_pipeline_does_not_have_make_no_difference(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "enable_tiling", lambda _: pytest.fail("tiles have seams"))
     shutil.copytree(trained("full"), tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    config["model"]["policy"]["init_args"] |= {"resolution_shift": True, "quantize_timesteps": True}
+    config["model"]["policy"]["init_args"] |= {
+        "resolution_shift": True, "quantize_timesteps": True, "vae_tiling": True,
+    }  # fmt: skip
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(config))
     export(tmp_path / "run", tmp_path / "out", "--dtype", "float32")
 

@@ -286,7 +286,7 @@ def estimate(
     """Predict the memory of training, per device, without a GPU and without weights.
 
     Args:
-        config: Configuration files that `fit` would get; each changes what those before it say.
+        config: Configuration files and settings that `fit` would get; each changes what those before it say.
         devices: Number of devices instead of the configuration's; with ShardedStrategy they share one copy.
         device_memory: Memory of one device, such as 80GiB or 24GB.
         reserve: Share of the memory kept free for the CUDA context, kernels' workspaces and fragmentation.

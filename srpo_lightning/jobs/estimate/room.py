@@ -10,8 +10,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from srpo_lightning.callbacks.tracking import RewardTracking
-from srpo_lightning.config.classes import is_class
 from srpo_lightning.jobs.estimate.host import host_peak, machine_memory
 from srpo_lightning.jobs.estimate.job import OPTIONS, local_files
 from srpo_lightning.jobs.estimate.memory import GIB
@@ -43,9 +41,6 @@ def check_room(config: Namespace, trainer: Trainer) -> None:
         return
     settings = Namespace(model=config.model, data=config.data, trainer=config.trainer).clone()
     settings.trainer.devices = len(devices)
-    callbacks = settings.trainer.callbacks or []
-    # Training has the highest peak, but for judges much larger than what is trained: half the time for the other case.
-    settings.trainer.callbacks = [own for own in callbacks if not is_class(own.class_path, RewardTracking)]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         prediction = pool.submit(predicted_peaks, settings, "cuda" if kind == "cuda" else "cpu", len(devices))
         failure = prediction.exception()

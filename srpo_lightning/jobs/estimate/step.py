@@ -1,5 +1,6 @@
 """An optimizer step and an evaluation in the order of calls in which Lightning makes them, each phase by its name."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from srpo_lightning.draws import Draws
 from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices
 from srpo_lightning.jobs.estimate.memory import HOST, MemoryTracker
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.policies.clips import FRAMES
 from srpo_lightning.rewards.base import Reward, evaluated_by
 
 TRAINED, FROZEN, JUDGES = "trained weights", "frozen weights", "judges of evaluation"
@@ -24,6 +26,14 @@ GRADIENTS, STATES, AVERAGE = "gradients", "optimizer states", "EMA"
 BATCH, BUCKETS, CASTS = "text features", "gradient buckets of DDP", "weights cast by autocast"
 EVALUATION = "evaluation"
 LASTING = (TRAINED, FROZEN, GRADIENTS, STATES, AVERAGE, BATCH, BUCKETS, JUDGES)
+
+
+class LastFrames(Draws):
+    """Draws by which a reward sees the last frames of a clip, so that all of it is decoded: the most memory."""
+
+    def subset(self, purpose: str, weights: Sequence[float], count: int) -> list[int]:
+        """The last places in the order of frames; others as they are drawn."""
+        return list(range(len(weights)))[-count:] if purpose == FRAMES else super().subset(purpose, weights, count)
 
 
 def train(
@@ -74,7 +84,7 @@ def train(
         if module.optimizer_in_backward:
             module.zero_grad()
         tracker.peaks.clear()
-        loss = micro_batch(module, conditions, trainer.precision)
+        loss = micro_batch(module, conditions, trainer.precision, LastFrames)
         if trainer.accumulate_grad_batches == 1:
             module.zero_grad()  # before the backward pass and no sooner: so does Lightning
         phases.enter(phases.BACKWARD)
@@ -98,7 +108,7 @@ def evaluate(
     with tracker, torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
-            images = module.policy.decode(latents[: conditions.batch_size])  # a group has more
+            images = module.policy.decode(latents[: conditions.batch_size], conditions.size)  # a group has more
         for judge in judges:
             evaluated_by(judge, images.float(), range(module.policy.num_frames), judge.under(conditions.prompts))
 
@@ -147,9 +157,9 @@ def step(
     tracker.label((t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)), label)
 
 
-def micro_batch(module: SRPOModule, conditions: Conditions, precision: str) -> Tensor:
+def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, kind: type[Draws] = Draws) -> Tensor:
     """The rollout and the loss, whose graph is all that is left of them."""
-    draws = Draws(module.seed, module.micro_step)
+    draws = kind(module.seed, module.micro_step)
     phases.enter(phases.ROLLOUT)
     with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         rollout = module.objective.rollout(module.policy, conditions, draws)
