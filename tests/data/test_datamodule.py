@@ -223,18 +223,8 @@ def test_what_was_left_out_and_cut_is_reported(models, features, tmp_path, caplo
 
 
 def test_many_missing_prompts_are_refused_with_the_exact_command(models, tmp_path, monkeypatch):
-    words = [
-        "fit",
-        "--config",
-        "my.yaml",
-        "--config=other.yaml",
-        "--data.train",
-        "X",
-        "--trainer.max_steps",
-        "3",
-        "--model.seed=1",
-    ]
-    monkeypatch.setattr(sys, "argv", ["srpo_lightning", *["my prompts.txt" if word == "X" else word for word in words]])
+    words = ["fit", "--config", "my.yaml", "--config=other.yaml", "--data.train", "my prompts.txt"]
+    monkeypatch.setattr(sys, "argv", ["srpo_lightning", *words, "--trainer.max_steps", "3", "--model.seed=1"])
     data = new_data(models, tmp_path, str(models.train), max_prompts_to_encode=9)
     with pytest.raises(ValueError, match=r"10 of 10 prompts are not in") as error:
         data.prepare_data()

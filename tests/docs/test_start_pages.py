@@ -111,7 +111,7 @@ def test_every_name_of_a_run_folder_is_listed():
 
 def test_the_page_about_own_data_trains_on_own_prompts_and_by_an_own_reward(folder, capsys):
     follow("start_own_data.md", folder)
-    assert RunFolder(folder / "runs" / "own_prompts").read_prompts() == ["blue bicycle", "snowman", "teapot", "rocket"]
+    assert RunFolder(folder / "runs" / "own_prompts").read_prompts() == ["sailboat", "owl", "umbrella", "fox"]
     assert RunFolder(folder / "runs" / "own_reward").checkpoints()
     said = capsys.readouterr().out
     assert "of the gradient is in all texts alike" in said
