@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks.bare_step import BareStep
 from srpo_lightning.config.arguments import new_module
-from srpo_lightning.jobs.estimate.job import POLICY
 from srpo_lightning.jobs.estimate.memory import MemoryTracker
+from srpo_lightning.jobs.estimate.options import POLICY
 from srpo_lightning.jobs.estimate.prediction import eager, fake_conditions, make_fake, quiet, without_weights
 from srpo_lightning.jobs.estimate.step import micro_batch
 from srpo_lightning.phases import AVERAGING, BACKWARD, DECODE, FORWARD, REWARD, ROLLOUT, STEP, enter, followed_by

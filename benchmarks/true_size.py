@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves_with_path  # torch has no public nam
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.files.markdown import markdown_table
 from srpo_lightning.jobs.estimate.host import INTERPRETER
-from srpo_lightning.jobs.estimate.memory import GIB
 from srpo_lightning.jobs.estimate.room import predicted_peaks
+from srpo_lightning.jobs.estimate.units import GIB
 from srpo_lightning.jobs.stand_in import stand_in
 from srpo_lightning.run_folder import RunFolder
 

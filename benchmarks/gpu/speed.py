@@ -13,7 +13,7 @@ from benchmarks.bare_step import synchronize
 from benchmarks.gpu.recipes import new_module, new_step, settings_of
 from benchmarks.gpu.scale import Scale
 from benchmarks.meter import PHASES, by_phase, matrix_rate, model_flops
-from srpo_lightning.jobs.estimate.job import POLICY
+from srpo_lightning.jobs.estimate.options import POLICY
 from srpo_lightning.phases import ROLLOUT
 
 

@@ -11,7 +11,7 @@ from benchmarks import step
 from benchmarks.bare_step import BareStep, load
 from benchmarks.meter import PHASES, Meter, model_flops
 from srpo_lightning.config.arguments import read_config
-from srpo_lightning.jobs.estimate.job import POLICY
+from srpo_lightning.jobs.estimate.options import POLICY
 from srpo_lightning.jobs.estimate.prediction import fake_conditions
 from srpo_lightning.phases import BACKWARD, DECODE, FORWARD, REWARD, ROLLOUT
 from tests import tiny

@@ -13,7 +13,7 @@ import yaml
 from srpo_lightning.cli import main
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.config.shipped import RECIPES, recipes
-from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.units import GIB
 from srpo_lightning.jobs.init import forms
 from srpo_lightning.jobs.init.comments import commented, comments_of
 from srpo_lightning.jobs.init.wishes import models

@@ -11,9 +11,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from srpo_lightning.jobs.estimate.host import host_peak, machine_memory
-from srpo_lightning.jobs.estimate.job import OPTIONS, local_files
-from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.options import OPTIONS
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
+from srpo_lightning.jobs.estimate.published import local_files
+from srpo_lightning.jobs.estimate.units import GIB
 
 CERTAIN = 0.9
 """A device must have this share of the predicted peak: against a CPU's allocator predictions are right to 6 %."""

@@ -11,10 +11,10 @@ from jsonargparse import Namespace
 from srpo_lightning.config.arguments import choose_strategy, new_policy, read_config
 from srpo_lightning.config.loops import check_loops
 from srpo_lightning.jobs.estimate.host import machine_memory
-from srpo_lightning.jobs.estimate.job import local_files, parse_bytes
-from srpo_lightning.jobs.estimate.memory import GIB
 from srpo_lightning.jobs.estimate.prediction import quiet
+from srpo_lightning.jobs.estimate.published import local_files
 from srpo_lightning.jobs.estimate.room import predicted_peaks
+from srpo_lightning.jobs.estimate.units import GIB, parse_bytes
 from srpo_lightning.jobs.init.comments import commented
 from srpo_lightning.jobs.init.settings import Draft, draft, files_of
 from srpo_lightning.jobs.init.wishes import BUILTIN, Wishes, models

@@ -11,7 +11,7 @@ from srpo_lightning.config.shipped import RECIPE
 from srpo_lightning.data.selection import select_evaluation
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.jobs.estimate.host import machine_memory
-from srpo_lightning.jobs.estimate.job import parse_bytes
+from srpo_lightning.jobs.estimate.units import parse_bytes
 from srpo_lightning.jobs.init import wishes as said
 from srpo_lightning.jobs.init.comments import commented
 from srpo_lightning.jobs.init.forms import OF_BUILTIN, Prediction, fitting, gib, read
