@@ -86,7 +86,7 @@ def main(args: list[str] | None = None) -> None:
             name = command.replace("-", "_")
             job = callee(JOBS[command], name)
             own = job.names | ALWAYS if job else None
-            settings = known_names("fit") if command in OF_RUNS else frozenset()
+            settings: Set[str] | None = known_names("fit") if command in OF_RUNS else frozenset()
             both = None if own is None or settings is None else own | settings
             # A job's own `config` is that of a run.
             check_settings(words[1:], both, known_names("fit") if job and "config" in job.names else own)
