@@ -17,7 +17,7 @@ from PIL import Image
 from srpo_lightning import phases
 from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.callbacks import RewardTracking
-from srpo_lightning.callbacks.tracking import encoder_of_pictures
+from srpo_lightning.callbacks.measures import encoder_of_pictures
 from srpo_lightning.cli import main
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.draws import Draws
