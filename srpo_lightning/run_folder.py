@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -73,7 +73,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()  # as Lightning does with its own
 
     @classmethod
     def of(cls, trainer: Trainer) -> Self:
@@ -162,6 +162,15 @@ class RunFolder:
         """The whole checkpoints, oldest first."""
         return sorted(self._checkpoints.glob("step-*.ckpt"))
 
+    def set_aside(self, checkpoints: Iterable[Path]) -> Path:
+        """Move checkpoints where neither a resume nor an evaluation finds them; returns that folder."""
+        folder = self._checkpoints / "set_aside"
+        folder.mkdir(exist_ok=True)
+        for own in checkpoints:
+            discard(folder / own.name)
+            own.rename(folder / own.name)
+        return folder
+
     def discard_checkpoints(self) -> None:
         """Delete all checkpoints, and keep what was recorded."""
         discard(self._checkpoints)
@@ -201,9 +210,10 @@ class RunFolder:
             raise ValueError(f"--ckpt_path best: no checkpoint in {self.path} was evaluated in checkpoint.monitor")
         if not ckpt_path:
             raise ValueError("--ckpt_path is empty: it is `last`, `best`, or the path of a checkpoint")
-        if not Path(ckpt_path).exists():
+        found_path = Path(ckpt_path).expanduser()
+        if not found_path.exists():
             raise ValueError(f"--ckpt_path {ckpt_path} does not exist: `last` takes the newest of {self.path}")
-        return Path(ckpt_path)
+        return found_path
 
     @property
     def metrics(self) -> Path:

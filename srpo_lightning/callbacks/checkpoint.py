@@ -17,7 +17,6 @@ from srpo_lightning.files.checkpoints import remove
 from srpo_lightning.files.full_disk import FullDiskError
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.run_folder import RunFolder
-from srpo_lightning.training.agreement import lost_rank
 from srpo_lightning.training.context import data_rank
 
 
@@ -72,7 +71,10 @@ class RunCheckpoint(Checkpoint):
         self._saved_at_s = time.monotonic()
         self._signals = StopSignals()
         self._signals.install(trainer.world_size == 1, trainer.is_global_zero)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._set_later_aside(trainer)
         if self._is_evaluation_due and trainer.enable_validation:
+            self._between_steps = True
             evaluate(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -131,9 +133,14 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save between steps: after skipped steps, which left the last good weights, or in an evaluation."""
+        """Save between steps: after skipped steps, which left the last good weights, or in an evaluation.
+
+        Of several ranks all write together. So they do after skipped steps, which all have; what else ends one of them
+        leaves it alone, and waiting for the others would hide its error.
+        """
         is_between = self._between_steps and (trainer.training or self._is_evaluation_due)
-        if not is_between or lost_rank(exception) or isinstance(exception, FullDiskError):
+        is_of_all = trainer.world_size == 1 or isinstance(exception, FloatingPointError)
+        if not is_between or not is_of_all or isinstance(exception, FullDiskError):
             return
         try:
             self._save_last_step(trainer, pl_module)
@@ -164,9 +171,10 @@ class RunCheckpoint(Checkpoint):
             written, going_on = (f"{r} x {b} x {a} = {r * b * a}" for r, b, a in (before, now))
             rank_zero_warn(
                 f"samples per step, ranks x data.batch_size x accumulate_grad_batches, were {written} when the "
-                f"checkpoint was written, and are {going_on}: the run will not be the unbroken one, and in this pass "
-                f"some prompts come twice or not at all. To go on exactly keep ranks x batch_size at "
-                f"{before[0] * before[1]} and accumulate_grad_batches at {before[2]}"
+                f"checkpoint was written, and are {going_on}: the run will not be the unbroken one, though no prompt "
+                "comes twice in a pass or is left out; where accumulate_grad_batches is another, the first step may "
+                f"have fewer micro-batches. To go on exactly keep ranks x batch_size at {before[0] * before[1]} and "
+                f"accumulate_grad_batches at {before[2]}"
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -219,6 +227,17 @@ class RunCheckpoint(Checkpoint):
         self._prune(trainer)
         rank_zero_info(f"checkpoint: {path}")
         self._saved_at_s = time.monotonic()
+
+    def _set_later_aside(self, trainer: Trainer) -> None:
+        """Make room for the steps of a run that goes on from another than its newest checkpoint."""
+        run = RunFolder.of(trainer)
+        later = [own for own in run.checkpoints() if own.stem > run.checkpoint(trainer.global_step).stem]
+        if later:
+            folder = run.set_aside(later)
+            rank_zero_info(
+                f"the run goes on from step {trainer.global_step}: later checkpoints "
+                f"({', '.join(own.name for own in later)}) are in {folder} now, and may be deleted"
+            )
 
     def _prune(self, trainer: Trainer) -> None:
         run = RunFolder.of(trainer)

@@ -55,6 +55,8 @@ class EMA(Callback, OffersWeights):
             self.weights = {name: p.detach().clone() for name, p in pl_module.trainable_parameters()}
         self._place(pl_module)
 
+    on_train_start = on_fit_start  # ShardedStrategy reads a checkpoint in between
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the ema where it is to be, also where it comes from a checkpoint."""
         assert isinstance(pl_module, SRPOModule)
@@ -104,6 +106,7 @@ class EMA(Callback, OffersWeights):
         """Take the ema back."""
         self.weights = checkpoint.get("ema", {})
 
+    @torch.inference_mode(False)  # which an evaluation may run in, and whose tensors no step could change
     def _place(self, module: SRPOModule) -> None:
         for name, parameter in module.trainable_parameters():
             device = parameter.device if self.device == "same" else torch.device("cpu")

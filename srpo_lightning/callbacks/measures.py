@@ -91,7 +91,7 @@ class Measures:
             raise ValueError(f"top_k is {of}: every picture would be right; set it below")
         if self.held_out and not any(self.held_out.values()):
             raise ValueError("held_out has weights of 0 alone: give at least one score another, for instance judge: 1")
-        of_judge = () if self.judge is None else (*OF_JUDGE, self.top)
+        of_judge = () if self.judge is None else (*OF_JUDGE, *([self.top] if self.candidates else []))
         unknown = self.held_out.keys() - {*of_judge, *self.scorers}
         if unknown or (is_own and not self.held_out):
             known = f"{', '.join(of_judge)} and the names" if of_judge else "the names (there is no judge)"
@@ -113,7 +113,7 @@ class Measures:
         missing |= set(OF_JUDGE) if self.judge is None else set()
         own = [name for name in OWN_COLUMNS if name not in missing]
         of_clips = [*CLIP_STATISTICS, *([CONSISTENCY] if self.frame_encoder else [])] if self.has_clips else []
-        return [*own, *of_clips, *([] if self.judge is None else [self.top]), *self.scorers]
+        return [*own, *of_clips, *([self.top] if self.candidates else []), *self.scorers]
 
     @property
     def has_features(self) -> bool:
@@ -180,14 +180,17 @@ class Measures:
     def _judged(
         self, judge: Reward, by_judge: Callable[[Callable[[Tensor], Tensor]], Tensor], form: Any, prompts: Sequence[str]
     ) -> dict[str, Tensor]:
-        candidates = list(dict.fromkeys([*self.candidates, *prompts]))
-        compared = by_judge(lambda shown: judge.compare(shown, candidates))
-        truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=compared.device)
         scores = {
             "judge": by_judge(lambda shown: form.score(judge, shown, prompts)),
             "prompt": by_judge(judge.under(prompts)),
-            self.top: is_in_top(compared, truth, self.top_k),
         }
+        if self.candidates:
+            texts = list(dict.fromkeys([*self.candidates, *prompts]))
+            compared = by_judge(lambda shown: judge.compare(shown, texts))
+            truth = torch.tensor([texts.index(prompt) for prompt in prompts], device=compared.device)
+            others = torch.arange(len(texts), device=compared.device) >= len(set(self.candidates))
+            others = others & (torch.arange(len(texts), device=compared.device) != truth[:, None])
+            scores[self.top] = is_in_top(compared.masked_fill(others, -torch.inf), truth, self.top_k)
         if self.labels:
             scores[LABEL] = most_like(by_judge(lambda shown: judge.compare(shown, self.labels)))
         return scores

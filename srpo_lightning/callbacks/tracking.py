@@ -144,7 +144,7 @@ class RewardTracking(Measures, Recorder, OffersWeights):
         for weights in (name for name in self.tables if name != BASE):
             warn_of_unknown(weights, tables[weights], step)
             self._record(trainer, pl_module, weights, *by_weights[weights])
-        self.evaluations = Evaluations(step, by_weights)
+        self.evaluations = Evaluations(step, by_weights, self.key(trainer, pl_module))
         for reader in callbacks_that(trainer, ReadsEvaluations):
             reader.on_evaluation(trainer, pl_module, self.evaluations)
         seconds = time.perf_counter() - self._start_s

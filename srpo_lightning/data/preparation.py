@@ -74,12 +74,17 @@ class Preparation(NamedTuple):
         return len(missing)
 
     def _refuse_many(self, missing: int, total: int, what: str, others: Sequence[str]) -> None:
-        if missing > self.max_to_encode or self.cache.remote:
-            there = f"; there are {'; '.join(others)}" if others else ""
+        there = f"; there are {'; '.join(others)}" if others else ""
+        found = f"{missing} of {total} {what} are not in {self.cache.remote or self.cache.folder}"
+        if self.cache.remote:
             raise ValueError(
-                f"{missing} of {total} {what} are not in {self.cache.remote or self.cache.folder}, more than "
-                f"data.max_prompts_to_encode ({self.max_to_encode}){there}. Encode them first, on all devices:\n"
-                f"    {cache_command()}"
+                f"{found}, from where features are only read{there}. Encode them into a folder here, and copy what is "
+                f"in it to {self.cache.remote}:\n    {cache_command()} --data.cache_dir FOLDER"
+            )
+        if missing > self.max_to_encode:
+            raise ValueError(
+                f"{found}, more than data.max_prompts_to_encode ({self.max_to_encode}){there}. Encode them first, on "
+                f"all devices:\n    {cache_command()}"
             )
 
     def _report(self, texts: Sequence[str], computed: int, num_pictures: int) -> None:
