@@ -78,8 +78,8 @@ class Preparation(NamedTuple):
         found = f"{missing} of {total} {what} are not in {self.cache.remote or self.cache.folder}"
         if self.cache.remote:
             raise ValueError(
-                f"{found}, from where features are only read{there}. Encode them into a folder here, and copy what is "
-                f"in it to {self.cache.remote}:\n    {cache_command()} --data.cache_dir FOLDER"
+                f"{found}, from where features are only read{there}. Encode them into a folder here, and upload what "
+                f"is in it to the same place:\n    {cache_command()} --data.cache_dir FOLDER"
             )
         if missing > self.max_to_encode:
             raise ValueError(

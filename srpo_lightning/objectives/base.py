@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,9 @@ class Outcome(NamedTuple):
 
 class Objective(Recorded, ABC):
     """A training algorithm: a rollout without gradient, then a loss with one."""
+
+    paper: ClassVar[str | None] = None
+    """Number in the arXiv of the paper that it is from."""
 
     @abstractmethod
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:

@@ -7,7 +7,7 @@ The loss of a step is `-min(rho A, clip(rho, 1 - c, 1 + c) A) + beta KL`. A is t
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -92,6 +92,8 @@ class GRPO(TrajectoryObjective):
     Raises:
         ValueError: if a group has one sample, or no step would be trained.
     """
+
+    paper: ClassVar[str | None] = "2505.07818"
 
     num_steps: PositiveInt = 16
     shift: PositiveFloat | None = 3.0
@@ -210,7 +212,14 @@ class GRPO(TrajectoryObjective):
             )
 
     def check_policy(self, policy: Policy) -> None:
-        """Refuse a penalty by the distance from a base that nothing keeps, and steps of another guidance than drawn."""
+        """Refuse a penalty by the distance from a base that nothing keeps, and steps by another model than draws."""
+        adapter = getattr(policy, "adapter", None)
+        if getattr(policy, "rollout_cache", None) is not None or (adapter is not None and adapter.dropout):
+            raise ValueError(
+                "GRPO compares the probabilities of a rollout's steps with those of the same steps in training, and "
+                "model.policy.init_args.rollout_cache and adapter.dropout make them those of two models: set "
+                "rollout_cache to null and dropout to 0"
+            )
         if self.guidance != 1 and not policy.trains_as_it_samples:
             raise ValueError(
                 f"guidance is {self.guidance}, by which rollouts are drawn but no step is trained, so that their "

@@ -52,6 +52,9 @@ class PipelineTextEncoder(ABC):
     unread: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Prefixes of weights that a folder may hold and nobody reads, by folder."""
 
+    version: ClassVar[int] = 1
+    """Raised when a release reads texts otherwise, so that no features of an earlier one are taken."""
+
     most_tokens: ClassVar[int] = 512
     ragged: ClassVar[frozenset[str]] = frozenset()
     negative: str | None = None
@@ -153,12 +156,13 @@ class PipelineTextEncoder(ABC):
         return told | {"fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
-        """A hash of what the features depend on: configurations, tokenizers, weights, length, dtype and quantization.
+        """A hash of what the features depend on: how texts are read, files, length, dtype and quantization.
 
         Local weights are hashed by name, size and their first and last MiB, which retraining or another precision
         changes; a hub model is named by its revision.
         """
-        digest = hashlib.sha256(f"{self.max_sequence_length} {self.dtype} {self.quantize}".encode())
+        own = f"{type(self).__name__} {self.version} {self.layers_read(self.pretrained)}"
+        digest = hashlib.sha256(f"{own} {self.max_sequence_length} {self.dtype} {self.quantize}".encode())
         if self._is_local:
             digest.update(_hash_of(self._root, (*self.model_classes, *self.tokenizer_classes)).encode())
         else:

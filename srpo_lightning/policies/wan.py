@@ -95,6 +95,7 @@ class WanPolicy(FlowPolicy):
     text_encoder = WanTextEncoder
     pipeline_picture, pipeline_clip = "frames[0][0]", "frames[0]"
     shifts_twice = True
+    comfy_has_original_names = True
     tied = ("in_channels", "text_dim")
     hub_tag = "wan"
     published: ClassVar = {
@@ -122,9 +123,10 @@ class WanPolicy(FlowPolicy):
                 f"num_frames is {num_frames}, and a clip has one more than a multiple of {STRIDE} frames: set it to "
                 f"{nearest} or {nearest + STRIDE}"
             )
-        if self.resolution_shift:
+        if self.resolution_shift is not None:
             raise ValueError(
-                "resolution_shift is true, but the schedulers of Wan have one shift for every size: set it to null"
+                f"resolution_shift is {str(self.resolution_shift).lower()}, but the schedulers of Wan have one shift "
+                "for every size: set it to null"
             )
         self.num_frames = num_frames
         self.rewarded_frames, self.num_rewarded_frames = rewarded_frames, num_rewarded_frames

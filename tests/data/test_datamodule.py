@@ -250,7 +250,7 @@ def test_a_remote_cache_is_read_and_never_written(models, tmp_path, monkeypatch)
         assert torch.equal(ours.text.tensors["prompt_embeds"], theirs.text.tensors["prompt_embeds"])
     assert len(list((tmp_path / "here").rglob("*.parquet"))) == len(list((tmp_path / "there").rglob("*.parquet"))) == 1
     (tmp_path / "more.txt").write_text("new")
-    with pytest.raises(ValueError, match=r"1 of 4 prompts are not in file://"):
+    with pytest.raises(ValueError, match=r"1 of 4 prompts are not in file://.* only read.*\n.*--data.cache_dir FOLDER"):
         new_data(models, f"file://{tmp_path / 'there'}", str(tmp_path / "more.txt")).prepare_data()
 
 

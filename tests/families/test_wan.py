@@ -3,11 +3,14 @@
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.draws import Draws, sample_noise
 from srpo_lightning.encoding import Encoding
-from srpo_lightning.policies import WanPolicy
+from srpo_lightning.jobs.export.lora_formats import LoraComfy, LoraFiles
+from srpo_lightning.jobs.export.weights import Stored
+from srpo_lightning.policies import Lora, WanPolicy
 from srpo_lightning.policies.clips import chosen_frames
 from tests.families import tiny_wan
 
@@ -90,8 +93,9 @@ def test_sizes_are_multiples_of_the_models_own_cells(variant):
 
 
 def test_a_shift_by_the_resolution_is_refused(variant):
-    with pytest.raises(ValueError, match=r"resolution_shift is true, but .* Wan .*: set it to null"):
-        WanPolicy(variant.pretrained, *variant.size, resolution_shift=True)
+    for value in (True, False):
+        with pytest.raises(ValueError, match=r"resolution_shift is \w+, but .* Wan .*: set it to null"):
+            WanPolicy(variant.pretrained, *variant.size, resolution_shift=value)
 
 
 @torch.no_grad()
@@ -209,3 +213,23 @@ def bytes_saved(policy: WanPolicy, latents: torch.Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.nbytes), x)[1], lambda x: x):
         policy.frames(latents, [8])
     return sum(kept)
+
+
+def test_adapters_for_comfyui_have_the_names_of_the_first_publication(variant, tmp_path):
+    """Diffusers' are not known there for Wan: "lora key not loaded"."""
+    policy = WanPolicy(variant.pretrained, *variant.size, adapter=Lora(rank=2))
+    outline = policy.outline()
+    trained = {
+        name: Stored(tuple(p.shape), lambda shape=p.shape: torch.ones(shape))
+        for name, p in outline.named_parameters()
+        if ".lora_" in name
+    }
+    written = LoraComfy(policy, outline, trained, torch.float32, "own")
+    written.write(tmp_path)
+    names = load_file(tmp_path / "own.safetensors").keys()
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in names
+    assert all(name.startswith("diffusion_model.blocks.") for name in names)
+    assert len(names) == 3 * len(written.layers)
+    assert "--format lora-comfy" in LoraFiles(policy, outline, trained, torch.float32, "own").comfyui
+    changed = written.given(tmp_path)["transformer"].blocks[0].attn1.to_q.weight
+    assert not torch.equal(changed, variant.transformer.blocks[0].attn1.to_q.weight)
