@@ -14,14 +14,11 @@ from torch.nn import functional
 from srpo_lightning.batch import Size, Text
 from srpo_lightning.files.pretrained import read_json
 from srpo_lightning.policies import loading
-from srpo_lightning.policies.family import Latents, SpatialFamily, resolution_dependent_shift
+from srpo_lightning.policies.family import Latents, SpatialFamily
 from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.policies.geometries import CLIP_G, CLIP_L, T5_XXL, kl_vae
 from srpo_lightning.policies.single_file import SingleFile
 from srpo_lightning.policies.text_encoder import PipelineTextEncoder
-
-MAX_SHIFT = 1.16
-"""Of the pipeline, where the scheduler says nothing. Source: StableDiffusion3Pipeline.__call__."""
 
 
 class SD3TextEncoder(PipelineTextEncoder):
@@ -102,11 +99,6 @@ class SD3Policy(SpatialFamily, FlowPolicy):
             num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192
         ),
     }
-
-    def dynamic_shift(self, num_steps: int, size: Size) -> float:
-        """By the pipeline's own highest shift."""
-        tokens = (size[0] // self.cell) * (size[1] // self.cell)
-        return resolution_dependent_shift(tokens, {"max_shift": MAX_SHIFT, **self.configs["scheduler"]})
 
     def empty_transformer(self) -> Any:
         """Without the table of positions, which takes seconds and GiB to compute, and is in the file."""

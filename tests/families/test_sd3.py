@@ -30,7 +30,7 @@ def test_levels_by_resolution_are_those_that_the_scheduler_chooses(pipeline, num
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
         pipeline, subfolder="scheduler", use_dynamic_shifting=True
     )
-    shift = calculate_shift(policy.num_tokens((512, 512)), max_shift=scheduler.config.get("max_shift", 1.16))
+    shift = calculate_shift(policy.num_tokens((512, 512)), max_shift=scheduler.config.max_shift)
     scheduler.set_timesteps(num_steps, mu=shift)
     torch.testing.assert_close(policy.sigmas(num_steps).float(), scheduler.sigmas, rtol=0, atol=1e-6)
 
