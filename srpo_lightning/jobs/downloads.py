@@ -54,17 +54,16 @@ def downloads(config: list[str]) -> None:
         ValueError: with the cure, if the configuration cannot be read.
     """
     cached = bytes_in_cache()
-    rows = []
-    for own in wanted(read_config(*config)):
-        rows.append(
-            [
-                own.name,
-                ", ".join(own.settings),
-                "" if own.is_local else size(own),
-                "" if own.is_local else LICENCES.get(own.name, "see its page"),
-                f"{cached[own.name] / GB:.1f} GB in the hub cache" if own.name in cached else place(own),
-            ]
-        )
+    rows = [
+        [
+            own.name,
+            ", ".join(own.settings),
+            "" if own.is_local else size(own),
+            "" if own.is_local else LICENCES.get(own.name, "see its page"),
+            f"{cached[own.name] / GB:.1f} GB in the hub cache" if own.name in cached else place(own),
+        ]
+        for own in wanted(read_config(*config))
+    ]
     print(markdown_table(["model", "named by", "GB in bfloat16", "licence", "here"], rows))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT, are_paired, compare, won
 from srpo_lightning.evaluation.metrics import Table
@@ -87,11 +88,22 @@ def won_and_lost(step: int, tables: Mapping[str, Table], prompts: Mapping[int, s
         "indices": base.indices[rows].tolist(),
         "prompts": [prompts.get(group, f"prompt {group}") for group in groups],
         "has_unnamed": not prompts.keys() >= set(groups),
+        "counts": {
+            kind: {name: counts(own.columns[name] - base.columns[name]) for name in columns}
+            for kind, own in ours.items()
+        },
         "values": {
             kind: {name: [rounded(value) for value in own.columns[name][rows].tolist()] for name in columns}
             for kind, own in {BASE: base, **ours}.items()
         },
     }
+
+
+def counts(change: Tensor) -> dict[str, int]:
+    """The numbers of samples, of which fewer may be listed, by what became of their score."""
+    found = {"won": change > 0, "lost": change < 0, "alike": change == 0}
+    known = {name: int((own & change.isfinite()).sum()) for name, own in found.items()}
+    return {**known, "unknown": len(change) - sum(known.values())}
 
 
 def rounded(value: float) -> float:
