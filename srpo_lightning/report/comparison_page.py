@@ -30,7 +30,7 @@ class Run(NamedTuple):
     Args:
         name: Name that tells it from the others.
         folder: Folder of the run.
-        metrics: Numbers of its evaluations.
+        metrics: Numbers of its evaluations, by their step.
         metadata: Records of its pictures.
         tables: Numbers of every sample of its last evaluation, by the weights.
         prompts: Its evaluation prompts by their number, as far as they are known.
@@ -82,7 +82,7 @@ def write_comparison_page(path: Path, folders: Sequence[Path]) -> None:
 def read_run(name: str, folder: RunFolder) -> Run:
     """What a page needs of one run."""
     folder.check_evaluated()
-    metrics = folder.read_metrics()
+    metrics = curves.by_step(folder.read_metrics())
     metadata = records.read(folder.samples.metadata)
     _, tables = samples.last_tables(folder, metrics)
     prompts = samples.prompts_by_group(folder, tables, metadata)
@@ -113,7 +113,7 @@ def chart(name: str, runs: Sequence[Run], found: Sequence[Mapping[str, Any]], ki
 
 def last_values(runs: Sequence[Run], kind: str) -> Iterator[Record]:
     """A row for each number of the runs' last evaluations, with what is between them and the first run."""
-    last = [max((own for own in run.metrics if own.get("weights") == kind), key=step_of, default={}) for run in runs]
+    last = [next((own for own in reversed(run.metrics) if own.get("weights") == kind), {}) for run in runs]
     reasons = [None, *(why_not_paired(runs[0], run, kind) for run in runs[1:])]
     for name in curves.in_order(name for own in last for name in own if name not in ("step", "weights", "key")):
         cells = []
@@ -129,11 +129,6 @@ def last_values(runs: Sequence[Run], kind: str) -> Iterator[Record]:
             cell["is_same"] = is_same
             cells.append(cell)
         yield {"name": name, "is_better_up": name not in NOT_WON, "cells": cells}
-
-
-def step_of(record: Record) -> int:
-    """The number of optimizer steps before an evaluation."""
-    return int(record["step"])
 
 
 def difference(first: Run, run: Run, kind: str, name: str, reason: str | None) -> Record | None:

@@ -38,6 +38,12 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=place)
 
 
+def by_step(metrics: Iterable[Record]) -> list[Record]:
+    """The records by their step; of weights that were measured again after a step the last one alone."""
+    last = {(own["step"], str(own.get("weights"))): own for own in metrics}
+    return sorted(last.values(), key=lambda own: int(own["step"]))
+
+
 def evaluation_curves(metrics: Sequence[Record]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Points (step, value) of each number by the weights, of at most MAX_EVALUATIONS evaluations.
 

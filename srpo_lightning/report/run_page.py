@@ -58,7 +58,7 @@ class RunPage:
     def content(self) -> tuple[Record, dict[str, dict[str, str]]]:
         """Everything that the page shows, as JSON takes it, and its pictures in blocks."""
         self.notes = []
-        metrics = self.read(self.run.read_metrics) or []
+        metrics = curves.by_step(self.read(self.run.read_metrics) or [])
         metadata = self.read(partial(records.read, self.run.samples.metadata)) or []
         text, settings = self.read(partial(read_configuration, self.run)) or ("", {})
         step, tables = self.read(partial(samples.last_tables, self.run, metrics)) or (0, {})

@@ -1,5 +1,6 @@
 """Several runs on one page, from folders whose differences are known; and both commands as a user gives them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from srpo_lightning.cli import main
 from srpo_lightning.report.comparison_page import names_of, write_comparison_page
+from srpo_lightning.report.run_page import RunPage
 from tests.refusals import refused
 from tests.report.made_up import CLIP, MARKUP, PROMPTS, content_of, write_run
 
@@ -57,6 +59,22 @@ def test_curves_lie_over_each_other(first, tmp_path):
     chart = next(own for own in content["charts"] if (own["name"], own["kind"]) == ("judge", "policy"))
     assert [own["name"] for own in chart["series"]] == ["first", "second"]
     assert [step for step, _ in chart["series"][1]["points"]] == [0, 10, 20]
+
+
+def test_of_a_step_that_was_measured_again_the_last_numbers_count_in_whatever_order(first, tmp_path):
+    second = write_run(tmp_path / "second", shift=0.03)
+    before = {"weights": "policy", "judge": 0.7, "held_out": 0.7}
+    second.metrics.write_text(f"{json.dumps({'step': 20, **before})}\n{second.metrics.read_text()}")
+    second.append_metrics({"step": 10, **before})
+    content, _ = compared(tmp_path, first, second)
+    assert last(content)["judge"][1]["value"] == pytest.approx(0.5 + 0.06 * 0.5)
+    (chart,) = [own for own in content["charts"] if (own["name"], own["kind"]) == ("judge", "policy")]
+    assert chart["series"][1]["points"] == [[0, 0.5], [10, 0.7], [20, pytest.approx(0.5 + 0.06 * 0.5)]]
+    page = RunPage(second).content()[0]
+    (judge,) = [row["cells"] for row in page["last"] if row["name"] == "judge"]
+    assert judge["policy"]["value"] == pytest.approx(0.5 + 0.06 * 0.5)
+    assert page["findings"] == ["Held-out score of the policy: 0.250 before training, 0.280 at step 20.",
+                                "It was best at step 10: 0.700."]  # fmt: skip
 
 
 def test_runs_on_other_prompts_have_no_intervals_and_it_is_said(first, tmp_path):
