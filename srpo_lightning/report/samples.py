@@ -24,12 +24,14 @@ def last_tables(run: RunFolder, metrics: Sequence[Record]) -> tuple[int, dict[st
     Raises:
         ValueError: naming the file, if one is damaged.
     """
-    base = run.read_base()
     for step in sorted({own["step"] for own in metrics}, reverse=True):
-        kinds = dict.fromkeys(str(own["weights"]) for own in metrics if own["step"] == step and "weights" in own)
+        measured = [own for own in metrics if own["step"] == step and "weights" in own]
+        kinds = dict.fromkeys(str(own["weights"]) for own in measured)
         found = {kind: table for kind in kinds if (table := run.read_table(step, kind)) is not None}
         if found:
+            base = run.read_base(measured[-1].get("key"))  # `validate` may have measured with other settings since
             return step, ({BASE: base} if base is not None and step else {}) | found
+    base = run.read_base()
     return 0, {BASE: base} if base is not None else {}
 
 
@@ -37,8 +39,9 @@ def last_values(metrics: Sequence[Record], tables: Mapping[str, Table]) -> list[
     """The rows of the table of last values: of each number what base, policy and ema have, with intervals."""
     latest = {str(own["weights"]): own for own in metrics if own["step"] and "weights" in own}
     first = [own for own in metrics if not own["step"]]
-    records = ({BASE: first[0]} if first else {}) | latest
     measured = compare(tables)["all"] if tables else {}
+    base = first[0] if first else {name: own.mean.value for name, own in measured.get(BASE, {}).items()}
+    records = ({BASE: base} if base else {}) | latest
     names = dict.fromkeys(name for own in records.values() for name in own if name not in ("step", "weights", "key"))
     rows = []
     for name in names:
