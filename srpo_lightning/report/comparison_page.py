@@ -15,13 +15,14 @@ from srpo_lightning.files.provenance import software
 from srpo_lightning.files.records import Record
 from srpo_lightning.picture_statistics import STATISTICS
 from srpo_lightning.report import curves, samples
-from srpo_lightning.report.configuration import OF_ONE_START, asked_for, class_of, flat, read_configuration
+from srpo_lightning.report.configuration import OF_ONE_START, asked_for, class_of, defaults_of, flat, read_configuration
 from srpo_lightning.report.page import write_page
 from srpo_lightning.report.samples import Logged
 from srpo_lightning.report.thumbnails import Thumbnails
 from srpo_lightning.run_folder import RunFolder
 
-OF_THE_FORM = ("control_words", "word_choice", "template", "others")
+READ_BY_SCORE = {"Plain": ("template",), "Relative": ("control_words", "template")}
+"""Settings by which a form scores finished pictures; its others are for training alone."""
 
 
 class Run(NamedTuple):
@@ -178,8 +179,7 @@ def definition(settings: Mapping[str, Any], name: str) -> Any:
     model, trainer = settings.get("model") or {}, settings.get("trainer") or {}
     listed = trainer.get("callbacks") or []
     tracking = next((own.get("init_args") or {} for own in listed if class_of(own) == "RewardTracking"), {})
-    objective = (model.get("objective") or {}).get("init_args") or {}
-    form = tracking.get("form") or objective.get("form") or [objective.get(own) for own in OF_THE_FORM]
+    form = form_of(tracking, (model.get("objective") or {}).get("init_args") or {})
     name = name.removeprefix("win/")
     if name in STATISTICS:
         return None
@@ -191,6 +191,21 @@ def definition(settings: Mapping[str, Any], name: str) -> Any:
         return [tracking.get("judge"), form, tracking.get("held_out"), tracking.get("metrics")]
     own = (tracking.get("metrics") or {}).get(name)
     return own if own else [tracking.get(key) for key in ("judge", "labels", "candidates")]
+
+
+def form_of(tracking: Mapping[str, Any], objective: Mapping[str, Any]) -> list[Any]:
+    """The form of the reward by which finished pictures are scored: its class, and what its score reads.
+
+    SRPO has a Relative's words itself. An objective with neither words nor a form asks for the plain reward.
+
+    Args:
+        tracking: Settings of RewardTracking, whose form comes first.
+        objective: Settings of the objective.
+    """
+    own = {"class_path": f"srpo_lightning.objectives.{'Relative' if 'control_words' in objective else 'Plain'}"}
+    form = tracking.get("form") or objective.get("form") or {**own, "init_args": objective}
+    settings = defaults_of(form["class_path"]) | (form.get("init_args") or {})
+    return [class_of(form), {name: settings.get(name) for name in READ_BY_SCORE.get(class_of(form), settings)}]
 
 
 def shared_prompts(logged: Sequence[Logged], most: int) -> list[Record]:

@@ -10,7 +10,7 @@ from srpo_lightning.cli import main
 from srpo_lightning.report.comparison_page import names_of, write_comparison_page
 from srpo_lightning.report.run_page import RunPage
 from tests.refusals import refused
-from tests.report.made_up import CLIP, MARKUP, PROMPTS, content_of, write_run
+from tests.report.made_up import CLIP, CONFIG, MARKUP, PROMPTS, content_of, write_run
 
 
 @pytest.fixture
@@ -117,6 +117,30 @@ def test_another_objective_changes_what_reward_and_judge_are_unless_their_form_i
         configure(run, lambda config: config["trainer"]["callbacks"][0]["init_args"].update(form=form))
     rows = last(compared(tmp_path, first, second)[0])
     assert all(rows[name][1]["is_same"] for name in ("reward", "judge", "held_out"))
+
+
+@pytest.mark.parametrize(("settings", "is_same"), [({}, True), ({"template": "{word} {prompt}"}, False)])
+def test_objectives_are_told_apart_by_what_their_scores_read_not_by_how_they_are_written(
+    first, tmp_path, settings, is_same
+):
+    second = write_run(tmp_path / "second")
+    words = CONFIG["model"]["objective"]["init_args"]["control_words"]
+    trained = {"word_choice": "random", "others": 2, "extra_weight": 0.3}
+    form = {"class_path": "srpo_lightning.objectives.Relative",
+            "init_args": {"control_words": words, "template": "{word}. {prompt}", **trained, **settings}}  # fmt: skip
+    other = {"class_path": "srpo_lightning.objectives.DirectAlign", "init_args": {"form": form}}
+    configure(second, lambda config: config["model"].update(objective=other))
+    rows = last(compared(tmp_path, first, second)[0])
+    assert [rows[name][1]["is_same"] for name in ("reward", "judge", "held_out")] == [is_same] * 3
+
+
+def test_a_plain_reward_is_the_same_whether_it_is_named_or_not(first, tmp_path):
+    second = write_run(tmp_path / "second")
+    forms = (None, {"class_path": "srpo_lightning.objectives.Plain", "init_args": {"template": "{prompt}"}})
+    for run, form in zip((first, second), forms, strict=True):
+        objective = {"class_path": "srpo_lightning.objectives.DRaFT", "init_args": {"form": form}}
+        configure(run, lambda config, own=objective: config["model"].update(objective=own))
+    assert last(compared(tmp_path, first, second)[0])["judge"][1]["is_same"]
 
 
 def test_runs_are_named_by_what_tells_them_apart():
