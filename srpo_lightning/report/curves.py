@@ -100,7 +100,7 @@ def as_charts(
         {
             "name": name,
             "group": group_of(name),
-            "series": [{"name": kind, "points": points} for kind, points in own.items()],
+            "series": [{"name": kind, "points": points, "is_level": kind == BASE} for kind, points in own.items()],
         }
         for name in in_order([*curves, *of_training])
         for own in [curves.get(name) or of_training[name]]

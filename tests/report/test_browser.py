@@ -49,6 +49,14 @@ def test_the_page_of_two_runs_is_drawn(pages, tmp_path):
     assert "+0.020" in dom  # the judge's difference
 
 
+def test_a_run_may_be_called_base(pages, tmp_path):
+    level = "stroke: var(--base)"
+    assert level in visit(pages[0].as_uri(), tmp_path)[0]
+    runs = [write_run(tmp_path / name, shift) for name, shift in (("base", 0.01), ("two", 0.03))]
+    write_comparison_page(tmp_path / "both.html", [run.path for run in runs])
+    assert level not in visit((tmp_path / "both.html").as_uri(), tmp_path)[0]
+
+
 ACTIONS = """
 const found = {};
 const one = (selector) => document.querySelector(selector);
