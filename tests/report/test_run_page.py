@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import shutil
 from html.parser import HTMLParser
 
@@ -122,6 +123,16 @@ def test_with_the_recipe_recorded_the_settings_that_were_changed_are_listed(run,
     found = RunPage(copy).content()[0]["configuration"]["departures"]
     assert found["from"] == "configs/<b>.yaml"
     assert found["rows"] == [("model.objective.margin", 0.9, 0.7), ("trainer.callbacks[EMA]", None, "EMA")]
+
+
+def test_the_configuration_is_the_last_starts_whatever_the_times_of_its_files(run, tmp_path):
+    copy = type(run)(shutil.copytree(run.path, tmp_path / "run"))
+    for number, step in enumerate((10, 20)):
+        path = copy.config(copy.checkpoint(step))
+        path.write_text(json.dumps(CONFIG | {"seed_everything": step}))
+        os.utime(path, (number, number))
+    os.utime(copy.config(copy.checkpoint(10)))
+    assert json.loads(RunPage(copy).content()[0]["configuration"]["text"])["seed_everything"] == 20
 
 
 def test_prompts_that_were_not_recorded_have_the_texts_of_their_pictures(tmp_path):
