@@ -156,7 +156,8 @@ REFUSED = {
     "another method": (["--gpu_memory", "48GiB", "--method", "full"], r"trained as asked: all weights, .* takes more "
                        r"than 66.5 GiB; LoRA would fit, with 35.6 GiB: --method lora"),
     "the machine": (["--gpu_memory", "24GiB", "--host_memory", "16GiB"], r"flux_dev does not fit 16.0 GiB of the "
-                    r"machine's memory, .* takes 10.8 GiB and 25.0 GiB of the machine, so 25.0 GiB of the machine's memory or"),
+                    r"machine's memory, .* takes 10.8 GiB and 25.0 GiB of the machine, so 25.0 GiB of the machine's "
+                    r"memory or more"),
     "both": (["--gpu_memory", "8GiB", "--host_memory", "16GiB"], r"does not fit 8.0 GiB of GPU memory with 2.0 GiB "
              r"kept free and 16.0 GiB of .*, so 12.8 GiB of GPU memory and 25.0 GiB of the machine's memory or more"),
     "no GPU": ([], r"gpu_memory is not said, and there is no GPU here: give --gpu_memory, such as 24GiB"),
@@ -173,6 +174,12 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(predicted,
     options, cure = REFUSED[case]
     refused(["init", "--model", "flux_dev", "--output", "my.yaml", *options], cure, capsys)
     assert not list(folder.glob("*.yaml*"))
+
+
+def test_the_built_in_model_is_refused_by_the_larger_of_what_it_takes(folder, monkeypatch, capsys):
+    monkeypatch.setattr(forms, "peaks", lambda *_: (1 * GIB, 900 * GIB))
+    monkeypatch.setattr(forms, "machine_memory", lambda: 8 * GIB)
+    refused(["init", "--model", "builtin"], "the built-in model takes 900.0 GiB, where 8.0 GiB are there", capsys)
 
 
 @pytest.mark.parametrize(
