@@ -120,8 +120,8 @@ class RunFolder:
         return self.path / f"{service}_id"
 
     def configs(self) -> list[Path]:
-        """The settings of every start of the run."""
-        return sorted([*self.path.glob("config.yaml"), *self.path.glob("config-step-*.yaml")])
+        """The settings of every start of the run, the first one's first, then by the step that a start resumed from."""
+        return [*self.path.glob("config.yaml"), *sorted(self.path.glob("config-step-*.yaml"))]
 
     @property
     def recipe(self) -> Path:

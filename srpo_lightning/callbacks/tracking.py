@@ -86,6 +86,7 @@ class RewardTracking(Measures, Recorder, OffersWeights):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
         assert isinstance(pl_module, SRPOModule)
+        self.base = None  # it may be of other prompts and settings
         self.load(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,6 +138,9 @@ class RewardTracking(Measures, Recorder, OffersWeights):
             self._learn_base(trainer, pl_module, measured_base)
         if self.base is not None:
             tables |= {BASE: self.base}
+            if trainer.is_global_zero and trainer.state.fn != TrainerFn.FITTING:  # `validation` is read alone
+                path = RunFolder.recording(trainer).base_table
+                save_table(path, self.base, self.key(trainer, pl_module))
         by_weights = {
             weights: Evaluation(table, summary(table, None if weights == BASE or not step else self.base, self.labels))
             for weights, table in tables.items()

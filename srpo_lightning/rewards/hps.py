@@ -25,6 +25,14 @@ from srpo_lightning.rewards.words import PUBLISHED, SEMANTIC_GUIDED
 FILENAME = "HPS_v2.1_compressed.pt"
 NUM_HEADS = 16  # of ViT-H-14, image and text tower
 
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Hub id of the tokenizer that the published file is read with, where no other is named."""
+
+
+def is_converted(pretrained: str) -> bool:
+    """Whether a path is of a folder that `convert` wrote."""
+    return (Path(pretrained).expanduser() / "config.json").is_file()
+
 
 class HPSv2(ClipReward):
     """HPSv2.1 (or v2): the cosine of image and text under a fine-tuned ViT-H-14, about 0.2 to 0.35.
@@ -50,9 +58,9 @@ class HPSv2(ClipReward):
         fit: Literal["crop", "pad"] = "crop",
         **kwargs: Any,
     ) -> None:
-        self.is_converted = (Path(pretrained).expanduser() / "config.json").is_file()
+        self.is_converted = is_converted(pretrained)
         if processor is None:
-            processor = pretrained if self.is_converted else "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+            processor = pretrained if self.is_converted else TOKENIZER
         super().__init__(pretrained, processor, **kwargs)
         self.filename = filename
         self.fit = fit
