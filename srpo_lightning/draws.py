@@ -20,7 +20,7 @@ BLOCK = 64
 MAX_PERIOD = 1000
 """Largest number of turns in which choices by weight come out exactly, unless one of them is rarer."""
 
-LONGEST_PERIOD = 1_000_000
+LONGEST_PERIOD = 100_000
 """Number of turns in which the rarest choice comes once at least."""
 
 

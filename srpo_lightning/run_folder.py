@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,12 +163,18 @@ class RunFolder:
         """The whole checkpoints, oldest first."""
         return sorted(self._checkpoints.glob("step-*.ckpt"))
 
-    def set_aside(self, checkpoints: Iterable[Path]) -> Path:
-        """Move checkpoints where neither a resume nor an evaluation finds them; returns that folder."""
-        folder = self._checkpoints / "set_aside"
-        folder.mkdir(exist_ok=True)
-        for own in checkpoints:
-            discard(folder / own.name)
+    def later_than(self, step: int) -> list[Path]:
+        """The checkpoints of later steps, and the settings of starts that resumed from such."""
+        named = [*self.checkpoints(), *self.configs()]
+        return [path for path in named if (found := re.search(r"step-(\d+)$", path.stem)) and int(found[1]) > step]
+
+    def set_aside(self, files: Iterable[Path]) -> Path:
+        """Move checkpoints and settings where nothing looks for them; returns that folder, a new one."""
+        number = 1
+        while (folder := self._checkpoints / f"set_aside_{number}").exists():
+            number += 1
+        folder.mkdir(parents=True)
+        for own in files:
             own.rename(folder / own.name)
         return folder
 

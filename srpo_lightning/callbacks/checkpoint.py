@@ -3,6 +3,7 @@
 import signal
 import time
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -67,7 +68,9 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the first step of a resumed run for saved; its number is not restored before this hook."""
-        self._saved_step = self._last_step = trainer.global_step
+        own = RunFolder.of(trainer).checkpoint(trainer.global_step)
+        self._last_step = trainer.global_step
+        self._saved_step = trainer.global_step if is_file(trainer.ckpt_path, own) else -1
         self._saved_at_s = time.monotonic()
         self._signals = StopSignals()
         self._signals.install(trainer.world_size == 1, trainer.is_global_zero)
@@ -193,9 +196,11 @@ class RunCheckpoint(Checkpoint):
         raise SystemExit(128 + wish)
 
     def _save_last_step(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._position is None:
-            return
         assert isinstance(module, SRPOModule)
+        if self._position is None:  # no step of this process has ended
+            if not module.num_accumulated:
+                self._save(trainer)
+            return
         # What was accumulated since the last step is lost: let the run go on from before it.
         micro_step, data, loops = self._position
         module.rewind(micro_step)
@@ -230,13 +235,13 @@ class RunCheckpoint(Checkpoint):
 
     def _set_later_aside(self, trainer: Trainer) -> None:
         """Make room for the steps of a run that goes on from another than its newest checkpoint."""
-        run = RunFolder.of(trainer)
-        later = [own for own in run.checkpoints() if own.stem > run.checkpoint(trainer.global_step).stem]
+        run, step = RunFolder.of(trainer), trainer.global_step
+        later = run.later_than(step if self._saved_step == step else step - 1)
         if later:
             folder = run.set_aside(later)
             rank_zero_info(
-                f"the run goes on from step {trainer.global_step}: later checkpoints "
-                f"({', '.join(own.name for own in later)}) are in {folder} now, and may be deleted"
+                f"the run goes on from step {step}: what it wrote after that "
+                f"({', '.join(own.name for own in later)}) is in {folder} now, and may be deleted"
             )
 
     def _prune(self, trainer: Trainer) -> None:
@@ -246,6 +251,11 @@ class RunCheckpoint(Checkpoint):
             for old in run.checkpoints()[: -self.keep]:
                 if old not in best:
                     remove(old)
+
+
+def is_file(ckpt_path: str | Path | None, own: Path) -> bool:
+    """Whether what a run goes on from is its own checkpoint."""
+    return ckpt_path is None or Path(ckpt_path).resolve() == own.resolve()
 
 
 def is_evaluation_due(trainer: Trainer) -> bool:

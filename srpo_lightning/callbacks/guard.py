@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.evaluation.comparison import BASE, CONSISTENCY, HELD_OUT
@@ -58,21 +59,21 @@ def lower(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], factor: fl
 
 
 def stays_lowered(new_optimizer: OptimizerCallable, new_scheduler: LRSchedulerCallable) -> bool:
-    """Whether a schedule stays at a share of what it would be, once it is lowered: not if its class goes by more."""
+    """Whether a schedule stays below what it would be, once it is lowered: not if its class goes by more than that."""
     rates = []
     for factor in (1.0, 0.5):
         optimizer = new_optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
         scheduler = new_scheduler(optimizer)
         optimizer.step()
-        if not hasattr(scheduler, "base_lrs"):
-            return False
+        if isinstance(scheduler, (OneCycleLR, CyclicLR)) or not hasattr(scheduler, "base_lrs"):
+            return False  # they go by highest rates too, or are several schedulers
         lower([optimizer], [scheduler], factor)
         own = []
         for _ in range(3):
             scheduler.step()
             own.append(float(optimizer.param_groups[0]["lr"]))
         rates.append(torch.tensor(own, dtype=torch.float64))
-    return bool(torch.allclose(rates[0] / 2, rates[1], rtol=1e-6, atol=0.0))
+    return bool((rates[1] <= 0.75 * rates[0]).all())
 
 
 class OverOptimizationGuard(Recorder, ReadsEvaluations):
@@ -164,7 +165,7 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
         if evaluation is None:
             return None
         base = found.get(BASE)
-        if self.best is not None and self.best_key != evaluations.key:
+        if self.best is not None and not self._is_measured_alike(evaluations.key, evaluation.table):
             self.best, self.alarms = None, 0
             rank_zero_info(
                 "guard: prompts, rewards or samples are others than those of the best evaluation so far, with which "
@@ -177,6 +178,11 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
             return None
         advice = {"step": evaluations.step, "weights": watched, "reasons": reasons, "best_step": self.best_step}
         return advice | {"action": self._act(trainer, "; ".join(reasons)) if self.alarms >= self.patience else "wait"}
+
+    def _is_measured_alike(self, key: str, table: Table) -> bool:
+        """Whether samples compare with the best ones so far, of which earlier versions kept no key."""
+        assert self.best is not None
+        return self.best_key == key or (not self.best_key and torch.equal(self.best.indices, table.indices))
 
     def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:
         """What speaks against an evaluation; one that is the best so far is remembered."""

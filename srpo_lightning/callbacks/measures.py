@@ -24,6 +24,9 @@ from srpo_lightning.picture_statistics import (
 from srpo_lightning.rewards.base import Reward, evaluated_by
 from srpo_lightning.rewards.clip import ClipReward
 
+VERSION = 2
+"""Raised when a number of a sample is measured otherwise, so that those of before and after are not compared."""
+
 OF_JUDGE = ("judge", "prompt")
 SCORES = ("reward", *OF_JUDGE)
 OWN_COLUMNS = (*SCORES, *PICTURE_STATISTICS, LABEL, HELD_OUT)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks.base import as_base, keep_base, keep_prompts, read_base
-from srpo_lightning.callbacks.measures import SCORES, Measures
+from srpo_lightning.callbacks.measures import SCORES, VERSION, Measures
 from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.evaluation.comparison import BASE, save_table, summary, warn_of_unknown
 from srpo_lightning.evaluation.exchange import (
@@ -173,6 +173,7 @@ class RewardTracking(Measures, Recorder, OffersWeights):
             "samples": [data.eval_samples_per_prompt, data.sizes, data.cache.description["fingerprint"]],
             "scored by": [module.reward, self.judge, self.scorers],
             "form": self.form or vars(module.objective).get("form", module.objective),
+            "version": VERSION,
             "columns": [self.columns, self.labels, self.candidates, self.held_out],
         }
         return fingerprint(what)

@@ -77,9 +77,10 @@ class Preparation(NamedTuple):
         there = f"; there are {'; '.join(others)}" if others else ""
         found = f"{missing} of {total} {what} are not in {self.cache.remote or self.cache.folder}"
         if self.cache.remote:
+            url = str(self.cache.remote).rpartition("/")[0]
             raise ValueError(
                 f"{found}, from where features are only read{there}. Encode them into a folder here, and upload what "
-                f"is in it to the same place:\n    {cache_command()} --data.cache_dir FOLDER"
+                f"is in it to {url}:\n    {cache_command()} --data.cache_dir FOLDER"
             )
         if missing > self.max_to_encode:
             raise ValueError(

@@ -247,15 +247,20 @@ def test_ranks_take_a_ctrl_c_that_their_launcher_passes_on_for_the_same(monkeypa
 
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(models, features, tmp_path, caplog):
     """So none of them is taken for its newest, or crowds its own out."""
-    run = RunFolder(tmp_path)
+    run, folders = RunFolder(tmp_path), [tmp_path / "checkpoints" / f"set_aside_{number}" for number in (1, 2)]
     fit(models, features, tmp_path, RunCheckpoint(1, keep=9), max_steps=4)
+    (tmp_path / "config-step-00000003.yaml").touch()
     with caplog.at_level("INFO"):
         fit(models, features, tmp_path, RunCheckpoint(1, keep=2), max_steps=3, ckpt_path=run.checkpoint(2))
     assert steps(tmp_path) == [2, 3]
-    aside = tmp_path / "checkpoints" / "set_aside"
-    assert sorted(path.name for path in aside.iterdir()) == ["step-00000003.ckpt", "step-00000004.ckpt"]
-    assert f"later checkpoints (step-00000003.ckpt, step-00000004.ckpt) are in {aside}" in caplog.text
+    kept = ["config-step-00000003.yaml", "step-00000003.ckpt", "step-00000004.ckpt"]
+    assert sorted(path.name for path in folders[0].iterdir()) == kept
+    assert f"is in {folders[0]} now, and may be deleted" in caplog.text
     assert run.find_checkpoint("last", None, "max") == run.checkpoint(3)
+    first = folders[0] / "step-00000003.ckpt"
+    fit(models, features, tmp_path, RunCheckpoint(9), max_steps=4, ckpt_path=first)
+    assert [path.name for path in folders[1].iterdir()] == ["step-00000003.ckpt"], "that of another line"
+    assert_same_run(torch.load(folders[0] / "step-00000004.ckpt", weights_only=True), states(tmp_path, 4))
 
 
 @pytest.mark.parametrize(
@@ -276,11 +281,13 @@ def test_the_evaluation_that_a_resumed_run_begins_with_is_left_when_asked(models
     settings = {"max_steps": 3, "limit_val_batches": 9, "val_check_interval": 1}
     with pytest.raises(RuntimeError):
         fit(models, features, tmp_path, InEvaluation(RuntimeError), RunCheckpoint(1), **settings)
-    seen = InEvaluation(None)
-    with pytest.raises(SystemExit):
-        fit(models, features, tmp_path, seen, RunCheckpoint(1), **settings, ckpt_path=RunFolder(tmp_path).checkpoint(1))
-    assert seen.batches == 1
-    assert steps(tmp_path) == [1]
+    for folder in (tmp_path, tmp_path / "another"):  # which has no checkpoint of its own yet
+        seen = InEvaluation(None)
+        with pytest.raises(SystemExit):
+            fit(models, features, folder, seen, RunCheckpoint(1), **settings,
+                ckpt_path=RunFolder(tmp_path).checkpoint(1))  # fmt: skip
+        assert seen.batches == 1
+        assert steps(folder) == [1]
 
 
 class InEvaluation(Callback):

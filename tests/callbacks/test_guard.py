@@ -156,7 +156,9 @@ def test_what_was_measured_otherwise_is_not_compared():
     ("scheduler", "stays"),
     [
         (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 9), True),
+        (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40, eta_min=1e-6), True),
         (lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1), True),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-3, total_steps=2), False),
         (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step), True),
         (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-3, total_steps=9), False),
         (lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-5, 1e-4, cycle_momentum=False), False),

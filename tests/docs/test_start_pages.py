@@ -25,7 +25,15 @@ SMALL = {
 MOVING = "step-NNNNNNNN/WEIGHTS/NNNNN.webp"
 OF_CLIPS = {"before_after.webp", f"samples/{MOVING}", f"predictions/{MOVING}"}
 IDS = {"wandb_id", "mlflow_id", "trackio_id"}
-ELSEWHERE = {"run.lock", "guard.jsonl", "lora/step-NNNNNNNN/*.safetensors", "fast_dev_run/*", *IDS, *OF_CLIPS}
+ELSEWHERE = {
+    "checkpoints/set_aside_*/*",
+    "run.lock",
+    "guard.jsonl",
+    "lora/step-NNNNNNNN/*.safetensors",
+    "fast_dev_run/*",
+    *IDS,
+    *OF_CLIPS,
+}
 """Files that the run of the first page does not leave."""
 
 

@@ -61,6 +61,17 @@ def test_judges_count_which_are_there_while_they_evaluate(config, predict):
     assert any(own.class_path.endswith(".RewardTracking") for own in seen[0].trainer.callbacks)
 
 
+def test_a_judge_that_cannot_be_predicted_is_left_out(config, predict):
+    def of_training(settings, *_):
+        if any(own.class_path.endswith(".RewardTracking") for own in settings.trainer.callbacks):
+            raise NotImplementedError("a judge of one's own")
+        return 2_000_000, 0
+
+    predict(1_000_000, of_training)
+    with pytest.raises(ValueError, match="predicted peak"):
+        check(config)
+
+
 @pytest.mark.parametrize(
     ("memory", "said"), [(800_000, ValueError), (950_000, UserWarning), (1_050_000, UserWarning), (1_200_000, None)]
 )
