@@ -16,7 +16,7 @@ ORIGINALS := $(wildcard tests/parity/originals/*.txt)
 
 originals: venv $(ORIGINALS:tests/parity/originals/%.txt=.originals/%/installed) ## the reward models' own packages, for the tests that compare with them
 
-.originals/%/installed: tests/parity/originals/%.txt
+.originals/%/installed: tests/parity/originals/%.txt | .venv/installed
 	rm -rf .originals/$*
 	.venv/bin/pip install --quiet --no-deps --target .originals/$* --requirement $<
 	touch $@

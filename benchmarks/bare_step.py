@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from srpo_lightning import phases
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.config.arguments import new_module
 from srpo_lightning.config.classes import of_class
 from srpo_lightning.jobs.estimate.prediction import quiet, without_weights
-from srpo_lightning.jobs.estimate.step import AVERAGING, BACKWARD, STEP, micro_batch
+from srpo_lightning.jobs.estimate.step import micro_batch
 from srpo_lightning.module import SRPOModule
 
 
@@ -59,18 +60,17 @@ class BareStep:
         if self.ema:
             self.ema.on_fit_start(self.progress, module)
 
-    def __call__(self, meter: Any) -> None:
-        """Make one; `meter` learns the phases."""
-        loss = micro_batch(self.module, fresh(self.conditions, self.module.micro_step), self.trainer.precision, meter)
+    def __call__(self) -> None:
+        """Make one, its phases told to whoever follows them."""
+        loss = micro_batch(self.module, fresh(self.conditions, self.module.micro_step), self.trainer.precision)
         self.module.micro_step += 1
         if not self.accumulates:
             self.optimizer.zero_grad()
-        meter.phase = BACKWARD
+        phases.enter(phases.BACKWARD)
         loss.backward()
-        meter.phase = STEP
+        phases.enter(phases.STEP)
         if torch.nn.utils.clip_grad_norm_(self.parameters, self.trainer.gradient_clip_val or torch.inf).isfinite():
             self.optimizer.step()
-        meter.phase = AVERAGING
         self.progress.global_step += 1
         if self.ema:
             self.ema.on_train_batch_end(self.progress, self.module, None, self.conditions, 0)

@@ -15,9 +15,11 @@ from jsonargparse import Namespace, auto_cli
 from srpo_lightning.callbacks.ema import EMA
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.config.classes import of_class
-from srpo_lightning.jobs.estimate.job import POLICY, in_gib, local_files, use_devices
-from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.job import use_devices
+from srpo_lightning.jobs.estimate.options import POLICY
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
+from srpo_lightning.jobs.estimate.published import local_files
+from srpo_lightning.jobs.estimate.units import GIB, in_gib
 from srpo_lightning.policies.adapters import Lora
 from tests.jobs.measured import measured_peak
 

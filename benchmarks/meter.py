@@ -13,20 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks.bare_step import BareStep
 from srpo_lightning.config.arguments import new_module
-from srpo_lightning.jobs.estimate.job import POLICY
 from srpo_lightning.jobs.estimate.memory import MemoryTracker
+from srpo_lightning.jobs.estimate.options import POLICY
 from srpo_lightning.jobs.estimate.prediction import eager, fake_conditions, make_fake, quiet, without_weights
-from srpo_lightning.jobs.estimate.step import (
-    AVERAGING,
-    BACKWARD,
-    DECODE,
-    FORWARD,
-    REWARD,
-    ROLLOUT,
-    STEP,
-    micro_batch,
-    phases,
-)
+from srpo_lightning.jobs.estimate.step import micro_batch
+from srpo_lightning.phases import AVERAGING, BACKWARD, DECODE, FORWARD, REWARD, ROLLOUT, STEP, enter, followed_by
 from srpo_lightning.training.timing import now, seconds_between
 
 PHASES = (ROLLOUT, FORWARD, DECODE, REWARD, BACKWARD, STEP, AVERAGING)
@@ -85,9 +76,9 @@ def model_flops(config: Namespace) -> Mapping[str, float]:
         conditions = fake_conditions(config, module.policy, config.data.batch_size)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
             meter = Meter(counter.get_total_flops, lambda start, end: end - start)
-            with phases(module, meter):
-                loss = micro_batch(module, conditions, config.trainer.precision, meter)
-                meter.phase = BACKWARD
+            with followed_by(meter):
+                loss = micro_batch(module, conditions, config.trainer.precision)
+                enter(BACKWARD)
                 loss.backward()
             return meter.take()
 
@@ -117,8 +108,8 @@ def by_phase(
     rates = []
     for turn in range(-2, repeats):  # two warm up: the second batch size makes sizes symbols
         for name, way in ways.items():
-            with way(), phases(step.module, clock):
-                step(clock)
+            with way(), followed_by(clock):
+                step()
             seconds = clock.take()
             if turn >= 0:
                 times[name].append(seconds)

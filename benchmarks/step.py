@@ -25,10 +25,11 @@ from benchmarks.bare_step import BareStep, load, on_device
 from benchmarks.meter import PHASES, by_phase, matrix_rate, model_flops
 from benchmarks.through_lightning import lightning_share
 from srpo_lightning.config.arguments import read_config
-from srpo_lightning.jobs.estimate.job import POLICY, local_files
-from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.options import POLICY
 from srpo_lightning.jobs.estimate.prediction import fake_conditions
-from srpo_lightning.jobs.estimate.step import BACKWARD, FORWARD, ROLLOUT
+from srpo_lightning.jobs.estimate.published import local_files
+from srpo_lightning.jobs.estimate.units import GIB
+from srpo_lightning.phases import BACKWARD, FORWARD, ROLLOUT
 
 CONFIGS = {"small": "configs/emoji_srpo.yaml", "flux": "configs/flux_srpo_lora.yaml"}
 

@@ -3,9 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -84,11 +82,9 @@ def lightning_share(module: SRPOModule, config: Namespace, conditions: Condition
             enable_model_summary=False,
             callbacks=[*emas, TQDMProgressBar(refresh_rate=10)],
         )
-        nothing: Any = SimpleNamespace(phase="")
 
         def first_bare_step() -> None:
-            step = BareStep(module, config, conditions, trainer.optimizers[0])
-            turns.make_bare_step = partial(step, nothing)
+            turns.make_bare_step = BareStep(module, config, conditions, trainer.optimizers[0])
             turns.make_bare_step()
 
         turns.make_bare_step = first_bare_step

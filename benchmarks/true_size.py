@@ -2,8 +2,8 @@
 
 python -m benchmarks.true_size [--policy black-forest-labs/FLUX.1-dev] [--pixels 256]
 
-QLoRA by configs/flux_srpo_qlora.yaml on whatever the machine has, from stand-ins with random weights (FLUX.1: 26 GB of
-disk), or from folders of the models themselves. Each phase is a command as a user gives it, in a process of its own:
+QLoRA by configs/flux_srpo_qlora.yaml on a CPU, from stand-ins with random weights (FLUX.1: 26 GB of disk), or from the
+models' own folders. Each phase is a command as a user gives it, in a process of its own:
 features of two prompts; two steps; the second of them again from the checkpoint of the first, compared bit for bit; one
 picture; the adapter's file; and that file read by diffusers alone. Seconds hold each command's start.
 """
@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves_with_path  # torch has no public nam
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.files.markdown import markdown_table
 from srpo_lightning.jobs.estimate.host import INTERPRETER
-from srpo_lightning.jobs.estimate.memory import GIB
 from srpo_lightning.jobs.estimate.room import predicted_peaks
+from srpo_lightning.jobs.estimate.units import GIB
 from srpo_lightning.jobs.stand_in import stand_in
 from srpo_lightning.run_folder import RunFolder
 
@@ -69,23 +69,23 @@ class Phase(NamedTuple):
     Args:
         name: Name of the phase.
         seconds: Seconds from its start to its end.
-        own_peak_bytes: Most memory of its process's own at one look; see `Memory`.
-        peak_bytes: Most memory that its process had at one moment, pages of files included.
-        predicted_bytes: What `estimate` says to `own_peak_bytes`; None where it says nothing.
+        peak_bytes: Most memory that its process had at one moment.
+        predicted_bytes: What `estimate` says to that; None where it says nothing.
+        own_peak_bytes: Most of it at one look that is not of files, whose pages the system can take back.
     """
 
     name: str
     seconds: float
-    own_peak_bytes: int
     peak_bytes: int
-    predicted_bytes: int | None = None
+    predicted_bytes: int | None
+    own_peak_bytes: int
 
 
 class Memory(NamedTuple):
     """Of a process, in bytes, from /proc/PID/status (proc_pid_status(5)).
 
     Args:
-        own: What it has now without pages of files, which the system can take back: RssAnon + RssShmem.
+        own: What it has now without pages of files, from where weights are read that it keeps: RssAnon + RssShmem.
         peak: Most that it has had since it began its program, pages of files included: VmHWM.
     """
 
@@ -122,7 +122,7 @@ def measured(name: str, command: list[str], log: Path, predicted: int | None = N
             time.sleep(LOOK_S)
     if process.returncode:
         raise RuntimeError(f"{name} ended with {process.returncode}:\n{log.read_text(encoding='utf-8')[-4000:]}")
-    return Phase(name, time.perf_counter() - start, own, peak, predicted)
+    return Phase(name, time.perf_counter() - start, peak, predicted, own)
 
 
 class Size(NamedTuple):
@@ -168,11 +168,12 @@ def settings(policy: str, reward: str, output: Path, size: Size) -> dict[str, An
             "max_sequence_length": size.text_tokens,
             "text_dtype": size.dtype,
             "text_batch_size": 1,
-            "text_device": "cuda" if torch.cuda.is_available() else "cpu",
+            "text_device": "cpu",
         },
         "checkpoint": {"every_n_steps": 1, "monitor": None},
         "default_callbacks": False,
         "trainer": {
+            "accelerator": "cpu",
             "default_root_dir": str(output / "run"),
             "precision": "bf16-mixed" if size.dtype == "bfloat16" else "32-true",
             "max_steps": 2,
@@ -247,13 +248,13 @@ def report(done: list[Phase]) -> None:
         [
             phase.name,
             f"{phase.seconds:.0f}",
-            f"{phase.own_peak_bytes / GIB:.1f}",
-            "" if phase.predicted_bytes is None else f"{phase.predicted_bytes / GIB:.1f}",
             f"{phase.peak_bytes / GIB:.1f}",
+            "" if phase.predicted_bytes is None else f"{phase.predicted_bytes / GIB:.1f}",
+            f"{phase.own_peak_bytes / GIB:.1f}",
         ]
         for phase in done
     ]
-    header = ["phase", "seconds", "peak GiB", "predicted GiB", "peak with pages of files GiB"]
+    header = ["phase", "seconds", "peak GiB", "predicted GiB", "without pages of files GiB"]
     print(markdown_table(header, rows), flush=True)
 
 

@@ -34,8 +34,8 @@ shutil.rmtree(COPIES, ignore_errors=True)
 shutil.copytree(
     REPOSITORY / "notebooks", COPIES, ignore=lambda _, names: [n for n in names if not n.endswith(".ipynb")]
 )
-LISTED = re.compile(r"^@(commands|configuration|metrics)$", re.MULTILINE)
-CLASSES = re.compile(r"^@classes (\S+)$", re.MULTILINE)
+LISTED = re.compile(r"^@(commands|configuration|metrics)\b.*$", re.MULTILINE)
+CLASSES = re.compile(r"^@classes (\S+).*$", re.MULTILINE)
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
@@ -42,8 +42,14 @@ SYNONYMS = {"train": "fit", "eval": "validate", "evaluate": "validate", "sample"
 GONE = {"benchmark": "python -m experiments.objectives"}
 """What commands of older versions are now."""
 
-SEVERAL = "Configuration file that `fit` would get. Given again, it changes what the one before it says."
+SEVERAL = (
+    "Configuration file that `fit` would get. Given again, it changes what the one before it says, and so do settings "
+    "of `fit`, such as --model.policy.init_args.height 512."
+)
 """Help of `--config` of a command that reads a run's."""
+
+OF_RUNS = ("cache", "downloads", "estimate")
+"""Commands that take the configuration and the settings of `fit`."""
 
 PLAIN = {
     "runs": ("+", "RUN", "Folder of a run, which `fit` was given as trainer.default_root_dir."),
@@ -80,9 +86,37 @@ def main(args: list[str] | None = None) -> None:
             name = command.replace("-", "_")
             job = callee(JOBS[command], name)
             own = job.names | ALWAYS if job else None
+            settings: Set[str] | None = known_names("fit") if command in OF_RUNS else frozenset()
+            both = None if own is None or settings is None else own | settings
             # A job's own `config` is that of a run.
-            check_settings(words[1:], own, known_names("fit") if job and "config" in job.names else own)
+            check_settings(words[1:], both, known_names("fit") if job and "config" in job.names else own)
+            if own and settings:
+                words = with_settings(words, settings - own)
             run_job(getattr(import_module(JOBS[command]), name), f"srpo_lightning {command}", words[1:])
+
+
+def with_settings(words: Sequence[str], names: Set[str]) -> list[str]:
+    """A command line whose settings of a run, `--NAME VALUE`, are parts of its configuration: `--config=--NAME=VALUE`.
+
+    Args:
+        words: Command line.
+        names: Names of these settings; what is deeper in one of them counts too.
+
+    Raises:
+        ValueError: naming the setting, if the last one has no value.
+    """
+    made, rest = [], iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").removesuffix("+")
+        if word.startswith("--") and any(name == own or name.startswith(f"{own}.") for own in names):
+            found = value if equals else next(rest, None)
+            if found is None:
+                raise ValueError(f"{name}: its value is missing")
+            made.append(f"--config={option}={found}")
+        else:
+            made.append(word)
+    return made
 
 
 @contextmanager

@@ -6,6 +6,7 @@ drawn on the CPU, so that they are the same on every device.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,10 @@ BLOCK = 64
 """Number of prompts that the order of a large set keeps in one stretch."""
 
 MAX_PERIOD = 1000
-"""Largest number of turns in which choices by weight come out exactly."""
+"""Largest number of turns in which choices by weight come out exactly, unless one of them is rarer."""
+
+LONGEST_PERIOD = 100_000
+"""Number of turns in which the rarest choice comes once at least."""
 
 
 class Draws(NamedTuple):
@@ -166,13 +170,17 @@ class Shares:
 
 
 def _whole_numbers(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in the ratio of the weights, or those of `MAX_PERIOD` turns that come nearest."""
+    """The smallest whole numbers in the ratio of the weights, or those of about `MAX_PERIOD` turns that come nearest.
+
+    Where a choice is rarer than that, there are as many turns as it comes once in.
+    """
     total = sum(weights)
     for period in range(len(weights), MAX_PERIOD + 1):
         counts = [weight / total * period for weight in weights]
         if all(abs(count - round(count)) < 1e-6 * period and round(count) for count in counts):
             return [round(count) for count in counts]
-    return [max(1, round(weight / total * MAX_PERIOD)) for weight in weights]
+    period = min(max(MAX_PERIOD, math.ceil(total / min(weights))), LONGEST_PERIOD)
+    return [max(1, round(weight / total * period)) for weight in weights]
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -167,7 +167,7 @@ class SRPOModule(LightningModule):
         turn = self.micro_step % self.updates_per_rollout
         rollout = self.kept_rollout
         if rollout is None or turn == 0:
-            phases.enter("rollout")
+            phases.enter(phases.ROLLOUT)
             with self.policy.rolling_out():
                 rollout = self.objective.rollout(self.policy, batch, draws)
         rollout = rollout._replace(turn=(turn, self.updates_per_rollout))
@@ -175,7 +175,7 @@ class SRPOModule(LightningModule):
         self.times.end_rollout(self.device)
         self.micro_step += 1
         self.num_accumulated += 1
-        phases.enter("trained steps")
+        phases.enter(phases.FORWARD)
         outcome = self.objective.loss(self.policy, self.reward, batch, rollout, draws)
         self.log("train/loss", outcome.loss.detach(), prog_bar=True, batch_size=batch.batch_size)
         self.log_dict({f"train/{name}": v for name, v in outcome.scalars.items()}, batch_size=batch.batch_size)

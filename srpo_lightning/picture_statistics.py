@@ -59,7 +59,7 @@ def consistency(features: Float[Tensor, "F B E"]) -> Float[Tensor, " B"]:
 
 def flicker(clips: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, " B"]:
     """Mean absolute difference of a frame's brightness from its neighbours' mean; 0 where light moves evenly."""
-    light = torch.einsum("bcfhw,c->bf", clips, clips.new_tensor(LUMA)) / (clips.shape[-2] * clips.shape[-1])
+    light = torch.stack([brightness(frame) for frame in clips.unbind(2)], dim=1)
     return (light[:, 1:-1] - (light[:, :-2] + light[:, 2:]) / 2).abs().mean(1)
 
 
@@ -95,8 +95,9 @@ STATISTICS = PICTURE_STATISTICS | CLIP_STATISTICS
 
 
 def luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B H W"]:
-    """Brightness of every pixel."""
-    return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
+    """Brightness of every pixel, in float32 at least; no product of matrices, which autocast would round."""
+    weights = images.new_tensor(LUMA, dtype=torch.promote_types(images.dtype, torch.float32))
+    return (images * weights.view(3, 1, 1)).sum(1)
 
 
 SCORED_FRAMES = 4

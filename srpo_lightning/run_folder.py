@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -73,7 +74,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()  # as Lightning does with its own
 
     @classmethod
     def of(cls, trainer: Trainer) -> Self:
@@ -120,8 +121,8 @@ class RunFolder:
         return self.path / f"{service}_id"
 
     def configs(self) -> list[Path]:
-        """The settings of every start of the run."""
-        return sorted([*self.path.glob("config.yaml"), *self.path.glob("config-step-*.yaml")])
+        """The settings of every start of the run, the first one's first, then by the step that a start resumed from."""
+        return [*self.path.glob("config.yaml"), *sorted(self.path.glob("config-step-*.yaml"))]
 
     @property
     def recipe(self) -> Path:
@@ -162,6 +163,21 @@ class RunFolder:
         """The whole checkpoints, oldest first."""
         return sorted(self._checkpoints.glob("step-*.ckpt"))
 
+    def later_than(self, step: int) -> list[Path]:
+        """The checkpoints of later steps, and the settings of starts that resumed from such."""
+        named = [*self.checkpoints(), *self.configs()]
+        return [path for path in named if (found := re.search(r"step-(\d+)$", path.stem)) and int(found[1]) > step]
+
+    def set_aside(self, files: Iterable[Path]) -> Path:
+        """Move checkpoints and settings where nothing looks for them; returns that folder, a new one."""
+        number = 1
+        while (folder := self._checkpoints / f"set_aside_{number}").exists():
+            number += 1
+        folder.mkdir(parents=True)
+        for own in files:
+            own.rename(folder / own.name)
+        return folder
+
     def discard_checkpoints(self) -> None:
         """Delete all checkpoints, and keep what was recorded."""
         discard(self._checkpoints)
@@ -201,9 +217,10 @@ class RunFolder:
             raise ValueError(f"--ckpt_path best: no checkpoint in {self.path} was evaluated in checkpoint.monitor")
         if not ckpt_path:
             raise ValueError("--ckpt_path is empty: it is `last`, `best`, or the path of a checkpoint")
-        if not Path(ckpt_path).exists():
+        found_path = Path(ckpt_path).expanduser()
+        if not found_path.exists():
             raise ValueError(f"--ckpt_path {ckpt_path} does not exist: `last` takes the newest of {self.path}")
-        return Path(ckpt_path)
+        return found_path
 
     @property
     def metrics(self) -> Path:

@@ -57,3 +57,9 @@ def test_no_word_in_angle_brackets_is_taken_for_markup_and_lost(page):
 def test_no_line_is_taken_for_a_comment_and_lost(page):
     """One that begins with a percent sign, to MyST."""
     assert not re.findall(r"(?m)^ *%.*", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_place_is_left_to_be_filled_in(page):
+    """But those that the documentation's build fills in."""
+    assert not re.findall(r"(?m)^@(?!(?:commands|configuration|metrics|classes)\b).*", page.read_text())

@@ -133,5 +133,11 @@ def test_shares_come_out_exactly_over_each_period_in_another_order():
 
 
 def test_odd_shares_come_out_to_a_thousandth_and_none_is_never_chosen():
-    shares = Shares([2**0.5, 1e-9], 0, "test")
-    assert shares.counts == [1000, 1]
+    many, few = Shares([3**0.5, 1], 0, "test").counts
+    assert many / (many + few) == pytest.approx(3**0.5 / (1 + 3**0.5), abs=1e-3)
+    assert Shares([2**0.5, 1e-9], 0, "test").counts == [100_000, 1]
+
+
+def test_many_rare_choices_are_no_more_frequent_than_they_should_be():
+    counts = Shares([99_500, *[1] * 500], 0, "test").counts
+    assert sum(counts[1:]) / sum(counts) == pytest.approx(0.005, rel=0.01)

@@ -41,6 +41,24 @@ def test_a_demo_moves_an_earlier_run_aside_and_says_where_it_is(target, name, ch
     assert found == {f"{name}_1": "first", f"{name}_2": "again", name: "again"}
 
 
+def script(path: Path, *lines: str) -> Path:
+    """A program."""
+    path.write_text("\n".join(("#!/bin/sh", *lines)))
+    path.chmod(0o755)
+    return path
+
+
+def test_the_reward_models_packages_wait_for_the_environment_also_with_several_jobs(checkout):
+    """An environment that takes a moment to be there, and whose pip only makes the folder it is to fill."""
+    (checkout / ".venv" / "installed").unlink()
+    (checkout / "tests" / "parity" / "originals").mkdir(parents=True)
+    (checkout / "tests" / "parity" / "originals" / "one.txt").touch()
+    pip = script(checkout / "pip", 'while [ "$1" ]; do [ "$1" = --target ] && mkdir -p "$2"; shift; done; true')
+    python = script(checkout / "python", "sleep 0.5", f"mkdir .venv/bin && cp {pip} .venv/bin")
+    subprocess.run(["make", "--jobs", "4", "originals", f"PYTHON={python}"], cwd=checkout, check=True)
+    assert (checkout / ".originals" / "one" / "installed").is_file()
+
+
 @TARGETS
 def test_the_first_demo_moves_nothing(target, name, checkout):
     assert "earlier" not in made(target, name, checkout)

@@ -71,3 +71,13 @@ def test_pictures_are_listed_by_step_weights_and_index(tmp_path):
     assert [path.relative_to(tmp_path).as_posix() for path in wanted] == [
         folder.name(*of) for of in ((0, "policy", 1), (10, "ema", 0), (10, "policy", 0))
     ]
+
+
+def test_a_folder_and_a_checkpoint_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    """As Lightning reads its own default_root_dir."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = RunFolder("~/run")
+    assert run.path == tmp_path / "run"
+    run.checkpoint(3).parent.mkdir(parents=True)
+    run.checkpoint(3).touch()
+    assert run.find_checkpoint("~/run/checkpoints/step-00000003.ckpt", None, "max") == run.checkpoint(3)

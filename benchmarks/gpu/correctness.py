@@ -23,7 +23,7 @@ from benchmarks.gpu.one_step import NUMBERS, Step, differences, make_step
 from benchmarks.gpu.recipes import built_in_reward, settings_of
 from benchmarks.gpu.scale import Scale, compare_in_float32, free_cached
 from benchmarks.gpu.stand_ins import flux_stand_in
-from srpo_lightning.jobs.estimate.job import POLICY
+from srpo_lightning.jobs.estimate.options import POLICY
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.parallel import ATTENTION, check_attention
 

@@ -12,7 +12,7 @@ from benchmarks.gpu.passes import seconds_of, times_of_passes
 from benchmarks.gpu.recipes import new_conditions, new_module, settings_of
 from benchmarks.gpu.scale import Scale, free_cached, memory_of
 from benchmarks.optimizers import distance
-from srpo_lightning.jobs.estimate.job import POLICY
+from srpo_lightning.jobs.estimate.options import POLICY
 from srpo_lightning.training.nf4 import keep_in_4_bits
 
 LAYERS = ((3072, 3072), (3072, 12288), (12288, 3072))

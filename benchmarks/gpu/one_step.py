@@ -1,7 +1,6 @@
 """One training step, and how far two of them are from each other."""
 
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jsonargparse import Namespace
@@ -84,8 +83,7 @@ def gradients_of(module: SRPOModule) -> dict[str, Tensor]:
 
 def accumulate(module: SRPOModule, config: Namespace, conditions: Conditions) -> float:
     """Add the gradients of a micro-batch, and give its loss."""
-    nothing: Any = SimpleNamespace(phase="")
-    loss = micro_batch(module, conditions, config.trainer.precision, nothing)
+    loss = micro_batch(module, conditions, config.trainer.precision)
     loss.backward()
     return float(loss.detach())
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.run import FAILED, LATE, NOT_REACHED, PASSED
 from srpo_lightning.files.markdown import Markdown, code, markdown_table
-from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.units import GIB
 
 BYTES = ("peak", "states", "beside", "highest memory of the process", "files in 4 bits", "optimizer states", "weights")
 """Names of numbers that are in bytes."""

@@ -15,7 +15,7 @@ from benchmarks.gpu.isolated import CONTEXT, first_line
 from benchmarks.gpu.recipes import new_module, new_step, settings_of
 from benchmarks.gpu.scale import Peaks, Scale, memory_of
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
-from srpo_lightning.jobs.estimate.step import phases
+from srpo_lightning.phases import followed_by
 
 BETWEEN = 0.9, 1.1
 """Predicted over measured, of the highest phase: what passes."""
@@ -66,8 +66,8 @@ def measured(scale: Scale, case: str) -> dict[str, Any]:
                 for _ in range(2):
                     counter.peaks.clear()
                     start = time.perf_counter()
-                    with phases(module, counter):
-                        step(counter)
+                    with followed_by(counter):
+                        step()
                     counter.phase = ""
                     synchronize(module.device)
                     result.setdefault("seconds of steps", []).append(time.perf_counter() - start)

@@ -14,8 +14,9 @@ from benchmarks.gpu.scale import Scale
 from benchmarks.memory import changed
 from srpo_lightning.batch import Conditions
 from srpo_lightning.flow import inject
-from srpo_lightning.jobs.estimate.job import POLICY, local_files
+from srpo_lightning.jobs.estimate.options import POLICY
 from srpo_lightning.jobs.estimate.prediction import fake_conditions
+from srpo_lightning.jobs.estimate.published import local_files
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies.parallel import choose_attention
 from srpo_lightning.training.optimizers import is_eight_bit

@@ -13,7 +13,8 @@ from benchmarks.gpu.scale import Scale
 from benchmarks.memory import changed
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
-from srpo_lightning.jobs.estimate.job import POLICY, local_files
+from srpo_lightning.jobs.estimate.options import POLICY
+from srpo_lightning.jobs.estimate.published import local_files
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.base import Rollout
 from srpo_lightning.policies.guided import SparseGuidance

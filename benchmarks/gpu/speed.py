@@ -12,10 +12,9 @@ from jsonargparse import Namespace
 from benchmarks.bare_step import synchronize
 from benchmarks.gpu.recipes import new_module, new_step, settings_of
 from benchmarks.gpu.scale import Scale
-from benchmarks.meter import PHASES, Meter, by_phase, matrix_rate, model_flops
-from srpo_lightning.jobs.estimate.job import POLICY
-from srpo_lightning.jobs.estimate.step import ROLLOUT, phases
-from srpo_lightning.training.timing import now, seconds_between
+from benchmarks.meter import PHASES, by_phase, matrix_rate, model_flops
+from srpo_lightning.jobs.estimate.options import POLICY
+from srpo_lightning.phases import ROLLOUT
 
 
 def speed(scale: Scale, repeats: int = 3) -> Iterator[dict[str, Any]]:
@@ -41,8 +40,7 @@ def speed(scale: Scale, repeats: int = 3) -> Iterator[dict[str, Any]]:
         rate = median(rates)
         yield {"eager": (eager := rows_of(times, flops, rate)), "matrix rate": rate}
         start = time.perf_counter()
-        with phases(module, clock := Meter(partial(now, module.device), seconds_between)):
-            step(clock)
+        step()
         synchronize(module.device)
         first = time.perf_counter() - start
         compiled = rows_of(turns("default")[0], flops, rate)

@@ -3,6 +3,7 @@
 import signal
 import time
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -17,7 +18,6 @@ from srpo_lightning.files.checkpoints import remove
 from srpo_lightning.files.full_disk import FullDiskError
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.run_folder import RunFolder
-from srpo_lightning.training.agreement import lost_rank
 from srpo_lightning.training.context import data_rank
 
 
@@ -68,11 +68,16 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the first step of a resumed run for saved; its number is not restored before this hook."""
-        self._saved_step = self._last_step = trainer.global_step
+        own = RunFolder.of(trainer).checkpoint(trainer.global_step)
+        self._last_step = trainer.global_step
+        self._saved_step = trainer.global_step if is_file(trainer.ckpt_path, own) else -1
         self._saved_at_s = time.monotonic()
         self._signals = StopSignals()
         self._signals.install(trainer.world_size == 1, trainer.is_global_zero)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._set_later_aside(trainer)
         if self._is_evaluation_due and trainer.enable_validation:
+            self._between_steps = True
             evaluate(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -131,9 +136,14 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save between steps: after skipped steps, which left the last good weights, or in an evaluation."""
+        """Save between steps: after skipped steps, which left the last good weights, or in an evaluation.
+
+        Of several ranks all write together. So they do after skipped steps, which all have; what else ends one of them
+        leaves it alone, and waiting for the others would hide its error.
+        """
         is_between = self._between_steps and (trainer.training or self._is_evaluation_due)
-        if not is_between or lost_rank(exception) or isinstance(exception, FullDiskError):
+        is_of_all = trainer.world_size == 1 or isinstance(exception, FloatingPointError)
+        if not is_between or not is_of_all or isinstance(exception, FullDiskError):
             return
         try:
             self._save_last_step(trainer, pl_module)
@@ -164,9 +174,10 @@ class RunCheckpoint(Checkpoint):
             written, going_on = (f"{r} x {b} x {a} = {r * b * a}" for r, b, a in (before, now))
             rank_zero_warn(
                 f"samples per step, ranks x data.batch_size x accumulate_grad_batches, were {written} when the "
-                f"checkpoint was written, and are {going_on}: the run will not be the unbroken one, and in this pass "
-                f"some prompts come twice or not at all. To go on exactly keep ranks x batch_size at "
-                f"{before[0] * before[1]} and accumulate_grad_batches at {before[2]}"
+                f"checkpoint was written, and are {going_on}: the run will not be the unbroken one, though no prompt "
+                "comes twice in a pass or is left out; where accumulate_grad_batches is another, the first step may "
+                f"have fewer micro-batches. To go on exactly keep ranks x batch_size at {before[0] * before[1]} and "
+                f"accumulate_grad_batches at {before[2]}"
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -185,9 +196,11 @@ class RunCheckpoint(Checkpoint):
         raise SystemExit(128 + wish)
 
     def _save_last_step(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._position is None:
-            return
         assert isinstance(module, SRPOModule)
+        if self._position is None:  # no step of this process has ended
+            if not module.num_accumulated:
+                self._save(trainer)
+            return
         # What was accumulated since the last step is lost: let the run go on from before it.
         micro_step, data, loops = self._position
         module.rewind(micro_step)
@@ -220,6 +233,17 @@ class RunCheckpoint(Checkpoint):
         rank_zero_info(f"checkpoint: {path}")
         self._saved_at_s = time.monotonic()
 
+    def _set_later_aside(self, trainer: Trainer) -> None:
+        """Make room for the steps of a run that goes on from another than its newest checkpoint."""
+        run, step = RunFolder.of(trainer), trainer.global_step
+        later = run.later_than(step if self._saved_step == step else step - 1)
+        if later:
+            folder = run.set_aside(later)
+            rank_zero_info(
+                f"the run goes on from step {step}: what it wrote after that "
+                f"({', '.join(own.name for own in later)}) is in {folder} now, and may be deleted"
+            )
+
     def _prune(self, trainer: Trainer) -> None:
         run = RunFolder.of(trainer)
         if trainer.is_global_zero:
@@ -227,6 +251,11 @@ class RunCheckpoint(Checkpoint):
             for old in run.checkpoints()[: -self.keep]:
                 if old not in best:
                     remove(old)
+
+
+def is_file(ckpt_path: str | Path | None, own: Path) -> bool:
+    """Whether what a run goes on from is its own checkpoint."""
+    return ckpt_path is None or Path(ckpt_path).resolve() == own.resolve()
 
 
 def is_evaluation_due(trainer: Trainer) -> bool:

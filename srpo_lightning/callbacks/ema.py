@@ -10,6 +10,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from srpo_lightning import phases
 from srpo_lightning.evaluation.exchange import OffersWeights, Weights
 from srpo_lightning.module import SRPOModule
 
@@ -54,6 +55,8 @@ class EMA(Callback, OffersWeights):
             self.weights = {name: p.detach().clone() for name, p in pl_module.trainable_parameters()}
         self._place(pl_module)
 
+    on_train_start = on_fit_start  # ShardedStrategy reads a checkpoint in between
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the ema where it is to be, also where it comes from a checkpoint."""
         assert isinstance(pl_module, SRPOModule)
@@ -80,6 +83,7 @@ class EMA(Callback, OffersWeights):
         steps = trainer.global_step - self.num_updates
         if steps < self.every_n_steps:
             return  # among them the micro-batches that still accumulate
+        phases.enter(phases.AVERAGING)
         self.num_updates = trainer.global_step
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
         for name, parameter in pl_module.trainable_parameters():
@@ -102,6 +106,7 @@ class EMA(Callback, OffersWeights):
         """Take the ema back."""
         self.weights = checkpoint.get("ema", {})
 
+    @torch.inference_mode(False)  # which an evaluation may run in, and whose tensors no step could change
     def _place(self, module: SRPOModule) -> None:
         for name, parameter in module.trainable_parameters():
             device = parameter.device if self.device == "same" else torch.device("cpu")

@@ -1,14 +1,17 @@
 """A guard against over-optimisation: training that goes on to please its reward and nobody else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.evaluation.comparison import BASE, CONSISTENCY, HELD_OUT
@@ -44,6 +47,33 @@ class Limit(NamedTuple):
     def told(self, numbers: Mapping[str, float], base: Mapping[str, float]) -> str:
         """Both numbers, in words."""
         return f"{self.name} is {numbers[self.name]:.3g}, the base's is {base[self.name]:.3g}: {self.meaning}"
+
+
+def lower(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], factor: float) -> None:
+    """Multiply learning rates, and what schedulers make them of from now on."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+    for scheduler in schedulers:
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+
+def stays_lowered(new_optimizer: OptimizerCallable, new_scheduler: LRSchedulerCallable) -> bool:
+    """Whether a schedule stays below what it would be, once it is lowered: not if its class goes by more than that."""
+    rates = []
+    for factor in (1.0, 0.5):
+        optimizer = new_optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
+        scheduler = new_scheduler(optimizer)
+        optimizer.step()
+        if isinstance(scheduler, (OneCycleLR, CyclicLR)) or not hasattr(scheduler, "base_lrs"):
+            return False  # they go by highest rates too, or are several schedulers
+        lower([optimizer], [scheduler], factor)
+        own = []
+        for _ in range(3):
+            scheduler.step()
+            own.append(float(optimizer.param_groups[0]["lr"]))
+        rates.append(torch.tensor(own, dtype=torch.float64))
+    return bool((rates[1] <= 0.75 * rates[0]).all())
 
 
 class OverOptimizationGuard(Recorder, ReadsEvaluations):
@@ -101,6 +131,7 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
         )
         self.learning_rate_factor = learning_rate_factor
         self.best: Table | None = None
+        self.best_key = ""
         self.best_step = 0
         self.alarms = 0
         self.times_lowered = 0
@@ -134,12 +165,24 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
         if evaluation is None:
             return None
         base = found.get(BASE)
+        if self.best is not None and not self._is_measured_alike(evaluations.key, evaluation.table):
+            self.best, self.alarms = None, 0
+            rank_zero_info(
+                "guard: prompts, rewards or samples are others than those of the best evaluation so far, with which "
+                "nothing is compared any more"
+            )
+        self.best_key = evaluations.key
         reasons = self.reasons(evaluation, base.numbers if base else {}, evaluations.step)
         self.alarms = self.alarms + 1 if reasons else 0
         if not reasons:
             return None
         advice = {"step": evaluations.step, "weights": watched, "reasons": reasons, "best_step": self.best_step}
         return advice | {"action": self._act(trainer, "; ".join(reasons)) if self.alarms >= self.patience else "wait"}
+
+    def _is_measured_alike(self, key: str, table: Table) -> bool:
+        """Whether samples compare with the best ones so far, of which earlier versions kept no key."""
+        assert self.best is not None
+        return self.best_key == key or (not self.best_key and torch.equal(self.best.indices, table.indices))
 
     def reasons(self, evaluation: Evaluation, base: Mapping[str, float], step: int) -> list[str]:
         """What speaks against an evaluation; one that is the best so far is remembered."""
@@ -167,11 +210,8 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
         cure = f"the best held-out score was at step {self.best_step}: --ckpt_path best, with checkpoint.monitor"
         if self.action == "lower_learning_rate" and self.times_lowered < self.max_times_lowered:
             self.times_lowered, self.alarms = self.times_lowered + 1, 0
-            for optimizer in trainer.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] *= self.learning_rate_factor
-            for scheduler in trainer.lr_scheduler_configs:
-                scheduler.scheduler.base_lrs = [lr * self.learning_rate_factor for lr in scheduler.scheduler.base_lrs]
+            schedulers = [own.scheduler for own in trainer.lr_scheduler_configs]
+            lower(trainer.optimizers, schedulers, self.learning_rate_factor)
             rank_zero_info(f"guard: {reason}; learning rate times {self.learning_rate_factor} ({cure})")
             return self.action
         if self.action == "warn":
@@ -185,12 +225,13 @@ class OverOptimizationGuard(Recorder, ReadsEvaluations):
         """The best evaluation, with which a resumed run goes on comparing."""
         best = self.best and {"indices": self.best.indices, "groups": self.best.groups, "columns": self.best.columns}
         counts = {"best_step": self.best_step, "alarms": self.alarms, "times_lowered": self.times_lowered}
-        return {"best": best, **counts, "has_stopped": self.has_stopped}
+        return {"best": best, "best_key": self.best_key, **counts, "has_stopped": self.has_stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         best = state_dict["best"]
         self.best = best and Table(**best, features=torch.empty(len(best["indices"]), 0))
+        self.best_key = state_dict.get("best_key", "")
         self.best_step, self.alarms = state_dict["best_step"], state_dict["alarms"]
         self.times_lowered = state_dict["times_lowered"]
         self.has_stopped = state_dict.get("has_stopped", False)

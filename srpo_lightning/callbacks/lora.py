@@ -24,8 +24,8 @@ class LoraExport(Checkpoint):  # Lightning calls these last: the ema has followe
     """Writes the policy's adapter into `<run folder>/lora/step-*/`, and its ema into `ema/` therein, at the end.
 
     Either folder goes to the pipeline's `load_lora_weights` in diffusers, and without DoRA the file in it to ComfyUI
-    too. With DoRA, ComfyUI takes what `export --format lora-comfy` writes. The folders are there complete or not at
-    all.
+    too. With DoRA, and of Wan, ComfyUI takes what `export --format lora-comfy` writes. The folders are there complete
+    or not at all.
 
     Args:
         every_n_steps: Optimizer steps between adapters; null: one at the end only.

@@ -100,13 +100,11 @@ class Predictions(Callback, HasPictures):
 
     def record(self, module: SRPOModule, weights: str, batch: Conditions, row: int) -> Record:
         """What the picture of a row of a batch is of, and all that it depends on."""
-        frames = {"num_frames": module.policy.num_frames} if module.policy.num_frames > 1 else {}
         has_own_seed = batch.seeds is not None and batch.seeds[row] is not None
         return record_of(module, weights, batch, row) | {
             "size": list(batch.size) if batch.size else None,
             "noise": "seed" if has_own_seed else "seed and index",
             "drawn_by": self.drawn_by,
-            **frames,
         }
 
     def is_kept(self, record: Record) -> bool:

@@ -58,11 +58,11 @@ class Progress(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The phase after the loss."""
-        phases.enter("backward")
+        phases.enter(phases.BACKWARD)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The phase after all gradients."""
-        phases.enter("optimizer step")
+        phases.enter(phases.STEP)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -99,7 +99,7 @@ class Progress(Callback):
     ) -> None:
         """The phase of an evaluation."""
         self._step_start_s = time.monotonic()
-        phases.enter("drawing")
+        phases.enter(phases.DRAWING)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep its time."""

@@ -77,7 +77,7 @@ class Report(Callback, ReadsEvaluations):
         """Write and print what `validate` and `test` have found of base, policy and ema."""
         if trainer.state.fn == TrainerFn.FITTING:
             return
-        step, found = evaluations
+        step, found = evaluations.step, evaluations.by_weights
         tables = {weights: found[weights].table for weights in in_order(found)}
         path = RunFolder.recording(trainer).comparison(step)
         tags = trainer.datamodule.eval_tags  # type: ignore[attr-defined]

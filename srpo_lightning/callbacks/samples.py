@@ -17,6 +17,7 @@ from srpo_lightning.callbacks.records import Recorder
 from srpo_lightning.evaluation.comparison import BASE
 from srpo_lightning.evaluation.exchange import Evaluations, ReadsEvaluations
 from srpo_lightning.evaluation.pictures import (
+    STRIP_FRAMES,
     as_clip,
     as_picture,
     contact_sheet,
@@ -31,7 +32,8 @@ from srpo_lightning.module import SRPOModule
 from srpo_lightning.run_folder import PictureFolder, RunFolder, beside
 from srpo_lightning.training.context import data_rank
 
-THUMBNAIL_PX = 256
+THUMBNAIL_PX = 256  # of a picture in a sheet at most
+FRAME_PX = 128  # of each frame of a strip
 LEGIBLE_PX = 128  # a picture's width in a sheet at least, so that there is room for words
 
 Key = TypeVar("Key")
@@ -150,7 +152,7 @@ class SampleLogger(Recorder, ReadsEvaluations):
             for (_, index), sample in samples.items():
                 path = RunFolder.of(trainer).samples.picture(0, "policy", index)
                 if index in shown and (picture := picture_if_whole(path, sample.record)):
-                    self._base[index] = picture
+                    self._base[index] = thumbnail(picture, sample.record)
         for weights in dict.fromkeys([BASE, *(weights for weights, _ in samples)]):
             own = self._base if weights == BASE else {}
             own = own | {index: sample.picture for (kind, index), sample in samples.items() if kind == weights}
@@ -167,6 +169,7 @@ class SampleLogger(Recorder, ReadsEvaluations):
 def record_of(module: SRPOModule, weights: str, batch: Conditions, row: int) -> Record:
     """What the picture of a row of a batch is of."""
     step, index = module.trained_steps, int(batch.indices[row])
+    frames = {"num_frames": module.policy.num_frames} if module.policy.num_frames > 1 else {}
     own_seed = batch.seeds[row] if batch.seeds else None
     return {
         "step": step,
@@ -177,6 +180,7 @@ def record_of(module: SRPOModule, weights: str, batch: Conditions, row: int) -> 
         "guidance": module.sample_guidance,
         "num_steps": module.num_sample_steps,
         "file": PictureFolder.name(step, weights, index),
+        **frames,
     }
 
 
@@ -191,9 +195,15 @@ def scores_of(evaluations: Evaluations | None, weights: str, index: int) -> dict
 
 def small(sample: Sample) -> Sample:
     """The sample with a picture small enough for a sheet."""
-    picture = sample.picture.copy()
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    return sample._replace(picture=picture, clip=b"")
+    return sample._replace(picture=thumbnail(sample.picture, sample.record), clip=b"")
+
+
+def thumbnail(picture: Image.Image, record: Record) -> Image.Image:
+    """A picture, or the strip of a clip, small enough for a sheet."""
+    made = picture.copy()
+    frames = min(int(record.get("num_frames", 1)), STRIP_FRAMES)
+    made.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX) if frames == 1 else (frames * FRAME_PX, FRAME_PX))
+    return made
 
 
 def gathered(own: dict[Key, Value]) -> dict[Key, Value]:

@@ -1,10 +1,9 @@
 """Scores of evaluation samples, under the training reward and under a judge that is never trained against."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -16,18 +15,9 @@ from torch import Tensor
 
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks.base import as_base, keep_base, keep_prompts, read_base
+from srpo_lightning.callbacks.measures import SCORES, VERSION, Measures
 from srpo_lightning.callbacks.records import Recorder
-from srpo_lightning.data.prompts import read_prompts
-from srpo_lightning.evaluation.comparison import (
-    BASE,
-    CONSISTENCY,
-    HELD_OUT,
-    LABEL,
-    NOT_WON,
-    save_table,
-    summary,
-    warn_of_unknown,
-)
+from srpo_lightning.evaluation.comparison import BASE, save_table, summary, warn_of_unknown
 from srpo_lightning.evaluation.exchange import (
     Evaluation,
     Evaluations,
@@ -36,30 +26,15 @@ from srpo_lightning.evaluation.exchange import (
     Weights,
     callbacks_that,
 )
-from srpo_lightning.evaluation.metrics import FEW_GROUPS, SampleTable, Table, is_in_top, most_like
+from srpo_lightning.evaluation.metrics import FEW_GROUPS, SampleTable, Table
 from srpo_lightning.files.fingerprint import fingerprint
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.objectives.reward_forms import RewardForm
-from srpo_lightning.picture_statistics import (
-    CLIP_STATISTICS,
-    PICTURE_STATISTICS,
-    SCORED_FRAMES,
-    STATISTICS,
-    consistency,
-    evenly,
-    over_frames,
-)
-from srpo_lightning.rewards.base import Reward, evaluated_by
-from srpo_lightning.rewards.clip import ClipReward
+from srpo_lightning.rewards.base import Reward
 from srpo_lightning.run_folder import RunFolder
 
-OF_JUDGE = ("judge", "prompt")
-SCORES = ("reward", *OF_JUDGE)
-OWN_COLUMNS = (*SCORES, *PICTURE_STATISTICS, LABEL, HELD_OUT)
-OF_ALL_SAMPLES = ("diversity", "share", "drift", "win", "prompt_diversity")
 
-
-class RewardTracking(Recorder, OffersWeights):
+class RewardTracking(Measures, Recorder, OffersWeights):
     """Scores every evaluation sample, of base, policy and ema.
 
     Logged under `val/<weights>/` and appended to `<run folder>/metrics.jsonl`. `validate` and `test` write into the
@@ -96,98 +71,23 @@ class RewardTracking(Recorder, OffersWeights):
         held_out: dict[str, float] | None = None,
         form: RewardForm | None = None,
     ) -> None:
-        if judge is not None:
-            judge.check_contrast()
-        self.judge = judge
-        self.form = form
-        self.scorers = metrics or {}
-        self.labels = list(labels)
-        self.candidates = [prompt for path in candidates for prompt in read_prompts(path).prompts]
-        self.top_k = top_k
-        self.top = f"top{top_k}"
-        default = {} if judge is None else dict.fromkeys(OF_JUDGE, 1.0)
-        self.held_out = default if held_out is None else held_out
-        self._check(is_own=held_out is not None)
+        super().__init__(judge, labels, candidates, top_k, metrics, held_out, form)
         self.base: Table | None = None
         self.evaluations: Evaluations | None = None
         self.tables: dict[str, SampleTable] = {}
-        self.has_clips = False
-        self.frame_encoder: ClipReward | None = None
         self._needs_base = False
         self._start_s = 0.0
-
-    def _check(self, is_own: bool) -> None:
-        """Refuse what cannot be measured, or says nothing.
-
-        Args:
-            is_own: Whether `held_out` was given.
-        """
-        if self.judge is None and (self.labels or self.candidates):
-            raise ValueError("labels and candidates are compared by the judge, and there is none: give one, or neither")
-        taken = self.scorers.keys() & {*OWN_COLUMNS, *CLIP_STATISTICS, CONSISTENCY, self.top, *OF_ALL_SAMPLES}
-        if taken:
-            meant = "".join(f" ({STATISTICS[name].meaning})" for name in taken & STATISTICS.keys())
-            raise ValueError(f"metrics has {', '.join(taken)}, which is logged already{meant}: choose another name")
-        if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"labels is {self.labels}: give two or more, all different, or none")
-        if self.candidates and self.top_k >= len(self.candidates):
-            of = f"{self.top_k} of {len(self.candidates)} candidates"
-            raise ValueError(f"top_k is {of}: every picture would be right; set it below")
-        if self.held_out and not any(self.held_out.values()):
-            raise ValueError("held_out has weights of 0 alone: give at least one score another, for instance judge: 1")
-        of_judge = () if self.judge is None else (*OF_JUDGE, self.top)
-        unknown = self.held_out.keys() - {*of_judge, *self.scorers}
-        if unknown or (is_own and not self.held_out):
-            known = f"{', '.join(of_judge)} and the names" if of_judge else "the names (there is no judge)"
-            raise ValueError(
-                f"held_out has {', '.join(sorted(unknown)) or 'nothing'}: choose among {known} in metrics "
-                f"({', '.join(self.scorers) or 'there are none'})"
-            )
 
     @staticmethod
     def file(run: RunFolder) -> Path:
         """The numbers of every evaluation."""
         return run.metrics
 
-    @property
-    def models(self) -> list[Reward]:
-        """The judge and the other metrics."""
-        return [*([] if self.judge is None else [self.judge]), *self.scorers.values()]
-
-    @property
-    def columns(self) -> list[str]:
-        """The numbers that every sample gets."""
-        missing = set() if self.labels else {LABEL}
-        missing |= set() if self.held_out else {HELD_OUT}
-        missing |= set(OF_JUDGE) if self.judge is None else set()
-        own = [name for name in OWN_COLUMNS if name not in missing]
-        of_clips = [*CLIP_STATISTICS, *([CONSISTENCY] if self.frame_encoder else [])] if self.has_clips else []
-        return [*own, *of_clips, *([] if self.judge is None else [self.top]), *self.scorers]
-
-    @property
-    def has_features(self) -> bool:
-        """Whether the judge has features of images, by which diversity and drift are measured."""
-        return isinstance(self.judge, ClipReward)
-
-    def numbers(self, samples_per_prompt: int) -> list[str]:
-        """The names of what is written of each kind of weights, once it is compared with the base."""
-        scores = [name for name in self.columns if name != LABEL]
-        features = ["diversity", "drift"] if self.has_features else []
-        features += ["prompt_diversity"] if features and samples_per_prompt > 1 else []
-        wins = [f"win/{name}" for name in scores if name not in NOT_WON]
-        return [*scores, *(f"share/{label}" for label in self.labels), *features, *wins]
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the weights of the judge and of the other metrics."""
         assert isinstance(pl_module, SRPOModule)
-        num_frames = pl_module.policy.num_frames
-        for model in self.models:
-            model.check_frames(num_frames)
-        self.has_clips = num_frames > 1
-        self.frame_encoder = encoder_of_pictures([*self.models, pl_module.reward]) if self.has_clips else None
-        for model in self.models:
-            model.load()
-            model.requires_grad_(False)
+        self.base = None  # it may be of other prompts and settings
+        self.load(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look whether the base must be measured too."""
@@ -204,7 +104,7 @@ class RewardTracking(Recorder, OffersWeights):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting anew."""
-        self._move_models(pl_module.device)
+        self.move_models(pl_module.device)
         self.tables = {}
 
     def on_validation_batch_end(  # type: ignore[override]  # the outputs of SRPOModule.validation_step
@@ -238,6 +138,9 @@ class RewardTracking(Recorder, OffersWeights):
             self._learn_base(trainer, pl_module, measured_base)
         if self.base is not None:
             tables |= {BASE: self.base}
+            if trainer.is_global_zero and trainer.state.fn != TrainerFn.FITTING:  # `validation` is read alone
+                path = RunFolder.recording(trainer).base_table
+                save_table(path, self.base, self.key(trainer, pl_module))
         by_weights = {
             weights: Evaluation(table, summary(table, None if weights == BASE or not step else self.base, self.labels))
             for weights, table in tables.items()
@@ -245,67 +148,19 @@ class RewardTracking(Recorder, OffersWeights):
         for weights in (name for name in self.tables if name != BASE):
             warn_of_unknown(weights, tables[weights], step)
             self._record(trainer, pl_module, weights, *by_weights[weights])
-        self.evaluations = Evaluations(step, by_weights)
+        self.evaluations = Evaluations(step, by_weights, self.key(trainer, pl_module))
         for reader in callbacks_that(trainer, ReadsEvaluations):
             reader.on_evaluation(trainer, pl_module, self.evaluations)
         seconds = time.perf_counter() - self._start_s
         for logger in trainer.loggers:
             logger.log_metrics({"val/seconds": seconds}, step)
         # A moment of copying at each evaluation, for gigabytes of a device that training may need to the last.
-        self._move_models(torch.device("cpu"))
+        self.move_models(torch.device("cpu"))
 
     on_test_start = on_validation_start
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # as above
     on_test_epoch_end = on_validation_epoch_end
-
-    def features(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The judge's features [B, E], of a clip their mean over scored frames; and what those of all frames say."""
-        judge, encoder = self.judge, self.frame_encoder
-        each = None if encoder is None else torch.stack([encoder.image_features(own) for own in images.unbind(2)])
-        of_clips = {} if each is None else {CONSISTENCY: consistency(each)}
-        if not isinstance(judge, ClipReward):
-            return images.new_empty(len(images), 0), of_clips
-        if each is None or judge is not encoder:
-            return judge.image_features(images), of_clips
-        return each[evenly(SCORED_FRAMES, len(each))].mean(0), of_clips
-
-    def scores(self, module: SRPOModule, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The numbers of each image, [B], by column; of a clip means over its frames, unless a model reads clips."""
-        form = self.form or module.objective
-        whole = range(module.policy.num_frames)
-        measures: dict[str, tuple[Reward, Callable[[Tensor], Tensor]]] = {
-            "reward": (module.reward, lambda shown: form.score(module.reward, shown, prompts)),
-            **{name: (scorer, scorer.under(prompts)) for name, scorer in self.scorers.items()},
-        }
-        scores: dict[str, Any] = {
-            name: evaluated_by(model, images, module.policy.shown_frames if name == "reward" else whole, measure)
-            for name, (model, measure) in measures.items()
-        }
-        scores |= {name: over_frames(images, own.measure) for name, own in PICTURE_STATISTICS.items()}
-        if self.judge is not None:
-            by_judge = partial(evaluated_by, self.judge, images, whole)
-            scores |= self._judged(self.judge, by_judge, form, prompts)
-        if self.has_clips:
-            scores |= {name: own.measure(images) for name, own in CLIP_STATISTICS.items()}
-        if self.held_out:
-            scores[HELD_OUT] = sum(weight * scores[name] for name, weight in self.held_out.items())
-        return scores
-
-    def _judged(
-        self, judge: Reward, by_judge: Callable[[Callable[[Tensor], Tensor]], Tensor], form: Any, prompts: Sequence[str]
-    ) -> dict[str, Tensor]:
-        candidates = list(dict.fromkeys([*self.candidates, *prompts]))
-        compared = by_judge(lambda shown: judge.compare(shown, candidates))
-        truth = torch.tensor([candidates.index(prompt) for prompt in prompts], device=compared.device)
-        scores = {
-            "judge": by_judge(lambda shown: form.score(judge, shown, prompts)),
-            "prompt": by_judge(judge.under(prompts)),
-            self.top: is_in_top(compared, truth, self.top_k),
-        }
-        if self.labels:
-            scores[LABEL] = most_like(by_judge(lambda shown: judge.compare(shown, self.labels)))
-        return scores
 
     def key(self, trainer: Trainer, module: SRPOModule) -> str:
         """What the numbers of the base depend on, as a hash."""
@@ -318,6 +173,7 @@ class RewardTracking(Recorder, OffersWeights):
             "samples": [data.eval_samples_per_prompt, data.sizes, data.cache.description["fingerprint"]],
             "scored by": [module.reward, self.judge, self.scorers],
             "form": self.form or vars(module.objective).get("form", module.objective),
+            "version": VERSION,
             "columns": [self.columns, self.labels, self.candidates, self.held_out],
         }
         return fingerprint(what)
@@ -350,13 +206,3 @@ class RewardTracking(Recorder, OffersWeights):
             run.append_metrics({"step": step, "weights": weights, **own, **numbers})
             save_table(run.table(step, weights), table, "")
             keep_prompts(trainer)
-
-    def _move_models(self, device: torch.device) -> None:
-        for model in self.models:
-            model.to(device)
-
-
-def encoder_of_pictures(models: Iterable[Reward]) -> ClipReward | None:
-    """The first model, or term of a sum, that has features of single pictures; None: there is none."""
-    found = (own for model in models for own in model.modules() if isinstance(own, ClipReward) and not own.reads_clips)
-    return next(found, None)

@@ -226,21 +226,21 @@ def config_parser() -> Parser:
     return parser
 
 
-def read_config(*paths: str) -> Namespace:
+def read_config(*parts: str) -> Namespace:
     """What `fit --config` would read; a run's own config.yaml, which `fit` has written, as well.
 
     Args:
-        paths: Configuration files; each changes what those before it say.
+        parts: Configuration files, and settings as `--NAME=VALUE`; each changes what those before it say.
 
     Raises:
         ValueError: if a file is missing, or `fit` would not take it.
     """
     parser = config_parser()
     try:
-        values = parser.parse_args([word for path in paths for word in ("--config", path)])
+        values = parser.parse_args([part if part.startswith("--") else f"--config={part}" for part in parts])
     except (jsonargparse.ArgumentError, TypeError) as error:
         told = explain(str(error), parser.settings)
-        raise ValueError(told if any(path in told for path in paths) else f"{', '.join(paths)}: {told}") from error
+        raise ValueError(told if any(part in told for part in parts) else f"{', '.join(parts)}: {told}") from error
     del values["config"]
     return values
 

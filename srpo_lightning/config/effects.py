@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from srpo_lightning.callbacks.checkpoint import RunCheckpoint
 from srpo_lightning.callbacks.ema import EMA
-from srpo_lightning.callbacks.guard import OverOptimizationGuard
+from srpo_lightning.callbacks.guard import OverOptimizationGuard, stays_lowered
 from srpo_lightning.callbacks.report import Report
 from srpo_lightning.callbacks.samples import SampleLogger
 from srpo_lightning.callbacks.tracking import RewardTracking
@@ -57,6 +57,7 @@ def check_effects(command: str, trainer: Trainer, module: SRPOModule, data: Prom
             _check_monitor(checkpoint, evaluations)
         for guard in _all(callbacks, OverOptimizationGuard):
             _check_guard(guard, evaluations)
+            _check_lowering(guard, module)
         _check_other_monitors(callbacks, evaluations.numbers)
         if _all(callbacks, Report):
             _check_report(evaluations, has_pictures=bool(_all(callbacks, SampleLogger)))
@@ -194,6 +195,17 @@ def _check_guard(guard: OverOptimizationGuard, evaluations: Evaluations) -> None
             f"OverOptimizationGuard.max_drift is {guard.max_drift}, but the drift is measured by the judge's image "
             f"features, and {type(tracking.judge).__name__} has none: take a ClipReward as judge, or leave it out"
         )
+
+
+def _check_lowering(guard: OverOptimizationGuard, module: SRPOModule) -> None:
+    scheduler = module.lr_scheduler
+    if guard.action != "lower_learning_rate" or scheduler is None or stays_lowered(module.optimizer, scheduler):
+        return
+    raise ValueError(
+        "OverOptimizationGuard.action is lower_learning_rate, which model.lr_scheduler would undo at its next step: "
+        "take one that goes by its base rates alone, for instance torch.optim.lr_scheduler.CosineAnnealingLR, or "
+        "action stop"
+    )
 
 
 def _check_report(evaluations: Evaluations, has_pictures: bool) -> None:

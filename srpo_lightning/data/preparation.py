@@ -1,5 +1,6 @@
 """What happens before the first step: features are computed or found, and what was left out is reported."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -73,12 +74,18 @@ class Preparation(NamedTuple):
         return len(missing)
 
     def _refuse_many(self, missing: int, total: int, what: str, others: Sequence[str]) -> None:
-        if missing > self.max_to_encode or self.cache.remote:
-            there = f"; there are {'; '.join(others)}" if others else ""
+        there = f"; there are {'; '.join(others)}" if others else ""
+        found = f"{missing} of {total} {what} are not in {self.cache.remote or self.cache.folder}"
+        if self.cache.remote:
+            url = str(self.cache.remote).rpartition("/")[0]
             raise ValueError(
-                f"{missing} of {total} {what} are not in {self.cache.remote or self.cache.folder}, more than "
-                f"data.max_prompts_to_encode ({self.max_to_encode}){there}. Encode them first, on all devices:\n"
-                f"    {cache_command()}"
+                f"{found}, from where features are only read{there}. Encode them into a folder here, and upload what "
+                f"is in it to {url}:\n    {cache_command()} --data.cache_dir FOLDER"
+            )
+        if missing > self.max_to_encode:
+            raise ValueError(
+                f"{found}, more than data.max_prompts_to_encode ({self.max_to_encode}){there}. Encode them first, on "
+                f"all devices:\n    {cache_command()}"
             )
 
     def _report(self, texts: Sequence[str], computed: int, num_pictures: int) -> None:
@@ -129,7 +136,10 @@ def lengths(texts: Sequence[str], cache: FeatureCache) -> list[str]:
 
 
 def cache_command() -> str:
-    """What encodes everything, with the configuration files that this process got."""
-    pairs = zip(sys.argv, sys.argv[1:], strict=False)
-    configs = [value for flag, value in pairs if flag in ("--config", "-c")]
-    return f"python -m srpo_lightning cache --config {configs[-1] if configs else 'CONFIG'}"
+    """What encodes everything, with the configuration files and what this process was told of model and data."""
+    options = []
+    for word, following in zip(sys.argv, [*sys.argv[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-c") or name.startswith(("--model", "--data")):
+            options.append(f"{name} {shlex.quote(value if equals else following)}")
+    return f"python -m srpo_lightning cache {' '.join(options or ['--config CONFIG'])}"

@@ -41,10 +41,12 @@ class Evaluations(NamedTuple):
     Args:
         step: Number of optimizer steps before it.
         by_weights: Evaluation of each kind of weights: base, policy and ema, where they are there.
+        key: Hash of all that its numbers depend on but the weights; numbers under different ones do not compare.
     """
 
     step: int
     by_weights: dict[str, Evaluation]
+    key: str = ""
 
 
 class OffersWeights:

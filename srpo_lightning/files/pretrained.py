@@ -145,6 +145,23 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     model.load_state_dict(state, assign=True)
 
 
+def read_by(cls: Any, pretrained: str, subfolder: str = "", **settings: Any) -> Any:
+    """What a class of diffusers or transformers reads from a model: a tokenizer, a configuration, weights.
+
+    Args:
+        cls: Class with `from_pretrained`.
+        pretrained: Folder, which may begin with `~`, or hub id.
+        subfolder: Folder within `pretrained`.
+        settings: Further arguments for `from_pretrained`.
+
+    Raises:
+        ValueError: naming the cure, if files are missing or damaged.
+    """
+    folder = Path(pretrained).expanduser()
+    with unreadable_is_refused(pretrained):
+        return cls.from_pretrained(str(folder) if folder.is_dir() else pretrained, subfolder=subfolder, **settings)
+
+
 def load_whole(
     cls: type[Model], pretrained: str, subfolder: str = "", unread: Sequence[str] = (), **settings: Any
 ) -> Model:
@@ -164,15 +181,15 @@ def load_whole(
     """
     stem = "diffusion_pytorch_model" if cls.__module__.startswith("diffusers.") else "model"
     safetensors_files(pretrained, subfolder, stem)  # they are there, and have the sums that they were published with
-    with unreadable_is_refused(pretrained):
-        model, info = cls.from_pretrained(  # type: ignore[attr-defined]  # the libraries have no type for it
-            pretrained,
-            subfolder=subfolder,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be told of them all, below
-            **settings,
-        )
+    model, info = read_by(
+        cls,
+        pretrained,
+        subfolder,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # to be told of them all, below
+        **settings,
+    )
     unexpected = [name for name in info["unexpected_keys"] if not name.startswith(tuple(unread))]
     reshaped = [name for name, *_ in info["mismatched_keys"]]
     _refuse(Path(pretrained) / subfolder, _differences(info["missing_keys"], unexpected, reshaped))

@@ -59,7 +59,7 @@ def cache(
     """Encode all prompts and pictures of a configuration that are not encoded yet; after a kill it goes on.
 
     Args:
-        config: Configuration files that `fit` will get; each changes what those before it say.
+        config: Configuration files and settings that `fit` will get; each changes what those before it say.
         num_processes: Number of processes that encode; null means one for each GPU, or one without any.
         device: Device that encodes: auto, cuda or cpu; auto takes a GPU if there is one.
         prune: Whether to delete files that hold no prompt or picture of this configuration.

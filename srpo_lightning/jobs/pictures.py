@@ -15,6 +15,7 @@ from srpo_lightning.data.colours import as_seen, size_as_seen
 from srpo_lightning.data.files import rows
 from srpo_lightning.data.picture_files import LIMITS, OPENED, PICTURES, Limits, is_hidden
 from srpo_lightning.data.prompts import read_prompts
+from srpo_lightning.evaluation.pictures import record_if_whole
 
 
 class Picture(NamedTuple):
@@ -37,12 +38,19 @@ def read_pictures(folder: str, prompts: str, limits: Limits = LIMITS) -> list[Pi
     """The pictures of a folder, in the order of their names, with their prompts.
 
     Raises:
-        ValueError: naming the cure, if there are fewer than two, one cannot be shown, or prompts do not fit.
+        ValueError: naming the cure, if there are fewer than two, one cannot be shown or is of a clip, or prompts do not
+            fit.
     """
     files = Path(folder).expanduser().glob("*")
     paths = sorted(path for path in files if path.suffix.lower() in PICTURES and not is_hidden(path.name))
     if len(paths) < 2:
         raise ValueError(f"{folder} holds {len(paths)} pictures ({', '.join(OPENED)}): two is the least, better 100")
+    for path in paths:
+        if "num_frames" in (record_if_whole(path) or {}):
+            raise ValueError(
+                f"{path} is a strip of a clip's frames, and rewards are measured on pictures here: give a folder of "
+                "pictures, such as the samples of a run with num_frames 1"
+            )
     by_file = _by_file(Path(prompts).expanduser())
     if by_file is not None:
         missing = [str(path) for path in paths if path.resolve() not in by_file]

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,9 @@ class Outcome(NamedTuple):
 
 class Objective(Recorded, ABC):
     """A training algorithm: a rollout without gradient, then a loss with one."""
+
+    paper: ClassVar[str | None] = None
+    """Number in the arXiv of the paper that it is from."""
 
     @abstractmethod
     def rollout(self, policy: Policy, conditions: Conditions, draws: Draws) -> Rollout:
@@ -109,9 +112,10 @@ class FormObjective(Objective):
 
         A reward of pictures is asked of each frame, and their mean counts; one that reads clips gets them together.
         """
-        phases.enter("decoding")
+        phases.enter(phases.DECODE)
         pictures = policy.rewarded_pictures(latents, conditions.size, draws)
-        phases.enter("reward")
+        phases.enter_backward(phases.DECODE, pictures)
+        phases.enter(phases.REWARD)
         if reward.reads_clips:
             return self.form(reward, torch.stack(pictures, dim=2), conditions, draws, weight, signs)
         scored = [self.form(reward, own, conditions, draws, weight, signs) for own in pictures]

@@ -12,7 +12,7 @@ Step numbers in comments are those of the algorithm box in README.md. Departures
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -78,6 +78,8 @@ class DirectAlign(FormObjective):
     Raises:
         ValueError: if the window holds no noise level to train, or the grid no position to draw.
     """
+
+    paper: ClassVar[str | None] = "2509.06942"
 
     shift: PositiveFloat | None = 3.0
     shared_noise: bool = True

@@ -7,6 +7,7 @@ gradient at the network's input, `v(sg(x_i))`.
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
@@ -37,6 +38,8 @@ class DRaFT(RewardGradientObjective):
     Raises:
         ValueError: if more steps are trained than there are, or variants are asked of more than one trained step.
     """
+
+    paper: ClassVar[str | None] = "2309.17400"
 
     num_trained_steps: PositiveInt = 1
     num_variants: NonNegativeInt = 0
@@ -98,6 +101,8 @@ class DRTune(RewardGradientObjective):
     Raises:
         ValueError: if more steps are trained than are left by the earliest stop.
     """
+
+    paper: ClassVar[str | None] = "2405.00760"
 
     num_trained_steps: PositiveInt = 3
     early_stop: ClosedUnitInterval = 0.4

@@ -41,6 +41,8 @@ class FlowBPSparse(RewardGradientObjective):
         ValueError: if there are fewer steps than are to be trained.
     """
 
+    paper: ClassVar[str | None] = "2606.11075"
+
     min_trained_steps: ClassVar[int] = 1
 
     num_trained_steps: PositiveInt = 3
@@ -133,6 +135,8 @@ class FlowBPLagrange(LeapAlign):
     Raises:
         ValueError: if there are fewer than three steps, or fewer supports than are to be trained.
     """
+
+    paper: ClassVar[str | None] = "2606.11075"
 
     input_gradient: ClosedUnitInterval = 0.1
     min_distance: PositiveFloat = 0.2

@@ -7,7 +7,7 @@ The loss of a step is `-min(rho A, clip(rho, 1 - c, 1 + c) A) + beta KL`. A is t
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from srpo_lightning import flow
+from srpo_lightning import flow, phases
 from srpo_lightning.batch import Conditions
 from srpo_lightning.draws import Draws
 from srpo_lightning.objectives.base import Outcome, Rollout
@@ -93,6 +93,8 @@ class GRPO(TrajectoryObjective):
         ValueError: if a group has one sample, or no step would be trained.
     """
 
+    paper: ClassVar[str | None] = "2505.07818"
+
     num_steps: PositiveInt = 16
     shift: PositiveFloat | None = 3.0
     shared_noise: bool = True
@@ -148,6 +150,7 @@ class GRPO(TrajectoryObjective):
         states = rollout.trajectory
         groups = conditions.repeat(self.group_size)
         rewards = self._all_rewards(policy, reward, groups, rollout.x0, draws)
+        phases.enter(phases.FORWARD)
         advantage = advantages(rewards.view(self.group_size, -1), self.max_advantage).flatten()
         sigmas, diffusion = self.levels(policy, conditions, rollout.noise)
 
@@ -209,7 +212,14 @@ class GRPO(TrajectoryObjective):
             )
 
     def check_policy(self, policy: Policy) -> None:
-        """Refuse a penalty by the distance from a base that nothing keeps, and steps of another guidance than drawn."""
+        """Refuse a penalty by the distance from a base that nothing keeps, and steps by another model than draws."""
+        adapter = getattr(policy, "adapter", None)
+        if getattr(policy, "rollout_cache", None) is not None or (adapter is not None and adapter.dropout):
+            raise ValueError(
+                "GRPO compares the probabilities of a rollout's steps with those of the same steps in training, and "
+                "model.policy.init_args.rollout_cache and adapter.dropout make them those of two models: set "
+                "rollout_cache to null and dropout to 0"
+            )
         if self.guidance != 1 and not policy.trains_as_it_samples:
             raise ValueError(
                 f"guidance is {self.guidance}, by which rollouts are drawn but no step is trained, so that their "

@@ -6,6 +6,7 @@ trajectory similarity and gradient discounting, are the paper's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat
@@ -36,6 +37,8 @@ class LeapAlign(RewardGradientObjective):
     Raises:
         ValueError: if there are too few steps to leap from.
     """
+
+    paper: ClassVar[str | None] = "2604.15311"
 
     input_gradient: ClosedUnitInterval = 0.3
     min_distance: PositiveFloat = 0.1

@@ -6,6 +6,7 @@ the gradient does.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
@@ -29,6 +30,8 @@ class ReFL(RewardGradientObjective):
     Raises:
         ValueError: if a late step is not in the trajectory.
     """
+
+    paper: ClassVar[str | None] = "2304.05977"
 
     num_steps: PositiveInt = 40
     margin: float | None = 2.0

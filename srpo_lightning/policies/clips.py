@@ -19,6 +19,9 @@ from srpo_lightning.policies.per_channel_vae import Encoded, PictureVAE
 
 FrameChoice = Literal["first", "even", "random"]
 
+FRAMES = "frames"
+"""What draws of frames are for."""
+
 Cache = list[Any]
 """What each causal convolution keeps for the next latent frame; None before the first."""
 
@@ -37,7 +40,7 @@ def chosen_frames(choice: FrameChoice, number: int, num_frames: int, draws: Draw
     if choice == "first":
         return list(range(number))
     if choice == "random":
-        return draws.subset("frames", [1.0] * num_frames, number)
+        return draws.subset(FRAMES, [1.0] * num_frames, number)
     return evenly(number, num_frames)
 
 
@@ -66,7 +69,7 @@ class ClipVAE(PictureVAE):
             wanted: numbers of frames.
         """
         z = z[:, :, : -(-max(wanted) // self.stride) + 1]
-        if self.video.use_tiling:
+        if self.video.use_tiling and not (self.recomputes and z.requires_grad):  # whose tiles could not be recomputed
             clip = self.video.decode(z, return_dict=False)[0]
         elif z.shape[2] == 1:
             clip = self.decode_frame(z)

@@ -64,6 +64,9 @@ class Family(Policy):
     rounded_unit: ClassVar[float] = 1000.0
     """What level and guidance are multiplied by before that module reads them."""
 
+    comfy_has_original_names: ClassVar[bool] = False
+    """Whether ComfyUI knows an adapter's layers by the names of the model's first publication alone."""
+
     shifts_twice: ClassVar[bool] = False
     """Whether the pipeline has its scheduler choose the levels, whose lowest is shifted before all are."""
 
@@ -131,11 +134,13 @@ class Family(Policy):
 
     def shift_for(self, num_steps: int, size: Size) -> float:
         """The shift of the noise levels: the scheduler's static one, or the one that depends on the resolution."""
-        scheduler = self.configs["scheduler"]
-        dynamic = self.resolution_shift
-        if dynamic is None:
-            dynamic = scheduler.get("use_dynamic_shifting", False)
-        return self.dynamic_shift(num_steps, size) if dynamic else float(scheduler["shift"])
+        return self.dynamic_shift(num_steps, size) if self.is_dynamic else float(self.configs["scheduler"]["shift"])
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the shift is the one that depends on the resolution."""
+        chosen = self.resolution_shift
+        return bool(self.configs["scheduler"].get("use_dynamic_shifting", False) if chosen is None else chosen)
 
     def dynamic_shift(self, num_steps: int, size: Size) -> float:
         """The shift that depends on the resolution, and in some families on the number of steps."""
@@ -155,7 +160,8 @@ class Family(Policy):
         levels = flow.schedule(num_steps, shift)
         if self.shifts_twice:
             lowest = levels.new_tensor(1 / scheduler.get("num_train_timesteps", 1000))
-            even = torch.linspace(1, float(flow.shift_sigma(lowest, shift)), num_steps, dtype=levels.dtype)
+            lowest = lowest if self.is_dynamic else flow.shift_sigma(lowest, shift)
+            even = torch.linspace(1, float(lowest), num_steps, dtype=levels.dtype)
             levels[:-1] = flow.shift_sigma(even, shift)
         terminal = scheduler.get("shift_terminal")
         if terminal:

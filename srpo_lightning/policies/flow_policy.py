@@ -43,7 +43,8 @@ class FlowPolicy(Guided):
         vae_dtype: numbers that the frozen VAE's weights are kept in.
         gradient_checkpointing: whether each transformer block is recomputed in the backward pass instead of stored.
         vae_checkpointing: whether each block of the VAE's decoder is recomputed likewise.
-        vae_tiling: whether large pictures are decoded tile by tile: less memory, faint seams possible.
+        vae_tiling: whether large pictures are decoded tile by tile: less memory, faint seams possible. Clips whose
+            decoding is recomputed in the backward pass are decoded whole there, one latent frame after the other.
         resolution_shift: whether noise levels are shifted by the scheduler's resolution-dependent rule, where an
             objective asks for no shift of its own; false is its static shift, null what the scheduler says.
         quantize_timesteps: whether the noise level that the transformer is told is truncated to 1000ths, as the

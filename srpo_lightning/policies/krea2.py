@@ -4,7 +4,6 @@ Source: diffusers' Krea2Transformer2DModel and Krea2Pipeline; names of single fi
 `convert_krea2_transformer_checkpoint_to_diffusers` of diffusers reads them.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -63,10 +62,6 @@ class Krea2TextEncoder(QwenImageTextEncoder):
         chosen = torch.stack([states[layer] for layer in self.layers_read(self.pretrained)], dim=2)
         parts = zip(chosen[:, NUM_BEFORE:], mask[:, NUM_BEFORE:].bool(), strict=True)
         return [{"prompt_embeds": rows[own]} for rows, own in parts]
-
-    def fingerprint(self) -> str:
-        """With the layers, which another file names."""
-        return hashlib.sha256(f"{super().fingerprint()} {self.layers_read(self.pretrained)}".encode()).hexdigest()
 
 
 class Krea2Policy(PerChannelFamily, FlowPolicy):

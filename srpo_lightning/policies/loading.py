@@ -22,6 +22,7 @@ from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.policies.base import Shard
 from srpo_lightning.policies.parallel import choose_attention, compile_blocks
 from srpo_lightning.policies.rounded import RoundedBlocks
+from srpo_lightning.training.allocator import trim_freed_memory
 from srpo_lightning.training.nf4 import keep_in_4_bits
 
 STEM = "diffusion_pytorch_model"
@@ -142,6 +143,7 @@ def read_in_4_bits(policy: Loaded) -> Any:
             stream_into({f"{name}.{key}": tensor for key, tensor in adapters.base_tensors(block).items()}, own)
             keep_in_4_bits(block, double=policy.quantize == "nf4-double")
             kept.keep(name, block)
+            trim_freed_memory()
     give_memory(transformer)
     tensors = adapters.base_tensors(transformer)
     stream_into({name: tensors[name] for name in files}, files)

@@ -14,7 +14,7 @@ from torch import Tensor
 from srpo_lightning.encoding import Encoding, Quantize
 from srpo_lightning.errors import naming
 from srpo_lightning.files.fingerprint import ends
-from srpo_lightning.files.pretrained import load_whole, part, read_json, unreadable_is_refused
+from srpo_lightning.files.pretrained import load_whole, part, read_by, read_json
 from srpo_lightning.training.devices import check_device
 from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits, keep_in_8_bits
 
@@ -52,6 +52,9 @@ class PipelineTextEncoder(ABC):
     unread: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Prefixes of weights that a folder may hold and nobody reads, by folder."""
 
+    version: ClassVar[int] = 1
+    """Raised when a release reads texts otherwise, so that no features of an earlier one are taken."""
+
     most_tokens: ClassVar[int] = 512
     ragged: ClassVar[frozenset[str]] = frozenset()
     negative: str | None = None
@@ -76,11 +79,9 @@ class PipelineTextEncoder(ABC):
         part(pretrained, self.quantized, "config.json")
         self.pretrained, self.dtype, self.device = pretrained, dtype, device
         self.quantize = quantize
-        with unreadable_is_refused(pretrained):
-            self.tokenizers: dict[str, Any] = {
-                name: getattr(transformers, cls).from_pretrained(pretrained, subfolder=name)
-                for name, cls in self.tokenizer_classes.items()
-            }
+        self.tokenizers: dict[str, Any] = {
+            name: read_by(getattr(transformers, cls), pretrained, name) for name, cls in self.tokenizer_classes.items()
+        }
         stated = int(self.tokenizers[self.counting].model_max_length)
         self.max_sequence_length = max_sequence_length or min(stated, self.most_tokens)
         self._models: dict[str, Any] | None = None
@@ -155,12 +156,13 @@ class PipelineTextEncoder(ABC):
         return told | {"fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
-        """A hash of what the features depend on: configurations, tokenizers, weights, length, dtype and quantization.
+        """A hash of what the features depend on: how texts are read, files, length, dtype and quantization.
 
         Local weights are hashed by name, size and their first and last MiB, which retraining or another precision
         changes; a hub model is named by its revision.
         """
-        digest = hashlib.sha256(f"{self.max_sequence_length} {self.dtype} {self.quantize}".encode())
+        own = f"{type(self).__name__} {self.version} {self.layers_read(self.pretrained)}"
+        digest = hashlib.sha256(f"{own} {self.max_sequence_length} {self.dtype} {self.quantize}".encode())
         if self._is_local:
             digest.update(_hash_of(self._root, (*self.model_classes, *self.tokenizer_classes)).encode())
         else:

@@ -95,6 +95,7 @@ class WanPolicy(FlowPolicy):
     text_encoder = WanTextEncoder
     pipeline_picture, pipeline_clip = "frames[0][0]", "frames[0]"
     shifts_twice = True
+    comfy_has_original_names = True
     tied = ("in_channels", "text_dim")
     hub_tag = "wan"
     published: ClassVar = {
@@ -122,9 +123,10 @@ class WanPolicy(FlowPolicy):
                 f"num_frames is {num_frames}, and a clip has one more than a multiple of {STRIDE} frames: set it to "
                 f"{nearest} or {nearest + STRIDE}"
             )
-        if self.resolution_shift:
+        if self.resolution_shift is not None:
             raise ValueError(
-                "resolution_shift is true, but the schedulers of Wan have one shift for every size: set it to null"
+                f"resolution_shift is {str(self.resolution_shift).lower()}, but the schedulers of Wan have one shift "
+                "for every size: set it to null"
             )
         self.num_frames = num_frames
         self.rewarded_frames, self.num_rewarded_frames = rewarded_frames, num_rewarded_frames
@@ -233,7 +235,7 @@ class WanPolicy(FlowPolicy):
         """By the pipeline's scheduler (UniPC: arXiv 2302.04867), which tells the model whole thousandths."""
         if not self.is_multistep:
             return super().integrate(velocity, noise, num_steps, size)
-        scheduler: Any = diffusers.UniPCMultistepScheduler.from_pretrained(self.pretrained, subfolder="scheduler")
+        scheduler: Any = diffusers.UniPCMultistepScheduler.from_config(self.configs["scheduler"])
         scheduler.set_timesteps(num_steps, device=noise.device)
         x = noise
         for time in scheduler.timesteps:

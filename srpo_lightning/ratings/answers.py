@@ -16,6 +16,9 @@ Slot: TypeAlias = tuple[int, str]
 
 LONGEST_NAME = 60
 
+LONGEST_FILE = 255
+"""Bytes of a file's name at most, on Linux and macOS."""
+
 
 class Answer(NamedTuple):
     """One answer.
@@ -39,12 +42,19 @@ def rater_name(text: str) -> str:
     """The name that a rater is known by, whatever its capitals and blanks.
 
     Raises:
-        ValueError: if it is empty or too long.
+        ValueError: if it is empty or too long, or the name of its file would be.
     """
     name = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     if not name or not name.isprintable() or len(name) > LONGEST_NAME:
         raise ValueError(f"a name has 1 to {LONGEST_NAME} letters: type yours")
+    if len(file_name(name)) > LONGEST_FILE:
+        raise ValueError(f"this name would be more than {LONGEST_FILE} bytes as that of a file: type a shorter one")
     return name
+
+
+def file_name(rater: str) -> str:
+    """The name of the file of a rater's answers, in ASCII."""
+    return f"{quote(rater, safe='')}.jsonl"
 
 
 class Answers:
@@ -67,7 +77,7 @@ class Answers:
 
     def file(self, rater: str) -> Path:
         """The file of a rater's answers."""
-        return self._folder / f"{quote(rater, safe='')}.jsonl"
+        return self._folder / file_name(rater)
 
     def of(self, rater: str) -> dict[Slot, Answer]:
         """A rater's answers as they stand, in the order in which they were given."""

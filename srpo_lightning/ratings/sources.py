@@ -70,7 +70,8 @@ def read_sources(paths: Sequence[str]) -> list[Source]:
             `samples/step-00000020/ema`.
 
     Raises:
-        ValueError: naming the folder, if it holds no pictures with records, or two paths mean the same pictures.
+        ValueError: naming the folder, if it holds no pictures with records, or clips, or two paths mean the same
+            pictures.
     """
     named = [_named(Path(path).expanduser()) for path in paths]
     folders = list(dict.fromkeys(own.run.resolve() for own in named))
@@ -139,6 +140,11 @@ def _read(named: Named, name: str) -> Source:
     for index, record in sorted(own.items()):
         prompt = record["prompt"]
         path = named.folder.picture(named.step, named.weights, index)
+        if "num_frames" in record:
+            raise ValueError(
+                f"{path} is a strip of a clip's frames, and people would judge it standing still: name a run of "
+                "pictures, with num_frames 1"
+            )
         pictures[prompt, seen[prompt]] = Shown(path, index, numbers(record.get("scores")))
         seen[prompt] += 1
     return Source(name, RunFolder(named.run), pictures)

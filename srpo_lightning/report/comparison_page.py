@@ -15,13 +15,14 @@ from srpo_lightning.files.provenance import software
 from srpo_lightning.files.records import Record
 from srpo_lightning.picture_statistics import STATISTICS
 from srpo_lightning.report import curves, samples
-from srpo_lightning.report.configuration import OF_ONE_START, asked_for, class_of, flat, read_configuration
+from srpo_lightning.report.configuration import OF_ONE_START, asked_for, class_of, defaults_of, flat, read_configuration
 from srpo_lightning.report.page import write_page
 from srpo_lightning.report.samples import Logged
 from srpo_lightning.report.thumbnails import Thumbnails
 from srpo_lightning.run_folder import RunFolder
 
-OF_THE_FORM = ("control_words", "word_choice", "template", "others")
+READ_BY_SCORE = {"Plain": ("template",), "Relative": ("control_words", "template")}
+"""Settings by which a form scores finished pictures; its others are for training alone."""
 
 
 class Run(NamedTuple):
@@ -30,7 +31,7 @@ class Run(NamedTuple):
     Args:
         name: Name that tells it from the others.
         folder: Folder of the run.
-        metrics: Numbers of its evaluations.
+        metrics: Numbers of its evaluations, by their step.
         metadata: Records of its pictures.
         tables: Numbers of every sample of its last evaluation, by the weights.
         prompts: Its evaluation prompts by their number, as far as they are known.
@@ -82,7 +83,7 @@ def write_comparison_page(path: Path, folders: Sequence[Path]) -> None:
 def read_run(name: str, folder: RunFolder) -> Run:
     """What a page needs of one run."""
     folder.check_evaluated()
-    metrics = folder.read_metrics()
+    metrics = curves.by_step(folder.read_metrics())
     metadata = records.read(folder.samples.metadata)
     _, tables = samples.last_tables(folder, metrics)
     prompts = samples.prompts_by_group(folder, tables, metadata)
@@ -113,7 +114,7 @@ def chart(name: str, runs: Sequence[Run], found: Sequence[Mapping[str, Any]], ki
 
 def last_values(runs: Sequence[Run], kind: str) -> Iterator[Record]:
     """A row for each number of the runs' last evaluations, with what is between them and the first run."""
-    last = [max((own for own in run.metrics if own.get("weights") == kind), key=step_of, default={}) for run in runs]
+    last = [next((own for own in reversed(run.metrics) if own.get("weights") == kind), {}) for run in runs]
     reasons = [None, *(why_not_paired(runs[0], run, kind) for run in runs[1:])]
     for name in curves.in_order(name for own in last for name in own if name not in ("step", "weights", "key")):
         cells = []
@@ -129,11 +130,6 @@ def last_values(runs: Sequence[Run], kind: str) -> Iterator[Record]:
             cell["is_same"] = is_same
             cells.append(cell)
         yield {"name": name, "is_better_up": name not in NOT_WON, "cells": cells}
-
-
-def step_of(record: Record) -> int:
-    """The number of optimizer steps before an evaluation."""
-    return int(record["step"])
 
 
 def difference(first: Run, run: Run, kind: str, name: str, reason: str | None) -> Record | None:
@@ -183,8 +179,7 @@ def definition(settings: Mapping[str, Any], name: str) -> Any:
     model, trainer = settings.get("model") or {}, settings.get("trainer") or {}
     listed = trainer.get("callbacks") or []
     tracking = next((own.get("init_args") or {} for own in listed if class_of(own) == "RewardTracking"), {})
-    objective = (model.get("objective") or {}).get("init_args") or {}
-    form = tracking.get("form") or objective.get("form") or [objective.get(own) for own in OF_THE_FORM]
+    form = form_of(tracking, (model.get("objective") or {}).get("init_args") or {})
     name = name.removeprefix("win/")
     if name in STATISTICS:
         return None
@@ -196,6 +191,21 @@ def definition(settings: Mapping[str, Any], name: str) -> Any:
         return [tracking.get("judge"), form, tracking.get("held_out"), tracking.get("metrics")]
     own = (tracking.get("metrics") or {}).get(name)
     return own if own else [tracking.get(key) for key in ("judge", "labels", "candidates")]
+
+
+def form_of(tracking: Mapping[str, Any], objective: Mapping[str, Any]) -> list[Any]:
+    """The form of the reward by which finished pictures are scored: its class, and what its score reads.
+
+    SRPO has a Relative's words itself. An objective with neither words nor a form asks for the plain reward.
+
+    Args:
+        tracking: Settings of RewardTracking, whose form comes first.
+        objective: Settings of the objective.
+    """
+    own = {"class_path": f"srpo_lightning.objectives.{'Relative' if 'control_words' in objective else 'Plain'}"}
+    form = tracking.get("form") or objective.get("form") or {**own, "init_args": objective}
+    settings = defaults_of(form["class_path"]) | (form.get("init_args") or {})
+    return [class_of(form), {name: settings.get(name) for name in READ_BY_SCORE.get(class_of(form), settings)}]
 
 
 def shared_prompts(logged: Sequence[Logged], most: int) -> list[Record]:

@@ -51,7 +51,7 @@ def read_configuration(run: RunFolder) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: naming the file, if it cannot be read.
     """
-    files = sorted(run.configs(), key=lambda path: (path.stat().st_mtime, path.name))
+    files = run.configs()
     if not files:
         return "", {}
     text = files[-1].read_text(encoding="utf-8")

@@ -38,6 +38,12 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=place)
 
 
+def by_step(metrics: Iterable[Record]) -> list[Record]:
+    """The records by their step; of weights that were measured again after a step the last one alone."""
+    last = {(own["step"], str(own.get("weights"))): own for own in metrics}
+    return sorted(last.values(), key=lambda own: int(own["step"]))
+
+
 def evaluation_curves(metrics: Sequence[Record]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Points (step, value) of each number by the weights, of at most MAX_EVALUATIONS evaluations.
 
@@ -94,7 +100,7 @@ def as_charts(
         {
             "name": name,
             "group": group_of(name),
-            "series": [{"name": kind, "points": points} for kind, points in own.items()],
+            "series": [{"name": kind, "points": points, "is_level": kind == BASE} for kind, points in own.items()],
         }
         for name in in_order([*curves, *of_training])
         for own in [curves.get(name) or of_training[name]]

@@ -58,7 +58,7 @@ class RunPage:
     def content(self) -> tuple[Record, dict[str, dict[str, str]]]:
         """Everything that the page shows, as JSON takes it, and its pictures in blocks."""
         self.notes = []
-        metrics = self.read(self.run.read_metrics) or []
+        metrics = curves.by_step(self.read(self.run.read_metrics) or [])
         metadata = self.read(partial(records.read, self.run.samples.metadata)) or []
         text, settings = self.read(partial(read_configuration, self.run)) or ("", {})
         step, tables = self.read(partial(samples.last_tables, self.run, metrics)) or (0, {})
@@ -105,7 +105,7 @@ class RunPage:
         told = [("Steps", f"{steps} evaluated" + (f" of {limit}" if isinstance(limit, int) and limit > 0 else ""))]
         times = [path.stat().st_mtime for path in (*self.run.configs(), self.run.metrics) if path.is_file()]
         if times:
-            told.append(("Dates", " to ".join(dict.fromkeys(map(day, (min(times), max(times)))))))
+            told.append(("Files written", " to ".join(dict.fromkeys(map(day, (min(times), max(times)))))))
         last = self.run.samples.path / str(metadata[-1].get("file")) if metadata else None
         record = record_if_whole(last) if last is not None else None
         return [*told, ("Software", str((record or {}).get("software") or "not recorded"))]

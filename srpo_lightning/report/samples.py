@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT, are_paired, compare, won
 from srpo_lightning.evaluation.metrics import Table
@@ -23,12 +24,14 @@ def last_tables(run: RunFolder, metrics: Sequence[Record]) -> tuple[int, dict[st
     Raises:
         ValueError: naming the file, if one is damaged.
     """
-    base = run.read_base()
     for step in sorted({own["step"] for own in metrics}, reverse=True):
-        kinds = dict.fromkeys(str(own["weights"]) for own in metrics if own["step"] == step and "weights" in own)
+        measured = [own for own in metrics if own["step"] == step and "weights" in own]
+        kinds = dict.fromkeys(str(own["weights"]) for own in measured)
         found = {kind: table for kind in kinds if (table := run.read_table(step, kind)) is not None}
         if found:
+            base = run.read_base(measured[-1].get("key"))  # `validate` may have measured with other settings since
             return step, ({BASE: base} if base is not None and step else {}) | found
+    base = run.read_base()
     return 0, {BASE: base} if base is not None else {}
 
 
@@ -36,8 +39,9 @@ def last_values(metrics: Sequence[Record], tables: Mapping[str, Table]) -> list[
     """The rows of the table of last values: of each number what base, policy and ema have, with intervals."""
     latest = {str(own["weights"]): own for own in metrics if own["step"] and "weights" in own}
     first = [own for own in metrics if not own["step"]]
-    records = ({BASE: first[0]} if first else {}) | latest
     measured = compare(tables)["all"] if tables else {}
+    base = first[0] if first else {name: own.mean.value for name, own in measured.get(BASE, {}).items()}
+    records = ({BASE: base} if base else {}) | latest
     names = dict.fromkeys(name for own in records.values() for name in own if name not in ("step", "weights", "key"))
     rows = []
     for name in names:
@@ -87,11 +91,22 @@ def won_and_lost(step: int, tables: Mapping[str, Table], prompts: Mapping[int, s
         "indices": base.indices[rows].tolist(),
         "prompts": [prompts.get(group, f"prompt {group}") for group in groups],
         "has_unnamed": not prompts.keys() >= set(groups),
+        "counts": {
+            kind: {name: counts(own.columns[name] - base.columns[name]) for name in columns}
+            for kind, own in ours.items()
+        },
         "values": {
             kind: {name: [rounded(value) for value in own.columns[name][rows].tolist()] for name in columns}
             for kind, own in {BASE: base, **ours}.items()
         },
     }
+
+
+def counts(change: Tensor) -> dict[str, int]:
+    """The numbers of samples, of which fewer may be listed, by what became of their score."""
+    found = {"won": change > 0, "lost": change < 0, "alike": change == 0}
+    known = {name: int((own & change.isfinite()).sum()) for name, own in found.items()}
+    return {**known, "unknown": len(change) - sum(known.values())}
 
 
 def rounded(value: float) -> float:

@@ -14,7 +14,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from srpo_lightning.files.pretrained import load_whole, read_json, unreadable_is_refused
+from srpo_lightning.files.pretrained import load_whole, read_by, read_json
 from srpo_lightning.rewards.base import Images, Reading, Reward, Scores, check_columns
 from srpo_lightning.rewards.pixels import Preprocessing
 from srpo_lightning.rewards.words import PUBLISHED
@@ -59,8 +59,7 @@ class ClipReward(Reward):
         """Read the weights and the tokenizer, once."""
         if self.clip is not None:
             return
-        with unreadable_is_refused(self.processor):
-            self.tokenizer = self.read_tokenizer()
+        self.tokenizer = self.read_tokenizer()
         clip = self.read_model()
         self.preprocess = self.preprocessing(clip.config.vision_config.image_size)
         self.clip = clip.to(self.dtype).eval().requires_grad_(False)
@@ -75,7 +74,7 @@ class ClipReward(Reward):
 
     def read_tokenizer(self) -> "transformers.CLIPTokenizer":
         """The tokenizer, from its files."""
-        return transformers.CLIPTokenizer.from_pretrained(self.processor)
+        return read_by(transformers.CLIPTokenizer, self.processor)
 
     def read_model(self) -> "transformers.CLIPModel":
         """The model with its weights."""

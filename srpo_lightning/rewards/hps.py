@@ -15,7 +15,7 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor
 
-from srpo_lightning.files.pretrained import read_json, read_weights, weights_file
+from srpo_lightning.files.pretrained import read_by, read_json, read_weights, weights_file
 from srpo_lightning.rewards.base import Images
 from srpo_lightning.rewards.clip import ClipReward
 from srpo_lightning.rewards.open_clip import clip_model
@@ -24,6 +24,14 @@ from srpo_lightning.rewards.words import PUBLISHED, SEMANTIC_GUIDED
 
 FILENAME = "HPS_v2.1_compressed.pt"
 NUM_HEADS = 16  # of ViT-H-14, image and text tower
+
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Hub id of the tokenizer that the published file is read with, where no other is named."""
+
+
+def is_converted(pretrained: str) -> bool:
+    """Whether a path is of a folder that `convert` wrote."""
+    return (Path(pretrained).expanduser() / "config.json").is_file()
 
 
 class HPSv2(ClipReward):
@@ -50,9 +58,9 @@ class HPSv2(ClipReward):
         fit: Literal["crop", "pad"] = "crop",
         **kwargs: Any,
     ) -> None:
-        self.is_converted = (Path(pretrained).expanduser() / "config.json").is_file()
+        self.is_converted = is_converted(pretrained)
         if processor is None:
-            processor = pretrained if self.is_converted else "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+            processor = pretrained if self.is_converted else TOKENIZER
         super().__init__(pretrained, processor, **kwargs)
         self.filename = filename
         self.fit = fit
@@ -80,7 +88,7 @@ class HPSv2(ClipReward):
 
     def read_tokenizer(self) -> "transformers.CLIPTokenizer":
         """A special token that is spelt out in a prompt is text, as in open_clip."""
-        return transformers.CLIPTokenizer.from_pretrained(self.processor, split_special_tokens=True)
+        return read_by(transformers.CLIPTokenizer, self.processor, split_special_tokens=True)
 
     def read_model(self) -> "transformers.CLIPModel":
         """The folder that `convert` wrote, or the published file."""

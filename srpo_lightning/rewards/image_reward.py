@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from srpo_lightning.files.pretrained import (
     load_exactly,
     part,
+    read_by,
     read_json,
     read_weights,
-    unreadable_is_refused,
     weights_file,
 )
 from srpo_lightning.rewards.aesthetic import HIDDEN, Head
@@ -111,8 +111,7 @@ class ImageReward(Reward):
         folder = str(path.parent) if path.is_file() else pretrained
         self.config = transformers.BertConfig.from_dict(read_json(folder, "", "med_config.json"))
         part(tokenizer, "", "tokenizer_config.json")
-        with unreadable_is_refused(tokenizer):
-            self.tokenizer = transformers.BertTokenizer.from_pretrained(tokenizer)
+        self.tokenizer = read_by(transformers.BertTokenizer, tokenizer)
         self.tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
         if len(self.tokenizer) != self.config.vocab_size:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from srpo_lightning.files.pretrained import load_exactly, read_json, unreadable_is_refused
+from srpo_lightning.files.pretrained import load_exactly, read_by, read_json
 from srpo_lightning.rewards.base import Reward
 from srpo_lightning.training.nf4 import check_bitsandbytes, keep_in_4_bits
 
@@ -84,9 +84,8 @@ class Qwen2VLReward(Reward):
         """Read tokenizer and weights, once; at no time is there a second copy of the weights."""
         if self.network is not None:
             return
-        with unreadable_is_refused(self.pretrained):
-            self.tokenizer = transformers.Qwen2Tokenizer.from_pretrained(self.pretrained)
-            config = transformers.Qwen2VLConfig.from_pretrained(self.pretrained)
+        self.tokenizer = read_by(transformers.Qwen2Tokenizer, self.pretrained)
+        config = read_by(transformers.Qwen2VLConfig, self.pretrained)
         self.tokenizer.add_tokens(list(self.reward_tokens), special_tokens=True)
         self.vision_id, *self.reward_ids = self.tokenizer.convert_tokens_to_ids(
             [self.vision_token, *self.reward_tokens]

@@ -61,6 +61,12 @@ class WeightedReward(Reward):
         for term in self.terms:
             term.reward.load()
 
+    def check_frames(self, num_frames: int) -> None:
+        """Refuse too few for a term."""
+        super().check_frames(num_frames)
+        for term in self.terms:
+            term.reward.check_frames(num_frames)
+
     def forward(self, images: Images, texts: Sequence[str]) -> Scores:
         """The sum of all terms."""
         return self._sum(images, self.terms, lambda term, x: _normal(term, term.reward(x, texts)))

@@ -19,7 +19,7 @@ def keep_freed_memory() -> None:
     Otherwise glibc returns activations of some megabytes to the system, or not, by what was freed before. Getting them
     anew, page by page, took a tenth of the demo's update. Blocks above 32 MiB are returned all the same.
     """
-    if mallopt := glibc_mallopt():
+    if mallopt := _of_glibc("mallopt"):
         mallopt(MMAP_THRESHOLD, LARGEST)
         mallopt(TRIM_THRESHOLD, KEPT)
 
@@ -33,10 +33,16 @@ def return_freed_memory(weights: int) -> None:
     Args:
         weights: Bytes of all weights.
     """
-    if weights > LARGE * psutil.virtual_memory().total and (mallopt := glibc_mallopt()):
+    if weights > LARGE * psutil.virtual_memory().total and (mallopt := _of_glibc("mallopt")):
         mallopt(MMAP_THRESHOLD, SMALLEST)
 
 
-def glibc_mallopt() -> Any:
-    """`mallopt` of <malloc.h>; None where the C library has none."""
-    return getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+def trim_freed_memory() -> None:
+    """Return what has been freed until now, the holes between what lives too, on Linux with glibc (malloc_trim(3))."""
+    if malloc_trim := _of_glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """A function of <malloc.h>; None where the C library has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -180,7 +180,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _own_parts(self, path: Path, key: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stored = SafeReader(path).read_metadata().state_dict_metadata
-        own = {name: torch.empty_like(p) for name, p in parameters.items() if f"{key}.{name}" in stored}
+        kept: dict[str, Any] = {name: stored[f"{key}.{name}"] for name in parameters if f"{key}.{name}" in stored}
+        own = {name: torch.empty_like(parameters[name], dtype=found.properties.dtype) for name, found in kept.items()}
         if own:
             read_into({key: own}, path)
         return own

@@ -41,7 +41,7 @@ from benchmarks.gpu import (
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.scale import Scale
 from benchmarks.optimizers import optimizer_classes
-from srpo_lightning.jobs.estimate.step import BACKWARD, DECODE, FORWARD, ROLLOUT
+from srpo_lightning.phases import BACKWARD, DECODE, FORWARD, ROLLOUT, enter
 from tests import processes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -189,8 +189,8 @@ def test_what_does_not_fit_says_how_far_it_came(scale, monkeypatch):
         def __init__(self, *_):
             pass
 
-        def __call__(self, meter):
-            meter.phase = ROLLOUT
+        def __call__(self):
+            enter(ROLLOUT)
             raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
 
     monkeypatch.setattr(peaks, "new_step", TooLarge)

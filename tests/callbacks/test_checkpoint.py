@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,3 +243,61 @@ def test_ranks_take_a_ctrl_c_that_their_launcher_passes_on_for_the_same(monkeypa
     assert ended == [signal.SIGINT]
     signals.restore()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(models, features, tmp_path, caplog):
+    """So none of them is taken for its newest, or crowds its own out."""
+    run, folders = RunFolder(tmp_path), [tmp_path / "checkpoints" / f"set_aside_{number}" for number in (1, 2)]
+    fit(models, features, tmp_path, RunCheckpoint(1, keep=9), max_steps=4)
+    (tmp_path / "config-step-00000003.yaml").touch()
+    with caplog.at_level("INFO"):
+        fit(models, features, tmp_path, RunCheckpoint(1, keep=2), max_steps=3, ckpt_path=run.checkpoint(2))
+    assert steps(tmp_path) == [2, 3]
+    kept = ["config-step-00000003.yaml", "step-00000003.ckpt", "step-00000004.ckpt"]
+    assert sorted(path.name for path in folders[0].iterdir()) == kept
+    assert f"is in {folders[0]} now, and may be deleted" in caplog.text
+    assert run.find_checkpoint("last", None, "max") == run.checkpoint(3)
+    first = folders[0] / "step-00000003.ckpt"
+    fit(models, features, tmp_path, RunCheckpoint(9), max_steps=4, ckpt_path=first)
+    assert [path.name for path in folders[1].iterdir()] == ["step-00000003.ckpt"], "that of another line"
+    assert_same_run(torch.load(folders[0] / "step-00000004.ckpt", weights_only=True), states(tmp_path, 4))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "is_saved"), [(1, OSError, True), (2, OSError, False), (2, FloatingPointError, True)]
+)
+def test_an_error_of_one_of_several_ranks_starts_no_save_that_the_others_have_no_part_in(
+    monkeypatch, ranks, error, is_saved
+):
+    saved, checkpoint = [], RunCheckpoint()
+    monkeypatch.setattr(checkpoint, "_save_last_step", lambda *_: saved.append(True))
+    checkpoint._between_steps = True
+    checkpoint.on_exception(SimpleNamespace(world_size=ranks, training=True), None, error("disk"))
+    assert bool(saved) == is_saved
+
+
+def test_the_evaluation_that_a_resumed_run_begins_with_is_left_when_asked(models, features, tmp_path):
+    """A cluster's patience may be shorter than an evaluation."""
+    settings = {"max_steps": 3, "limit_val_batches": 9, "val_check_interval": 1}
+    with pytest.raises(RuntimeError):
+        fit(models, features, tmp_path, InEvaluation(RuntimeError), RunCheckpoint(1), **settings)
+    for folder in (tmp_path, tmp_path / "another"):  # which has no checkpoint of its own yet
+        seen = InEvaluation(None)
+        with pytest.raises(SystemExit):
+            fit(models, features, folder, seen, RunCheckpoint(1), **settings,
+                ckpt_path=RunFolder(tmp_path).checkpoint(1))  # fmt: skip
+        assert seen.batches == 1
+        assert steps(folder) == [1]
+
+
+class InEvaluation(Callback):
+    """Raises in the first batch of an evaluation, or sends SIGTERM."""
+
+    def __init__(self, error) -> None:
+        self.error, self.batches = error, 0
+
+    def on_validation_batch_start(self, *args) -> None:
+        self.batches += 1
+        if self.error:
+            raise self.error("stopped by the test")
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -126,3 +128,21 @@ def test_without_a_checkpoint_evaluation_knows_no_average(models, features, tmp_
         module, tiny.new_data(models, features), verbose=False
     )
     assert module.evaluated_weights().keys() == {"policy"}
+
+
+@pytest.mark.parametrize("restored", [True, False], ids=["with an average", "without one"])
+def test_an_average_that_a_checkpoint_brings_after_fit_has_begun_is_in_place_before_a_step(models, restored):
+    """ShardedStrategy reads then. Tensors made in an evaluation's inference mode could not be stepped."""
+    module, ema = tiny.new_module(models), EMA(dtype="float32", every_n_steps=1)
+    module.configure_model()
+    ema.on_fit_start(None, module)
+    kept = {name: parameter.detach().bfloat16() for name, parameter in module.trainable_parameters()}
+    ema.on_load_checkpoint(None, module, {"ema": kept} if restored else {})
+    if restored:
+        ema.num_updates = 1
+        with torch.inference_mode():
+            ema.on_validation_start(None, module)
+    ema.on_train_start(None, module)
+    ema.on_train_batch_end(SimpleNamespace(global_step=2), module, None, None, 0)
+    assert {tensor.dtype for tensor in ema.weights.values()} == {torch.float32}
+    assert ema.weights.keys() == kept.keys()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from srpo_lightning.callbacks import OverOptimizationGuard
+from srpo_lightning.callbacks.guard import stays_lowered
 from srpo_lightning.evaluation.comparison import BASE, HELD_OUT
 from srpo_lightning.evaluation.exchange import Evaluation, Evaluations
 from srpo_lightning.evaluation.metrics import Table
@@ -131,3 +132,38 @@ def test_scores_that_are_not_numbers_are_an_alarm_and_never_the_best():
         stops = run.evaluate(step, evaluation(score, float(step)))
     assert stops
     assert run.guard.best_step == 0
+
+
+def test_what_was_measured_otherwise_is_not_compared():
+    run = Run(OverOptimizationGuard(patience=1))
+    assert not run.evaluate(10, evaluation(0.5, 1.0))
+    other, resumed = evaluation(0.1, 2.0), Run(OverOptimizationGuard(patience=1))
+    resumed.guard.load_state_dict(run.guard.state_dict())
+    few = other._replace(
+        table=Table(
+            *(own[:30] for own in other.table[:2]),
+            {n: c[:30] for n, c in other.table.columns.items()},
+            torch.empty(30, 0),
+        )
+    )
+    resumed.guard.watch(resumed.trainer, Evaluations(20, {"policy": few}, "other prompts"))
+    assert not resumed.trainer.should_stop
+    assert resumed.guard.best_step == 20
+    assert run.evaluate(20, other), "the same measure is compared"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "stays"),
+    [
+        (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 9), True),
+        (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40, eta_min=1e-6), True),
+        (lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1), True),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-3, total_steps=2), False),
+        (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step), True),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-3, total_steps=9), False),
+        (lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-5, 1e-4, cycle_momentum=False), False),
+        (lambda o: torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.LinearLR(o)]), False),
+    ],
+)
+def test_a_scheduler_that_would_undo_a_lower_rate_is_known(scheduler, stays):
+    assert stays_lowered(lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), scheduler) == stays

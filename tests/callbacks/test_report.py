@@ -9,6 +9,7 @@ from PIL import Image
 
 from srpo_lightning.callbacks import Report, RewardTracking, RunCheckpoint, SampleLogger
 from srpo_lightning.callbacks.report import first_and_last, markdown
+from srpo_lightning.evaluation.comparison import save_table
 from srpo_lightning.evaluation.pictures import LABEL_PX, contact_sheet
 from srpo_lightning.files import checkpoints
 from srpo_lightning.report.run_page import RunPage
@@ -70,6 +71,24 @@ def fit(models, features, run, *faults):
     ]
     settings = {"num_sanity_val_steps": -1, "val_check_interval": 1, "limit_val_batches": 9}
     tiny.new_trainer(run, callbacks, **settings).fit(tiny.new_module(models), tiny.new_data(models, features))
+
+
+def test_the_page_of_what_validate_measured_compares_with_the_base_that_the_run_has_measured(
+    models, features, tmp_path
+):
+    fit(models, features, tmp_path)
+    run = RunFolder(tmp_path)
+    trainer = tiny.new_trainer(tmp_path, [RewardTracking(ClipReward(str(models.judge)))], limit_val_batches=9)
+    data = tiny.new_data(models, features)
+    trainer.validate(tiny.new_module(models), data, ckpt_path=run.checkpoint(4), verbose=False)
+    pages = [RunPage(own).content()[0] for own in (run, run.validation)]
+    cells = [{row["name"]: row["cells"] for row in page["last"]}["judge"] for page in pages]
+    for kind in ("base", "policy"):
+        assert cells[1][kind]["value"] == pytest.approx(cells[0][kind]["value"], abs=1e-6)
+    assert cells[1]["policy"]["win"] is not None
+    assert pages[1]["samples"]["counts"] == pages[0]["samples"]["counts"]
+    save_table(run.validation.base_table, run.read_base(), "of other settings")
+    assert RunPage(run.validation).content()[0]["samples"] is None
 
 
 def test_the_page_of_a_run_is_whole_and_can_be_written_again_from_its_folder(finished_run, tmp_path):

@@ -2,8 +2,10 @@ import json
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 
-from srpo_lightning.callbacks import EMA, RewardTracking, SampleLogger
+from srpo_lightning.callbacks import EMA, RewardTracking, RunCheckpoint, SampleLogger, samples
+from srpo_lightning.callbacks.samples import thumbnail
 from srpo_lightning.evaluation.comparison import read_table
 from srpo_lightning.evaluation.pictures import LABEL_PX, as_picture, read_record
 from srpo_lightning.rewards import ClipReward
@@ -76,3 +78,24 @@ def test_the_sheet_shows_base_policy_and_average_under_each_other(models, featur
     trainer.fit(tiny.new_module(models), tiny.new_data(models, features))
     width, row, head = 2 * 128, 128 + LABEL_PX, LABEL_PX  # four times as large, for the words
     assert shown == [("samples", 0, (head + row, width, 3)), ("samples", 2, (head + 3 * row, width, 3))]
+
+
+def test_pictures_and_strips_in_a_sheet_are_small_and_legible():
+    picture, strip = Image.new("RGB", (1024, 512)), Image.new("RGB", (8 * 832, 480))
+    assert thumbnail(picture, {}).size == (256, 128)
+    assert thumbnail(strip, {"num_frames": 33}).size == (8 * 128, 74)
+    assert thumbnail(Image.new("RGB", (5 * 64, 64)), {"num_frames": 5}).size == (5 * 64, 64)
+
+
+def test_after_a_resume_the_base_is_as_large_in_the_sheet_as_the_rest(models, features, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "THUMBNAIL_PX", 16)
+    shown = []
+    monkeypatch.setattr(samples, "show", lambda logger, sheet, step: shown.append((step, sheet.size)))
+    settings = {"limit_val_batches": 9, "val_check_interval": 1, "num_sanity_val_steps": -1}
+    for max_steps, ckpt_path in ((1, None), (2, RunFolder(tmp_path).checkpoint(1))):
+        trainer = tiny.new_trainer(
+            tmp_path, [SampleLogger(columns=2, max_share=1.0), RunCheckpoint(1)], max_steps=max_steps,
+            logger=TensorBoardLogger(tmp_path), **settings,
+        )  # fmt: skip
+        trainer.fit(tiny.new_module(models), tiny.new_data(models, features), ckpt_path=ckpt_path)
+    assert dict(shown)[1] == dict(shown)[2]

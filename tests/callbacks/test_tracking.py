@@ -1,9 +1,11 @@
 """RewardTracking against the same scores computed picture by picture."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from srpo_lightning.callbacks import RewardTracking, RunCheckpoint
 from srpo_lightning.objectives import Plain
@@ -11,6 +13,7 @@ from srpo_lightning.picture_statistics import saturation
 from srpo_lightning.policies import FluxPolicy
 from srpo_lightning.policies.adapters import Lora
 from srpo_lightning.rewards import ClipReward, Reward, Term, WeightedReward
+from srpo_lightning.rewards.base import evaluated_by
 from srpo_lightning.run_folder import RunFolder
 from tests import tiny
 
@@ -40,7 +43,7 @@ def test_the_record_equals_scores_computed_one_picture_at_a_time(models, feature
     data = tiny.new_data(models, features)
     data.prepare_data()
     pictures = torch.cat([module.sample(batch) for batch in data.val_dataloader()])
-    prompts, candidates = data.eval_prompts, data.train_prompts + data.eval_prompts
+    prompts, candidates = data.eval_prompts, data.train_prompts
 
     def relative(scorer: Reward) -> float:
         return sum(
@@ -65,7 +68,7 @@ def test_the_record_equals_scores_computed_one_picture_at_a_time(models, feature
 
 def test_a_judge_without_image_features_is_tracked_without_diversity(models, features, tmp_path):
     record, _ = validate(models, features, tmp_path, Brightness())
-    measured = {"reward", "judge", "prompt", "top5", "held_out", "saturation", "brightness", "high_frequency"}
+    measured = {"reward", "judge", "prompt", "held_out", "saturation", "brightness", "high_frequency"}
     assert record.keys() == {"step", "weights", *measured}
     assert record["judge"] == pytest.approx(0, abs=1e-6)
 
@@ -187,7 +190,7 @@ MEASURED_OTHERWISE = {
     "sizes": {"data": {"sizes": [(16, 32)]}},
     "length of the text": {"data": {"max_sequence_length": 5}},
     "labels": {"tracking": {"labels": ["x", "y"]}},
-    "candidates": {"tracking": {"top_k": 2}},
+    "candidates": {"tracking": {"candidates": ["srpo_lightning/assets/prompts/train.txt"]}},
     "metrics": {"tracking": {"metrics": {"light": Brightness()}}},
     "held_out": {"tracking": {"held_out": {"judge": 1.0}}},
     "form": {"tracking": {"form": Plain("x. {prompt}")}},
@@ -222,7 +225,23 @@ def test_the_base_of_prompts_with_other_seeds_or_sizes_is_not_taken_for_this_one
 
 
 def test_a_held_out_score_of_what_is_not_measured_is_refused(models):
-    with pytest.raises(ValueError, match=r"held_out has reward: choose among judge, prompt, top5"):
+    with pytest.raises(ValueError, match=r"held_out has reward: choose among judge, prompt and the names"):
         RewardTracking(Brightness(), held_out={"reward": 1.0})
     with pytest.raises(ValueError, match="held_out has nothing"):
         RewardTracking(Brightness(), held_out={})
+
+
+def test_a_pictures_own_prompt_competes_with_the_candidates_and_not_with_those_of_its_batch(models):
+    judge = tiny.new_reward(models.judge)
+    tracking = RewardTracking(judge, candidates=[str(models.train)], top_k=2)
+    pictures, prompts = torch.rand(6, 3, 32, 32), [f"c{number}" for number in range(6)]
+
+    def top(rows: slice) -> Tensor:
+        shown = partial(evaluated_by, judge, pictures[rows], range(1))
+        return tracking._judged(judge, shown, Plain(), prompts[rows])["top2"]
+
+    alone = torch.cat([top(slice(row, row + 1)) for row in range(6)])
+    assert torch.equal(top(slice(0, 6)), alone)
+    better = judge.compare(pictures, [f"a{i} b" for i in range(7)]) > judge(pictures, prompts)[:, None]
+    assert torch.equal(alone.bool(), better.sum(1) < 2)
+    assert 0 < alone.sum() < 6

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 
 from srpo_lightning import flow
 from srpo_lightning.config.arguments import new_module, read_config
-from srpo_lightning.jobs.estimate.job import local_files
+from srpo_lightning.jobs.estimate.published import local_files
 from srpo_lightning.run_folder import RunFolder
 from tests.cli.recipes import run_recipe
 from tests.families import tiny_z_image

@@ -223,12 +223,15 @@ def test_what_was_left_out_and_cut_is_reported(models, features, tmp_path, caplo
 
 
 def test_many_missing_prompts_are_refused_with_the_exact_command(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["srpo_lightning", "fit", "--config", "my.yaml"])
+    words = ["fit", "--config", "my.yaml", "--config=other.yaml", "--data.train", "my prompts.txt"]
+    monkeypatch.setattr(sys, "argv", ["srpo_lightning", *words, "--trainer.max_steps", "3", "--model.seed=1"])
     data = new_data(models, tmp_path, str(models.train), max_prompts_to_encode=9)
-    with pytest.raises(
-        ValueError, match=r"10 of 10 prompts are not in .*\n    python -m srpo_lightning cache --config my.yaml"
-    ):
+    with pytest.raises(ValueError, match=r"10 of 10 prompts are not in") as error:
         data.prepare_data()
+    assert str(error.value).endswith(
+        "\n    python -m srpo_lightning cache --config my.yaml --config other.yaml --data.train 'my prompts.txt' "
+        "--model.seed 1"
+    )
     assert not list(tmp_path.rglob("*.parquet"))
 
 
@@ -247,7 +250,7 @@ def test_a_remote_cache_is_read_and_never_written(models, tmp_path, monkeypatch)
         assert torch.equal(ours.text.tensors["prompt_embeds"], theirs.text.tensors["prompt_embeds"])
     assert len(list((tmp_path / "here").rglob("*.parquet"))) == len(list((tmp_path / "there").rglob("*.parquet"))) == 1
     (tmp_path / "more.txt").write_text("new")
-    with pytest.raises(ValueError, match=r"1 of 4 prompts are not in file://"):
+    with pytest.raises(ValueError, match=r"1 of 4 prompts are not in file://.* only read.*\n.*--data.cache_dir FOLDER"):
         new_data(models, f"file://{tmp_path / 'there'}", str(tmp_path / "more.txt")).prepare_data()
 
 

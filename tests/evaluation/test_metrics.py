@@ -19,7 +19,16 @@ from srpo_lightning.evaluation.metrics import (
     prompt_diversity,
     wins,
 )
-from srpo_lightning.picture_statistics import PICTURE_STATISTICS, Statistic, brightness, high_frequency, saturation
+from srpo_lightning.picture_statistics import (
+    CLIP_STATISTICS,
+    PICTURE_STATISTICS,
+    STATISTICS,
+    Statistic,
+    brightness,
+    high_frequency,
+    luma,
+    saturation,
+)
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -197,8 +206,19 @@ def test_a_statistic_of_pictures_is_a_column_and_is_compared_if_it_says_so(monke
     """A function and a line are all that a new one needs."""
     added = {"red": Statistic(lambda images: images[:, 0].mean((-2, -1)), is_compared=True)}
     monkeypatch.setattr("srpo_lightning.picture_statistics.PICTURE_STATISTICS", PICTURE_STATISTICS | added)
-    names = ["srpo_lightning.evaluation.comparison", "srpo_lightning.callbacks.tracking"]
-    comparison, tracking = (run_path(import_module(name).__file__, run_name=name) for name in names)
+    names = ["srpo_lightning.evaluation.comparison", "srpo_lightning.callbacks.measures"]
+    comparison, measures = (run_path(import_module(name).__file__, run_name=name) for name in names)
     assert "red" not in comparison["NOT_WON"]
     assert "saturation" in comparison["NOT_WON"]
-    assert "red" in tracking["OWN_COLUMNS"]
+    assert "red" in measures["OWN_COLUMNS"]
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_are_not_rounded_by_autocast(name):
+    """Which computes products of matrices in bfloat16, of which a GPU has no Fourier transform."""
+    shown = torch.rand(2, 3, *((4,) if name in CLIP_STATISTICS else ()), 16, 16)
+    expected = STATISTICS[name].measure(shown)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = STATISTICS[name].measure(shown)
+        assert luma(torch.rand(1, 3, 4, 4)).dtype == torch.float32
+    assert torch.equal(found, expected)

@@ -7,7 +7,6 @@ import re
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +14,18 @@ import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
+from srpo_lightning import phases
 from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.callbacks import RewardTracking
-from srpo_lightning.callbacks.tracking import encoder_of_pictures
+from srpo_lightning.callbacks.measures import encoder_of_pictures
 from srpo_lightning.cli import main
+from srpo_lightning.config.arguments import read_config
 from srpo_lightning.draws import Draws
 from srpo_lightning.encoding import Encoding
-from srpo_lightning.evaluation.pictures import clip_if_whole
-from srpo_lightning.jobs.estimate.step import DECODE, phases
+from srpo_lightning.evaluation.pictures import clip_if_whole, read_record
+from srpo_lightning.jobs.estimate.prediction import predict, quiet
+from srpo_lightning.jobs.estimate.step import LastFrames
+from srpo_lightning.jobs.pictures import read_pictures
 from srpo_lightning.objectives import DirectAlign
 from srpo_lightning.picture_statistics import consistency, evenly, flicker, motion, over_frames
 from srpo_lightning.policies import WanPolicy
@@ -64,6 +67,9 @@ def test_a_run_measures_motion_shows_strips_and_goes_on_where_it_was_stopped(con
         assert "win/consistency" not in record
         assert "win/motion" not in record
     strip = next((tmp_path / "run" / "samples").rglob("*.png"))
+    assert read_record(strip)["num_frames"] == 5
+    with pytest.raises(ValueError, match=r"00000.png is a strip of a clip's frames.*num_frames 1"):
+        read_pictures(str(strip.parent), str(tmp_path / "run" / "samples" / "metadata.jsonl"))
     with Image.open(strip) as picture:
         assert picture.size == (5 * 32, 32)
     with Image.open(strip.with_suffix(".webp")) as clip:
@@ -145,8 +151,7 @@ def test_a_clip_is_encoded_as_the_causal_vae_encodes_it_from_its_beginning_on(ca
 def test_rewards_are_the_mean_over_the_chosen_frames_and_their_gradient_ends_there(case):
     policy = WanPolicy(str(case.folder), 32, 32, num_frames=9, rewarded_frames="first", num_rewarded_frames=2)
     policy.load()
-    text = policy.encoder(Encoding()).text
-    conditions = Conditions(["a cat"], Text.collate(text.encode(["a cat"]), text.ragged), torch.arange(1))
+    conditions = of_one_prompt(policy)
     latents = torch.randn(1, *policy.latent_shape(), requires_grad=True)
     found = DirectAlign().rewards(policy, Red(), latents, conditions, Draws(0))
     clip = policy.decode(latents)
@@ -168,11 +173,15 @@ class LastRed(Reward):
         return images[:, 0, -1].mean((1, 2)) - images[:, 0, 0].mean((1, 2))
 
 
+def of_one_prompt(policy: WanPolicy) -> Conditions:
+    text = policy.encoder(Encoding()).text
+    return Conditions(["a cat"], Text.collate(text.encode(["a cat"]), text.ragged), torch.arange(1))
+
+
 def test_a_reward_that_reads_clips_gets_the_rewarded_frames_together(case):
     policy = WanPolicy(str(case.folder), 32, 32, num_frames=9, num_rewarded_frames=3)
     policy.load()
-    text = policy.encoder(Encoding()).text
-    conditions = Conditions(["a cat"], Text.collate(text.encode(["a cat"]), text.ragged), torch.arange(1))
+    conditions = of_one_prompt(policy)
     latents = torch.randn(1, *policy.latent_shape(), requires_grad=True)
     clip = policy.decode(latents)
     assert list(policy.shown_frames) == [0, 4, 8]
@@ -241,12 +250,25 @@ def test_numbers_of_pictures_are_means_over_frames_of_a_clip():
 
 def test_the_decoding_of_chosen_frames_is_a_phase_of_the_memory_that_is_predicted(case):
     policy = case.new(num_frames=9)
-    module: Any = SimpleNamespace(policy=policy, reward=SimpleNamespace(contrast=None))
-    seen = SimpleNamespace(phase="")
     latents = torch.randn(1, *policy.latent_shape(), requires_grad=True)
-    with phases(module, seen):
-        pictures = policy.rewarded_pictures(latents, None, Draws(0))
-    assert seen.phase == DECODE
-    seen.phase = ""
-    pictures[0].sum().backward()
-    assert seen.phase == DECODE
+    seen = SimpleNamespace(phase="")
+    with phases.followed_by(seen):
+        rewards = DirectAlign().rewards(policy, Red(), latents, of_one_prompt(policy), Draws(0))
+        assert seen.phase == phases.REWARD
+        rewards.sum().backward()
+    assert seen.phase == phases.DECODE
+
+
+def test_frames_that_are_drawn_are_predicted_as_the_last_ones(case, models, tmp_path):
+    """So no step takes more than was predicted, whatever it draws."""
+    found = {}
+    for choice, number in (("random", 1), ("first", 1), ("first", 9)):
+        policy = {"num_frames": 9, "rewarded_frames": choice, "num_rewarded_frames": number}
+        config = read_config(str(write_config(case, models, tmp_path / "run", tmp_path, **policy)))
+        config.trainer.callbacks = None
+        with quiet():
+            found[choice, number] = predict(config, "cpu").peaks[phases.DECODE].total
+    assert found["first", 1] < 0.8 * found["random", 1]
+    assert found["random", 1] == pytest.approx(found["first", 9], rel=0.2)
+    assert LastFrames(0).subset("frames", [1.0] * 9, 2) == [7, 8]
+    assert LastFrames(0).subset("steps", [1.0] * 9, 2) == Draws(0).subset("steps", [1.0] * 9, 2)

@@ -8,6 +8,7 @@ from srpo_lightning.jobs.estimate.prediction import without_weights
 from srpo_lightning.jobs.estimate.published import small_files, write_small_files
 from srpo_lightning.policies import AutoPolicy
 from srpo_lightning.policies.family import families
+from srpo_lightning.policies.flux import FluxTextEncoder
 
 BILLIONS = {
     "black-forest-labs/FLUX.1-dev": 11.90,
@@ -43,3 +44,13 @@ def test_a_published_geometry_has_the_published_number_of_weights(name, tmp_path
         policy.load()
     found = sum(math.prod(p.shape) for p in policy.transformer.parameters())
     assert found / 1e9 == pytest.approx(BILLIONS[name], abs=0.01)
+
+
+def test_features_of_one_text_encoder_read_in_two_ways_are_kept_apart(tmp_path, models):
+    """Z-Image and FLUX.2 klein have the same encoder and tokenizer, and take other layers of it."""
+
+    class Otherwise(FluxTextEncoder):
+        version = 2
+
+    kinds = (FluxTextEncoder, Otherwise, type("Another", (FluxTextEncoder,), {}))
+    assert len({kind(str(models.pipeline)).fingerprint() for kind in kinds}) == 3

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 from srpo_lightning.policies import Lora, SD3Policy
 from tests.families import tiny_sd3
@@ -21,6 +22,17 @@ def test_levels_are_those_that_the_scheduler_chooses_by_itself(pipeline, num_ste
     scheduler.set_timesteps(num_steps)
     levels = SD3Policy(pipeline, 32, 32).sigmas(num_steps)
     torch.testing.assert_close(levels.float(), scheduler.sigmas, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [1, 8, 28])
+def test_levels_by_resolution_are_those_that_the_scheduler_chooses(pipeline, num_steps):
+    policy = SD3Policy(pipeline, 512, 512, resolution_shift=True)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
+        pipeline, subfolder="scheduler", use_dynamic_shifting=True
+    )
+    shift = calculate_shift(policy.num_tokens((512, 512)), max_shift=scheduler.config.max_shift)
+    scheduler.set_timesteps(num_steps, mu=shift)
+    torch.testing.assert_close(policy.sigmas(num_steps).float(), scheduler.sigmas, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("adapter", [None, Lora(rank=2)], ids=["full", "lora"])

@@ -3,11 +3,14 @@
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from srpo_lightning.batch import Conditions, Text
 from srpo_lightning.draws import Draws, sample_noise
 from srpo_lightning.encoding import Encoding
-from srpo_lightning.policies import WanPolicy
+from srpo_lightning.jobs.export.lora_formats import LoraComfy, LoraFiles
+from srpo_lightning.jobs.export.weights import Stored
+from srpo_lightning.policies import Lora, WanPolicy
 from srpo_lightning.policies.clips import chosen_frames
 from tests.families import tiny_wan
 
@@ -90,8 +93,9 @@ def test_sizes_are_multiples_of_the_models_own_cells(variant):
 
 
 def test_a_shift_by_the_resolution_is_refused(variant):
-    with pytest.raises(ValueError, match=r"resolution_shift is true, but .* Wan .*: set it to null"):
-        WanPolicy(variant.pretrained, *variant.size, resolution_shift=True)
+    for value in (True, False):
+        with pytest.raises(ValueError, match=r"resolution_shift is \w+, but .* Wan .*: set it to null"):
+            WanPolicy(variant.pretrained, *variant.size, resolution_shift=value)
 
 
 @torch.no_grad()
@@ -104,9 +108,11 @@ def test_no_step_reads_a_file_or_asks_the_hub(variant, monkeypatch):
         raise AssertionError(arguments)
 
     monkeypatch.setattr("srpo_lightning.files.pretrained.part", refused)
+    monkeypatch.setattr(diffusers.UniPCMultistepScheduler, "from_pretrained", refused)
     noise = sample_noise(0, [0], variant.latent_shape())
     variant(noise, torch.ones(1), conditions, 1.0)
     assert len(variant.sigmas(3)) == 4
+    assert variant.integrate(lambda x, level: x, noise, 2).shape == noise.shape
 
 
 FRAMES = {"coarse": ({}, 9), "fine": ({"vae": tiny_wan.FINE}, 9)}
@@ -180,3 +186,50 @@ def test_a_reward_sees_the_frames_that_are_chosen():
 def test_a_number_of_frames_that_the_vae_cannot_make_is_refused(clips):
     with pytest.raises(ValueError, match=r"num_frames is 8, and a clip has one more than a multiple of 4 .* 5 or 9"):
         WanPolicy(clips.pretrained, 32, 32, num_frames=8)
+
+
+def test_a_clip_that_is_recomputed_is_decoded_in_tiles_where_no_gradient_is_asked_for(clips, monkeypatch):
+    """The tiles keep what they hand on in time, and so cannot be recomputed."""
+    policy = WanPolicy(clips.pretrained, 32, 32, num_frames=9, vae_checkpointing=True, vae_tiling=True)
+    policy.load()
+    latents = torch.randn(1, *policy.latent_shape())
+    saved = [bytes_saved(own, latents.clone().requires_grad_()) for own in (policy, checkpointed(clips))]
+    assert saved[0] == saved[1]
+    monkeypatch.setattr(policy.vae.video, "decode", lambda *_, **__: pytest.fail("in tiles"))
+    policy.frames(latents.requires_grad_(), [8])
+    with pytest.raises(pytest.fail.Exception, match="in tiles"), torch.no_grad():
+        policy.frames(latents, [8])
+
+
+def checkpointed(clips: WanPolicy) -> WanPolicy:
+    policy = WanPolicy(clips.pretrained, 32, 32, num_frames=9, vae_checkpointing=True)
+    policy.load()
+    return policy
+
+
+def bytes_saved(policy: WanPolicy, latents: torch.Tensor) -> int:
+    """What is kept for the backward pass of the last frame."""
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.nbytes), x)[1], lambda x: x):
+        policy.frames(latents, [8])
+    return sum(kept)
+
+
+def test_adapters_for_comfyui_have_the_names_of_the_first_publication(variant, tmp_path):
+    """Diffusers' are not known there for Wan: "lora key not loaded"."""
+    policy = WanPolicy(variant.pretrained, *variant.size, adapter=Lora(rank=2))
+    outline = policy.outline()
+    trained = {
+        name: Stored(tuple(p.shape), lambda shape=p.shape: torch.ones(shape))
+        for name, p in outline.named_parameters()
+        if ".lora_" in name
+    }
+    written = LoraComfy(policy, outline, trained, torch.float32, "own")
+    written.write(tmp_path)
+    names = load_file(tmp_path / "own.safetensors").keys()
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in names
+    assert all(name.startswith("diffusion_model.blocks.") for name in names)
+    assert len(names) == 3 * len(written.layers)
+    assert "--format lora-comfy" in LoraFiles(policy, outline, trained, torch.float32, "own").comfyui
+    changed = written.given(tmp_path)["transformer"].blocks[0].attn1.to_q.weight
+    assert not torch.equal(changed, variant.transformer.blocks[0].attn1.to_q.weight)

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from srpo_lightning.encoding import Encoding
 from srpo_lightning.files.pretrained import load_exactly, read_weights, safetensors_files
+from srpo_lightning.policies import FluxPolicy
 from tests import tiny
 from tests.refusals import refused
 
@@ -164,3 +166,11 @@ def test_a_damaged_index_is_refused_by_its_name_and_cure(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"^(the model in )?/\S+ .*copy or download the folder again$"):
         safetensors_files(str(tmp_path), "", "model")
+
+
+def test_a_models_folder_may_begin_with_a_tilde(models, monkeypatch):
+    monkeypatch.setenv("HOME", str(models.pipeline.parent))
+    policy = FluxPolicy(f"~/{models.pipeline.name}", 32, 32)
+    policy.load()
+    assert policy.encoder(Encoding()).text.encode(["a b"])
+    assert tiny.new_reward(f"~/{models.clip.name}").tokenize("a b")

@@ -20,14 +20,21 @@ def listed(capsys, *configs):
 def test_a_recipe_names_every_model_with_size_and_licence(capsys, monkeypatch):
     monkeypatch.setattr(job, "bytes_in_cache", lambda: {"openai/clip-vit-large-patch14": 1_700_000_000})
     rows = listed(capsys, "configs/flux_srpo_qlora.yaml")
-    policy, hps, judge = (
-        rows[name] for name in ("black-forest-labs/FLUX.1-dev", "xswu/HPSv2", "openai/clip-vit-large-patch14")
+    policy, hps, tokenizer, judge = (
+        rows[name]
+        for name in (
+            "black-forest-labs/FLUX.1-dev",
+            "xswu/HPSv2",
+            "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+            "openai/clip-vit-large-patch14",
+        )
     )
     assert policy[0] == "model.policy.pretrained"
     assert float(policy[1]) == pytest.approx(23.8 + 0.17 + 0.25 + 9.5, abs=0.1)
     assert policy[2].startswith("non-commercial")
     assert policy[3].startswith("no: ")
     assert float(hps[1]) == pytest.approx(1.97, abs=0.05)
+    assert tokenizer[:3] == ["model.reward.processor", "0.0, no weights", "see its page"]
     assert judge[0] == "trainer.callbacks.RewardTracking.judge.pretrained"
     assert judge[3] == "1.7 GB in the hub cache"
 
@@ -54,6 +61,20 @@ def test_heads_weights_and_tokenizers_of_rewards_are_listed_too(capsys, models, 
         assert rows[name][0] == f"trainer.callbacks.RewardTracking.metrics.{setting}"
         assert rows[name][3].startswith("no: "), name
     assert not {"ema", "policy"} & rows.keys()
+
+
+@pytest.mark.parametrize("name", ["HPSv2", "SGPHPS"])
+def test_the_tokenizer_that_hpsv2_takes_from_the_hub_is_listed_unless_it_is_named_or_converted(name, capsys, tmp_path):
+    path, converted = tmp_path / "reward.json", tmp_path / "converted"
+    converted.mkdir()
+    (converted / "config.json").touch()
+    found = []
+    for own in ({}, {"pretrained": str(converted)}, {"processor": "someone/tokenizer"}):
+        reward = {"class_path": f"srpo_lightning.rewards.{name}", "init_args": own}
+        path.write_text(json.dumps({"model": {"reward": reward}}))
+        rows = listed(capsys, "configs/flux_srpo_qlora.yaml", path)
+        found.append([model for model, row in rows.items() if "model.reward.processor" in row[0]])
+    assert found == [["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"], [], ["someone/tokenizer"]]
 
 
 def test_a_reward_of_two_models_names_both_and_whose_weights_are_meant_is_no_model(capsys, tmp_path):

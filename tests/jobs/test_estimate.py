@@ -17,25 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from srpo_lightning.cli import main
 from srpo_lightning.config.arguments import new_module, read_config
-from srpo_lightning.jobs.estimate import job, published
+from srpo_lightning.jobs.estimate import job, options, published
 from srpo_lightning.jobs.estimate.devices import num_devices
-from srpo_lightning.jobs.estimate.job import OPTIONS, POLICY, local_files, parse_bytes
-from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker, cuda_operations
+from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
+from srpo_lightning.jobs.estimate.options import OPTIONS, POLICY
 from srpo_lightning.jobs.estimate.prediction import fake_conditions, predict, quiet, without_weights
-from srpo_lightning.jobs.estimate.step import (
-    BACKWARD,
-    BATCH,
-    DECODE,
-    EVALUATION,
-    FORWARD,
-    FROZEN,
-    GRADIENTS,
-    JUDGES,
-    REWARD,
-    STATES,
-    STEP,
-    TRAINED,
-)
+from srpo_lightning.jobs.estimate.published import local_files
+from srpo_lightning.jobs.estimate.step import BATCH, EVALUATION, FROZEN, GRADIENTS, JUDGES, STATES, TRAINED
+from srpo_lightning.jobs.estimate.units import GIB, parse_bytes
+from srpo_lightning.phases import BACKWARD, DECODE, FORWARD, REWARD, STEP
 from srpo_lightning.policies import FluxPolicy, Lora, loading
 from srpo_lightning.rewards import ClipReward, HPSv2
 from tests import processes, tiny
@@ -272,6 +262,13 @@ def test_judges_take_memory_while_they_evaluate_and_none_while_the_policy_trains
     assert parts[STATES] == without.peaks[STEP].parts[STATES] > 0
 
 
+def test_judges_score_pictures_of_the_largest_size_of_the_prompts(small):
+    config = read_config(str(small))
+    config["data.sizes"] = [(64, 64), (16, 32)]
+    sizes = predicted(config).peaks[EVALUATION].parts[EVALUATION], predicted(read_config(str(small))).peaks
+    assert sizes[0] > 2 * sizes[1][EVALUATION].parts[EVALUATION]
+
+
 @pytest.mark.parametrize(
     "init_args",
     [
@@ -289,6 +286,16 @@ def test_every_objective_is_estimated_judges_included(small, init_args):
     Path(small).write_text(yaml.safe_dump(settings))
     prediction = predicted(read_config(str(small)))
     assert {EVALUATION, BACKWARD} <= prediction.peaks.keys()
+
+
+def test_settings_of_fit_count_in_their_order(capsys, small, tmp_path):
+    (tmp_path / "wide.yaml").write_text("model: {policy: {init_args: {width: 96}}}")
+    policy = "--model.policy.init_args"
+    printed = run(
+        capsys, "--config", str(small), f"{policy}.height=64", f"{policy}.width", "48", "--config",
+        str(tmp_path / "wide.yaml"), "--options", "never", "--data.batch_size", "3",
+    )  # fmt: skip
+    assert "64 x 96 px, batch_size 3," in printed
 
 
 def test_on_several_devices_auto_is_estimated_as_it_is_run(capsys, small):
@@ -348,7 +355,7 @@ def test_flux_is_estimated_without_any_of_its_files(capsys, monkeypatch):
 
 def test_where_it_does_not_fit_options_follow_those_that_save_most_first(capsys, small, monkeypatch):
     chosen = [o for o in OPTIONS if re.search("vae_checkpointing|batch_size 1,", o.setting)]
-    monkeypatch.setattr(job, "OPTIONS", chosen)
+    monkeypatch.setattr(options, "OPTIONS", chosen)
     printed = run(capsys, "--config", str(small), "--device_memory", "1MB", "--reserve", "1MB")
     assert "does not fit a device" in printed
     rows = re.findall(r"^ +([\d.]+) +([\d.]+)  (fits|does not fit): (.*)$", printed, re.MULTILINE)
@@ -367,19 +374,19 @@ def test_who_has_one_card_is_told_first_what_fits_it_and_then_what_more_devices_
         saved += 60 * (config.trainer.strategy != "auto")
         return SimpleNamespace(peak_phase="step", peaks={"step": SimpleNamespace(total=(100 - saved) * GIB)})
 
-    monkeypatch.setattr(job, "predict", predicted)
+    monkeypatch.setattr(options, "predict", predicted)
     chosen = [o for o in OPTIONS if re.search("shard_size|nf4|height", o.setting)]
-    monkeypatch.setattr(job, "OPTIONS", chosen)
+    monkeypatch.setattr(options, "OPTIONS", chosen)
     config = read_config(str(small))
     config.model.policy.init_args.update(Namespace(height=1024, width=768))
-    lines = list(job.try_options(config, 100 * GIB, 66 * GIB, "cuda"))
+    lines = list(options.try_options(config, 100 * GIB, 66 * GIB, "cuda"))
     assert [re.search("nf4|height|shard_size .", line)[0] for line in lines[:-1]] == [
         "nf4", "height", "shard_size 2", "shard_size 8",
     ]  # fmt: skip
     assert re.search("Together 65.00 GiB, fits: .*nf4.*; .*height and width of 512 at most$", lines[-1])
-    assert job.smaller_pictures(config)
+    assert options.smaller_pictures(config)
     assert (config.model.policy.init_args.height, config.model.policy.init_args.width) == (512, 384)
-    assert not job.smaller_pictures(config)
+    assert not options.smaller_pictures(config)
 
 
 def test_what_libraries_say_of_a_prediction_is_left_out_of_its_table(caplog):

@@ -5,21 +5,26 @@ import json
 import re
 import shutil
 import warnings
+from inspect import isabstract
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from srpo_lightning import objectives
 from srpo_lightning.cli import main
 from srpo_lightning.evaluation.pictures import LABEL_PX
 from srpo_lightning.files.owners import partial_path
 from srpo_lightning.jobs.export import job, streaming, usage
 from srpo_lightning.jobs.export.formats import DiffusersFolder
+from srpo_lightning.jobs.export.model_card import front_matter, method
 from srpo_lightning.jobs.export.weights import Stored
+from srpo_lightning.objectives import GRPO
 from srpo_lightning.policies import Lora
 from srpo_lightning.run_folder import RunFolder
 from tests import tiny
@@ -127,10 +132,13 @@ def test_what_was_trained_in_bfloat16_is_compared_in_bfloat16(trained, tmp_path,
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
 
 
-def test_settings_that_diffusers_does_not_have_make_no_difference(trained, tmp_path):
+def test_settings_that_the_pipeline_does_not_have_make_no_difference(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "enable_tiling", lambda _: pytest.fail("tiles have seams"))
     shutil.copytree(trained("full"), tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    config["model"]["policy"]["init_args"] |= {"resolution_shift": True, "quantize_timesteps": True}
+    config["model"]["policy"]["init_args"] |= {
+        "resolution_shift": True, "quantize_timesteps": True, "vae_tiling": True,
+    }  # fmt: skip
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(config))
     export(tmp_path / "run", tmp_path / "out", "--dtype", "float32")
 
@@ -381,3 +389,21 @@ def test_what_does_not_fit_together_is_refused_with_the_cure(models, trained, tm
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     assert "holds no checkpoint: give the config.yaml of a run that has saved one" in refused(tmp_path, output)
     assert not output.exists()
+
+
+def test_the_card_names_what_trained_and_what_is_drawn(models):
+    module = tiny.new_module(models)
+    assert method(module) == "`SRPO` ([arXiv 2509.06942](https://arxiv.org/abs/2509.06942))"
+    module.objective = GRPO()
+    assert method(module) == "`GRPO` ([arXiv 2505.07818](https://arxiv.org/abs/2505.07818))"
+    policy = SimpleNamespace(num_frames=9, hub_tag="wan", adapter=None, start=None, pretrained=str(models.pipeline))
+    head = front_matter(SimpleNamespace(format=SimpleNamespace(policy=policy)), module)
+    assert 'pipeline_tag: "text-to-video"' in head
+    assert 'tags: ["grpo", "text-to-video", "wan"]' in head
+
+
+def test_every_objective_names_its_paper_where_it_has_one():
+    classes = [own for own in vars(objectives).values() if isinstance(own, type)]
+    methods = [own for own in classes if issubclass(own, objectives.Objective) and not isabstract(own)]
+    assert len(methods) > 9
+    assert all(re.fullmatch(r"\d{4}\.\d{5}", own.paper or "") for own in methods)

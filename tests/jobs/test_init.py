@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from srpo_lightning.cli import main
 from srpo_lightning.config.arguments import read_config
 from srpo_lightning.config.shipped import RECIPES, recipes
-from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.units import GIB
 from srpo_lightning.jobs.init import forms
 from srpo_lightning.jobs.init.comments import commented, comments_of
 from srpo_lightning.jobs.init.wishes import models
@@ -88,6 +89,15 @@ def test_the_first_form_that_fits_is_written_as_its_recipe_has_it(predicted, fol
     assert max(map(len, path.read_text().splitlines())) < 140
 
 
+def test_the_commands_that_are_told_take_a_path_with_spaces(predicted, folder, capsys):
+    main(["init", "--model", "flux_dev", "--gpu_memory", "24GiB", "--output", "my own's.yaml"])
+    head = (folder / "my own's.yaml").read_text().split("seed_everything")[0]
+    told = [line.partition("srpo ")[2] for line in (capsys.readouterr().out + head).splitlines() if "--config" in line]
+    assert len(told) == 4
+    for command in told:
+        assert shlex.split(command)[1:3] == ["--config", "my own's.yaml"]
+
+
 def test_what_is_far_too_large_is_not_predicted(predicted, folder):
     """Weights alone say it: 66 GiB of them in full, and 22 GiB beside a LoRA."""
     written(folder, "--model", "flux_dev", "--gpu_memory", "24GiB")
@@ -142,10 +152,14 @@ def test_another_reward_has_no_margin_of_the_recipes(predicted, folder):
 
 REFUSED = {
     "nothing fits": (["--gpu_memory", "8GiB"], r"flux_dev does not fit 8.0 GiB .*LoRA, weights in the machine's memory "
-                     r"takes 10.8 GiB, so 12.8 GiB or more are needed; `recipes` lists smaller models"),
+                     r"takes 10.8 GiB, so 12.8 GiB of GPU memory or more are needed; `recipes` lists smaller models"),
     "another method": (["--gpu_memory", "48GiB", "--method", "full"], r"trained as asked: all weights, .* takes more "
                        r"than 66.5 GiB; LoRA would fit, with 35.6 GiB: --method lora"),
-    "the machine": (["--gpu_memory", "24GiB", "--host_memory", "16GiB"], r"and 25.0 GiB of the machine, which has 16"),
+    "the machine": (["--gpu_memory", "24GiB", "--host_memory", "16GiB"], r"flux_dev does not fit 16.0 GiB of the "
+                    r"machine's memory, .* takes 10.8 GiB and 25.0 GiB of the machine, so 25.0 GiB of the machine's "
+                    r"memory or more"),
+    "both": (["--gpu_memory", "8GiB", "--host_memory", "16GiB"], r"does not fit 8.0 GiB of GPU memory with 2.0 GiB "
+             r"kept free and 16.0 GiB of .*, so 12.8 GiB of GPU memory and 25.0 GiB of the machine's memory or more"),
     "no GPU": ([], r"gpu_memory is not said, and there is no GPU here: give --gpu_memory, such as 24GiB"),
     "a size": (["--gpu_memory", "lots"], r"'lots' is no size of memory: write it as 80GiB"),
     "a method": (["--gpu_memory", "24GiB", "--method", "qlroa"], r"method is qlroa: choose among auto, .*did you mean"),
@@ -160,6 +174,12 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(predicted,
     options, cure = REFUSED[case]
     refused(["init", "--model", "flux_dev", "--output", "my.yaml", *options], cure, capsys)
     assert not list(folder.glob("*.yaml*"))
+
+
+def test_the_built_in_model_is_refused_by_the_larger_of_what_it_takes(folder, monkeypatch, capsys):
+    monkeypatch.setattr(forms, "peaks", lambda *_: (1 * GIB, 900 * GIB))
+    monkeypatch.setattr(forms, "machine_memory", lambda: 8 * GIB)
+    refused(["init", "--model", "builtin"], "the built-in model takes 900.0 GiB, where 8.0 GiB are there", capsys)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,25 @@ def test_without_the_check_it_is_tried_all_the_same(config, tmp_path, monkeypatc
     assert list(tmp_path.rglob("*.ckpt"))
 
 
+def test_judges_count_which_are_there_while_they_evaluate(config, predict):
+    """Of clips and large judges an evaluation has the highest peak."""
+    seen = []
+    predict(2_000_000, lambda settings, *_: seen.append(settings) or (1_000_000, 0))
+    check(config)
+    assert any(own.class_path.endswith(".RewardTracking") for own in seen[0].trainer.callbacks)
+
+
+def test_a_judge_that_cannot_be_predicted_is_left_out(config, predict):
+    def of_training(settings, *_):
+        if any(own.class_path.endswith(".RewardTracking") for own in settings.trainer.callbacks):
+            raise NotImplementedError("a judge of one's own")
+        return 2_000_000, 0
+
+    predict(1_000_000, of_training)
+    with pytest.raises(ValueError, match="predicted peak"):
+        check(config)
+
+
 @pytest.mark.parametrize(
     ("memory", "said"), [(800_000, ValueError), (950_000, UserWarning), (1_050_000, UserWarning), (1_200_000, None)]
 )

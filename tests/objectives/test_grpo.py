@@ -7,6 +7,7 @@ from srpo_lightning import flow
 from srpo_lightning.draws import Draws
 from srpo_lightning.objectives import GRPO, DanceDiffusion, FlowDiffusion, Rollout
 from srpo_lightning.objectives.grpo import advantages
+from srpo_lightning.policies import FluxPolicy, Lora
 from tests.objectives import toy
 
 SETTINGS = {"num_steps": 6, "group_size": 4, "guidance": 0.7}
@@ -261,3 +262,10 @@ def test_a_setting_that_cannot_work_is_refused_with_its_cure(settings, cure):
 def test_pictures_in_place_of_trajectories_are_refused():
     with pytest.raises(ValueError, match=r"leave it and data\.images out"):
         sampled(GRPO(**SETTINGS), toy.batch()._replace(x0=torch.zeros(2, 1, 1)))
+
+
+@pytest.mark.parametrize("settings", [{"rollout_cache": 0.2}, {"adapter": Lora(rank=2, dropout=0.1)}])
+def test_a_rollout_by_another_model_than_is_trained_is_refused(models, settings):
+    policy = FluxPolicy(str(models.pipeline), 32, 32, **settings)
+    with pytest.raises(ValueError, match=r"two models: set rollout_cache to null and dropout to 0"):
+        GRPO().check_policy(policy)

@@ -8,7 +8,7 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from srpo_lightning.policies import Lora, adapters, comfy
-from srpo_lightning.policies.lora_file import FILE
+from srpo_lightning.policies.lora_file import FILE, PREFIX
 from tests import tiny
 
 pytest.importorskip("peft")
@@ -66,7 +66,7 @@ def comfy_file(policy, lora, dtype=torch.float32) -> dict[str, torch.Tensor]:
                 for key, tensor in own_weights(policy).items()
                 if key.startswith(f"{name}.lora_")
             }
-            file |= comfy.layer_file(name, layer.base_layer.weight.detach(), own, dtype)
+            file |= comfy.layer_file(f"{PREFIX}{name}", layer.base_layer.weight.detach(), own, dtype)
     return file
 
 
@@ -111,7 +111,7 @@ def test_comfyui_makes_the_trained_weights_of_its_file(policy, lora, base):
 def test_what_the_check_computes_is_what_comfyui_does(policy, lora, base):
     file = comfy_file(policy, lora)
     for name, weight in as_comfyui_loads(base, file).items():
-        torch.testing.assert_close(comfy.patched(name, base[name], file), weight, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(comfy.patched(f"{PREFIX}{name}", base[name], file), weight, rtol=1e-6, atol=1e-6)
 
 
 def test_in_bfloat16_the_lengths_of_rows_stay_exact(policy, lora, base):

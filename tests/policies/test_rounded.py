@@ -38,6 +38,14 @@ def rounds(monkeypatch):
     return found
 
 
+def test_what_rounding_a_block_has_freed_is_returned_before_the_next_is_read(models, rounds, monkeypatch, tmp_path):
+    """Holes of all blocks together were as large as the rounded model."""
+    returned = []
+    monkeypatch.setattr(loading, "trim_freed_memory", lambda: returned.append(len(rounds)))
+    state_of(new_policy(models.pipeline, tmp_path))
+    assert returned == [1, 2]
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "nf4-double"])
 def test_the_second_start_rounds_nothing_and_is_the_first_bit_for_bit(models, rounds, tmp_path, quantize):
     first = state_of(new_policy(models.pipeline, tmp_path, quantize=quantize))

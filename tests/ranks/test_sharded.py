@@ -217,3 +217,22 @@ def test_a_checkpoint_of_another_policy_is_refused_before_its_tensors_are_read(m
     )
     assert done.returncode != 0
     assert "this checkpoint is of another policy" in done.output, done.output
+
+
+def test_an_average_in_float32_of_bfloat16_weights_goes_on_as_it_was(models, features, folder):
+    """A checkpoint is read after the average has found its place."""
+    paths = []
+    for name in ("whole_average", "broken_average"):
+        path = config(models, features, folder / name, 2, precision="bf16-mixed")
+        settings = json.loads(path.read_text())
+        settings["model"]["policy"]["init_args"]["dtype"] = "bfloat16"
+        settings["trainer"]["callbacks"][0]["init_args"] = {"decay": 0.5, "dtype": "float32", "device": "host"}
+        path.write_text(json.dumps(settings))
+        paths.append(path)
+    fit(paths[0])
+    fit(paths[1], "--trainer.max_steps", "2")
+    fit(paths[1], "--ckpt_path", "last")
+    unbroken, broken = (whole(folder / path.stem, 4)["ema"] for path in paths)
+    assert {tensor.dtype for tensor in unbroken.values()} == {torch.float32}
+    for name, tensor in unbroken.items():
+        assert torch.equal(broken[name], tensor), name

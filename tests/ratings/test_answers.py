@@ -109,6 +109,9 @@ def test_a_rater_is_known_whatever_the_capitals(tmp_path):
     for text in ("", "  ", "x" * 61, "a\u0000b"):
         with pytest.raises(ValueError, match="a name has 1 to 60 letters"):
             rater_name(text)
+    with pytest.raises(ValueError, match="more than 255 bytes as that of a file: type a shorter one"):
+        rater_name("\u738b" * 28)
+    Answers(tmp_path / "long").add(an_answer(rater_name("\u738b" * 27)))
     answers = Answers(tmp_path / "answers")
     answers.add(an_answer(rater_name("../../Eve/<b>")))
     assert [path.name for path in (tmp_path / "answers").iterdir()] == ["..%2F..%2Feve%2F%3Cb%3E.jsonl"]

@@ -52,6 +52,13 @@ def test_what_is_not_there_is_refused(runs, tmp_path, paths, told):
         read_sources([str(tmp_path / path) for path in paths])
 
 
+def test_clips_are_refused_for_people_would_see_their_strips_standing_still(runs, tmp_path):
+    metadata = write_run(tmp_path / "clips", BLUE).samples.metadata
+    metadata.write_text(metadata.read_text().replace('"step"', '"num_frames": 17, "step"'))
+    with pytest.raises(ValueError, match=r"00000.png is a strip of a clip's frames, .* with num_frames 1$"):
+        read_sources([*runs, str(tmp_path / "clips")])
+
+
 def test_pictures_of_one_prompt_are_paired_in_their_order_whatever_their_number(tmp_path):
     prompts = ["a", "b", "a"]
     one, two = write_run(tmp_path / "one", RED, prompts), write_run(tmp_path / "two", GREEN, ["c", *prompts])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from srpo_lightning.evaluation.meanings import meaning
+from srpo_lightning.report import samples
 from srpo_lightning.report.comparison_page import write_comparison_page
 from srpo_lightning.report.run_page import RunPage
 from tests.browser import needs_browser, visit
@@ -48,6 +49,14 @@ def test_the_page_of_two_runs_is_drawn(pages, tmp_path):
     assert "+0.020" in dom  # the judge's difference
 
 
+def test_a_run_may_be_called_base(pages, tmp_path):
+    level = "stroke: var(--base)"
+    assert level in visit(pages[0].as_uri(), tmp_path)[0]
+    runs = [write_run(tmp_path / name, shift) for name, shift in (("base", 0.01), ("two", 0.03))]
+    write_comparison_page(tmp_path / "both.html", [run.path for run in runs])
+    assert level not in visit((tmp_path / "both.html").as_uri(), tmp_path)[0]
+
+
 ACTIONS = """
 const found = {};
 const one = (selector) => document.querySelector(selector);
@@ -84,6 +93,13 @@ def test_the_page_answers_to_its_user(pages, tmp_path):
     assert (found["worst"], found["best"]) == ("\u22120.060", "+0.080")  # .02 x (i - 3), for i from 0 to 7
     assert found["read"] == "step 0base 0.250policy 0.250ema -"
     assert found["meaning"] == meaning("held_out")
+
+
+def test_counts_are_over_all_samples_also_those_that_are_not_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "MAX_SAMPLES", 4)
+    dom, _ = visit(RunPage(write_run(tmp_path / "run")).write().as_uri(), tmp_path)
+    listed = "Of 8 samples the worst and the best 2 by held_out of policy are listed."
+    assert f"Step 20: 4 samples won, 3 lost, 1 alike. {listed}" in dom
 
 
 @pytest.mark.parametrize("page", [0, 1])

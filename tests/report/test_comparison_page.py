@@ -1,5 +1,6 @@
 """Several runs on one page, from folders whose differences are known; and both commands as a user gives them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import yaml
 
 from srpo_lightning.cli import main
 from srpo_lightning.report.comparison_page import names_of, write_comparison_page
+from srpo_lightning.report.run_page import RunPage
 from tests.refusals import refused
-from tests.report.made_up import CLIP, MARKUP, PROMPTS, content_of, write_run
+from tests.report.made_up import CLIP, CONFIG, MARKUP, PROMPTS, content_of, write_run
 
 
 @pytest.fixture
@@ -59,6 +61,22 @@ def test_curves_lie_over_each_other(first, tmp_path):
     assert [step for step, _ in chart["series"][1]["points"]] == [0, 10, 20]
 
 
+def test_of_a_step_that_was_measured_again_the_last_numbers_count_in_whatever_order(first, tmp_path):
+    second = write_run(tmp_path / "second", shift=0.03)
+    before = {"weights": "policy", "judge": 0.7, "held_out": 0.7}
+    second.metrics.write_text(f"{json.dumps({'step': 20, **before})}\n{second.metrics.read_text()}")
+    second.append_metrics({"step": 10, **before})
+    content, _ = compared(tmp_path, first, second)
+    assert last(content)["judge"][1]["value"] == pytest.approx(0.5 + 0.06 * 0.5)
+    (chart,) = [own for own in content["charts"] if (own["name"], own["kind"]) == ("judge", "policy")]
+    assert chart["series"][1]["points"] == [[0, 0.5], [10, 0.7], [20, pytest.approx(0.5 + 0.06 * 0.5)]]
+    page = RunPage(second).content()[0]
+    (judge,) = [row["cells"] for row in page["last"] if row["name"] == "judge"]
+    assert judge["policy"]["value"] == pytest.approx(0.5 + 0.06 * 0.5)
+    assert page["findings"] == ["Held-out score of the policy: 0.250 before training, 0.280 at step 20.",
+                                "It was best at step 10: 0.700."]  # fmt: skip
+
+
 def test_runs_on_other_prompts_have_no_intervals_and_it_is_said(first, tmp_path):
     second = write_run(tmp_path / "second", prompts=["another", *PROMPTS[1:]])
     content, _ = compared(tmp_path, first, second)
@@ -99,6 +117,30 @@ def test_another_objective_changes_what_reward_and_judge_are_unless_their_form_i
         configure(run, lambda config: config["trainer"]["callbacks"][0]["init_args"].update(form=form))
     rows = last(compared(tmp_path, first, second)[0])
     assert all(rows[name][1]["is_same"] for name in ("reward", "judge", "held_out"))
+
+
+@pytest.mark.parametrize(("settings", "is_same"), [({}, True), ({"template": "{word} {prompt}"}, False)])
+def test_objectives_are_told_apart_by_what_their_scores_read_not_by_how_they_are_written(
+    first, tmp_path, settings, is_same
+):
+    second = write_run(tmp_path / "second")
+    words = CONFIG["model"]["objective"]["init_args"]["control_words"]
+    trained = {"word_choice": "random", "others": 2, "extra_weight": 0.3}
+    form = {"class_path": "srpo_lightning.objectives.Relative",
+            "init_args": {"control_words": words, "template": "{word}. {prompt}", **trained, **settings}}  # fmt: skip
+    other = {"class_path": "srpo_lightning.objectives.DirectAlign", "init_args": {"form": form}}
+    configure(second, lambda config: config["model"].update(objective=other))
+    rows = last(compared(tmp_path, first, second)[0])
+    assert [rows[name][1]["is_same"] for name in ("reward", "judge", "held_out")] == [is_same] * 3
+
+
+def test_a_plain_reward_is_the_same_whether_it_is_named_or_not(first, tmp_path):
+    second = write_run(tmp_path / "second")
+    forms = (None, {"class_path": "srpo_lightning.objectives.Plain", "init_args": {"template": "{prompt}"}})
+    for run, form in zip((first, second), forms, strict=True):
+        objective = {"class_path": "srpo_lightning.objectives.DRaFT", "init_args": {"form": form}}
+        configure(run, lambda config, own=objective: config["model"].update(objective=own))
+    assert last(compared(tmp_path, first, second)[0])["judge"][1]["is_same"]
 
 
 def test_runs_are_named_by_what_tells_them_apart():

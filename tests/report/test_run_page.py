@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import shutil
 from html.parser import HTMLParser
 
@@ -17,7 +18,7 @@ from srpo_lightning.report.curves import TrainingScalars, smoothed
 from srpo_lightning.report.page import page
 from srpo_lightning.report.run_page import RunPage
 from srpo_lightning.report.thumbnails import MAX_PICTURES, Thumbnails
-from tests.report.made_up import CONFIG, MARKUP, PROMPTS, STEPS, content_of, picture, write_run
+from tests.report.made_up import CONFIG, MARKUP, PROMPTS, STEPS, content_of, picture, table, write_run
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,16 @@ def test_with_the_recipe_recorded_the_settings_that_were_changed_are_listed(run,
     found = RunPage(copy).content()[0]["configuration"]["departures"]
     assert found["from"] == "configs/<b>.yaml"
     assert found["rows"] == [("model.objective.margin", 0.9, 0.7), ("trainer.callbacks[EMA]", None, "EMA")]
+
+
+def test_the_configuration_is_the_last_starts_whatever_the_times_of_its_files(run, tmp_path):
+    copy = type(run)(shutil.copytree(run.path, tmp_path / "run"))
+    for number, step in enumerate((10, 20)):
+        path = copy.config(copy.checkpoint(step))
+        path.write_text(json.dumps(CONFIG | {"seed_everything": step}))
+        os.utime(path, (number, number))
+    os.utime(copy.config(copy.checkpoint(10)))
+    assert json.loads(RunPage(copy).content()[0]["configuration"]["text"])["seed_everything"] == 20
 
 
 def test_prompts_that_were_not_recorded_have_the_texts_of_their_pictures(tmp_path):
@@ -248,6 +259,16 @@ def test_of_many_samples_the_worst_and_the_best_are_listed(run, monkeypatch):
     found = RunPage(run).content()[0]["samples"]
     assert (found["indices"], found["total"]) == ([0, 1, 6, 7], 8)
     assert all(len(column) == 4 for own in found["values"].values() for column in own.values())
+    assert found["counts"]["policy"]["judge"] == {"won": 4, "lost": 3, "alike": 1, "unknown": 0}
+
+
+def test_a_sample_without_a_number_is_neither_won_nor_lost_nor_alike():
+    ours, base = table(0.01), table(0)
+    ours.columns["judge"][0], ours.columns["judge"][7], base.columns["judge"][6] = math.nan, math.inf, math.nan
+    found = samples.won_and_lost(20, {"base": base, "policy": ours, "ema": table(0.02)}, {})["counts"]
+    assert found["policy"]["judge"] == {"won": 2, "lost": 2, "alike": 1, "unknown": 3}
+    assert found["policy"]["reward"] == {"won": 4, "lost": 3, "alike": 1, "unknown": 0}
+    assert found["ema"]["judge"] == {"won": 3, "lost": 3, "alike": 1, "unknown": 1}
 
 
 @pytest.mark.parametrize(("most", "steps"), [(33, [10, 20, 30, 40, 50]), (32, [10, 30, 50]), (21, [10, 30, 50])])

@@ -139,3 +139,18 @@ def test_loading_reads_every_term_and_freezes_it(models):
     reward.load()
     assert len(list(reward.parameters())) == 2 * len(list(reward.terms[0].reward.parameters()))
     assert not any(p.requires_grad for p in reward.parameters())
+
+
+def test_too_few_frames_for_a_term_are_refused_before_anything_is_read(models):
+    class Eight(Brightness):
+        reads_clips = True
+
+        def check_frames(self, num_frames):
+            super().check_frames(num_frames)
+            if num_frames < 8:
+                raise ValueError("eight frames")
+
+    reward = WeightedReward([Term(ClipReward(str(models.clip))), Term(Eight())])
+    reward.check_frames(8)
+    with pytest.raises(ValueError, match="eight frames"):
+        reward.check_frames(2)

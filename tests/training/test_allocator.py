@@ -42,3 +42,33 @@ def test_what_a_step_frees_is_there_for_the_next_without_page_faults():
     memory = psutil.virtual_memory().total
     assert faults("return", str(memory // 5)) > 2 * once
     assert faults("return", str(memory // 20)) < 2 * once
+
+
+HOLES = """
+import ctypes, re
+from srpo_lightning.training.allocator import keep_freed_memory, trim_freed_memory
+keep_freed_memory()
+malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+malloc.restype, free.argtypes, malloc.argtypes = ctypes.c_void_p, [ctypes.c_void_p], [ctypes.c_size_t]
+def own_mib():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+before = own_mib()
+large = []
+for _ in range(20):
+    large.append(malloc(9 << 20))
+    malloc(64 << 10)  # lives on behind it
+    ctypes.memset(large[-1], 1, 9 << 20)
+for block in large:
+    free(block)
+print(own_mib() - before)
+trim_freed_memory()
+print(own_mib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+def test_holes_between_what_lives_are_returned_when_asked():
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, timeout=LIMIT_S)
+    kept, trimmed = map(float, done.stdout.split())
+    assert kept > 20 * 9 * 0.9
+    assert trimmed < 20

@@ -4,7 +4,8 @@ import psutil
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from srpo_lightning.jobs.estimate.memory import GIB, MemoryTracker
+from srpo_lightning.jobs.estimate.memory import MemoryTracker
+from srpo_lightning.jobs.estimate.units import GIB
 from srpo_lightning.module import SRPOModule
 from srpo_lightning.policies import loading
 

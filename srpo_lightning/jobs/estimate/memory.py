@@ -24,8 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-GIB = 1 << 30
-
 HOST = "host"
 """The label of what is in the memory of the machine and not of the device."""
 

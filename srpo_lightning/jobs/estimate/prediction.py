@@ -45,7 +45,8 @@ from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices, num_sh
 from srpo_lightning.jobs.estimate.host import reading_bytes
 from srpo_lightning.jobs.estimate.memory import MemoryTracker, cuda_operations
 from srpo_lightning.jobs.estimate.stand_ins import EightBitStates, keep_in_4_bits
-from srpo_lightning.jobs.estimate.step import CASTS, FROZEN, ROLLOUT, TRAINED, evaluate, train
+from srpo_lightning.jobs.estimate.step import CASTS, FROZEN, TRAINED, evaluate, train
+from srpo_lightning.phases import ROLLOUT
 from srpo_lightning.policies import adapters, flow_policy, loading
 from srpo_lightning.policies.base import Policy, Shard
 from srpo_lightning.rewards.base import Reward

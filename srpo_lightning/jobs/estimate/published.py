@@ -4,10 +4,13 @@ Source: the config.json files of the hub models that are named here.
 """
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from transformers import CLIPConfig
 
 from srpo_lightning.jobs import letters
@@ -85,3 +88,30 @@ def write_small_files(name: str, files: Mapping[str, Mapping[str, Any]], parent:
     write_files(folder, files)
     letters.clip(77).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def local_files(config: Namespace) -> Iterator[list[str]]:
+    """Put folders of small files in the place of published models; yields the names of those."""
+    with tempfile.TemporaryDirectory() as folder:
+        used: list[str] = []
+
+        def visit(value: Any) -> Any:
+            if isinstance(value, Namespace):
+                value.pop("filename", None)  # of weights, which are not read
+                for key, own in vars(value).items():
+                    value[key] = visit(own)
+            elif isinstance(value, list):
+                return [visit(own) for own in value]
+            elif isinstance(value, dict):
+                return {key: visit(own) for key, own in value.items()}
+            elif isinstance(value, str):
+                name = "xswu/HPSv2" if Path(value).name.startswith("HPS_v2") and value.endswith(".pt") else value
+                if files := small_files(name):
+                    used.append(name)
+                    return str(write_small_files(name, files, Path(folder)))
+            return value
+
+        visit(config.model)
+        visit(config.trainer.callbacks)
+        yield list(dict.fromkeys(used))

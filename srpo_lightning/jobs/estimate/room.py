@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from srpo_lightning.callbacks.tracking import RewardTracking
 from srpo_lightning.config.classes import is_class
 from srpo_lightning.jobs.estimate.host import host_peak, machine_memory
-from srpo_lightning.jobs.estimate.job import OPTIONS, local_files
-from srpo_lightning.jobs.estimate.memory import GIB
+from srpo_lightning.jobs.estimate.options import OPTIONS
 from srpo_lightning.jobs.estimate.prediction import predict, quiet
+from srpo_lightning.jobs.estimate.published import local_files
+from srpo_lightning.jobs.estimate.units import GIB
 
 CERTAIN = 0.9
 """A device must have this share of the predicted peak: against a CPU's allocator predictions are right to 6 %."""
@@ -43,12 +44,12 @@ def check_room(config: Namespace, trainer: Trainer) -> None:
         return
     settings = Namespace(model=config.model, data=config.data, trainer=config.trainer).clone()
     settings.trainer.devices = len(devices)
-    callbacks = settings.trainer.callbacks or []
-    # Training has the highest peak, but for judges much larger than what is trained: half the time for the other case.
-    settings.trainer.callbacks = [own for own in callbacks if not is_class(own.class_path, RewardTracking)]
+    target: Literal["cuda", "cpu"] = "cuda" if kind == "cuda" else "cpu"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        prediction = pool.submit(predicted_peaks, settings, "cuda" if kind == "cuda" else "cpu", len(devices))
-        failure = prediction.exception()
+        prediction = pool.submit(predicted_peaks, settings, target, len(devices))
+        if prediction.exception() is not None:  # perhaps of a judge of one's own
+            prediction = pool.submit(predicted_peaks, without_judges(settings), target, len(devices))
+    failure = prediction.exception()
     if failure is not None:
         rank_zero_warn(f"the memory of this run could not be predicted ({type(failure).__name__}: {failure})")
         return
@@ -66,6 +67,13 @@ def check_room(config: Namespace, trainer: Trainer) -> None:
         rank_zero_warn(f"{found}, which is close: {cure}")
     else:
         rank_zero_info(found)
+
+
+def without_judges(settings: Namespace) -> Namespace:
+    """The same without the judges and metrics of evaluations."""
+    own = settings.clone()
+    own.trainer.callbacks = [o for o in own.trainer.callbacks or [] if not is_class(o.class_path, RewardTracking)]
+    return own
 
 
 def check_host(peak: int, memory: int) -> None:

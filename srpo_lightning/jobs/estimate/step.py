@@ -1,10 +1,8 @@
 """An optimizer step and an evaluation in the order of calls in which Lightning makes them, each phase by its name."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol, runtime_checkable
-from unittest.mock import patch
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -13,27 +11,29 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves  # torch has no public name for the tensors in nested states
 
+from srpo_lightning import phases
 from srpo_lightning.batch import Conditions
 from srpo_lightning.callbacks import EMA
 from srpo_lightning.draws import Draws
 from srpo_lightning.jobs.estimate.devices import is_sharded, num_devices
 from srpo_lightning.jobs.estimate.memory import HOST, MemoryTracker
 from srpo_lightning.module import SRPOModule
+from srpo_lightning.policies.clips import FRAMES
 from srpo_lightning.rewards.base import Reward, evaluated_by
 
 TRAINED, FROZEN, JUDGES = "trained weights", "frozen weights", "judges of evaluation"
 GRADIENTS, STATES, AVERAGE = "gradients", "optimizer states", "EMA"
 BATCH, BUCKETS, CASTS = "text features", "gradient buckets of DDP", "weights cast by autocast"
-EVALUATION, ROLLOUT, FORWARD, BACKWARD = "evaluation", "rollout", "transformer forward", "transformer backward"
-DECODE, REWARD, STEP, AVERAGING = "VAE decode", "reward", "optimizer step", "EMA update"
+EVALUATION = "evaluation"
 LASTING = (TRAINED, FROZEN, GRADIENTS, STATES, AVERAGE, BATCH, BUCKETS, JUDGES)
 
 
-@runtime_checkable  # beartype asks, where shapes are checked
-class Phased(Protocol):
-    """What wants to know which phase of a step it is."""
+class LastFrames(Draws):
+    """Draws by which a reward sees the last frames of a clip, so that all of it is decoded: the most memory."""
 
-    phase: str
+    def subset(self, purpose: str, weights: Sequence[float], count: int) -> list[int]:
+        """The last places in the order of frames; others as they are drawn."""
+        return list(range(len(weights)))[-count:] if purpose == FRAMES else super().subset(purpose, weights, count)
 
 
 def train(
@@ -68,7 +68,7 @@ def train(
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], gradient_label))
     progress: Any = SimpleNamespace(global_step=0)
-    with tracker, phases(module, tracker):
+    with tracker, phases.followed_by(tracker):
         if ema:
             ema.on_fit_start(progress, module)
             tracker.label(ema.weights.values(), AVERAGE if ema.device == "same" and not offloads else HOST)
@@ -84,15 +84,14 @@ def train(
         if module.optimizer_in_backward:
             module.zero_grad()
         tracker.peaks.clear()
-        loss = micro_batch(module, conditions, trainer.precision, tracker)
+        loss = micro_batch(module, conditions, trainer.precision, LastFrames)
         if trainer.accumulate_grad_batches == 1:
             module.zero_grad()  # before the backward pass and no sooner: so does Lightning
-        tracker.phase = BACKWARD
+        phases.enter(phases.BACKWARD)
         loss.backward()
         del loss
         step(optimizer, trainer.gradient_clip_val, parameters, tracker, state_label)
         if ema:
-            tracker.phase = AVERAGING
             progress.global_step = ema.every_n_steps
             ema.on_train_batch_end(progress, module, None, conditions, 0)
     return [optimizer, buckets]
@@ -109,7 +108,7 @@ def evaluate(
     with tracker, torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             latents = module.objective.rollout(module.policy, conditions, Draws(module.seed)).x0
-            images = module.policy.decode(latents[: conditions.batch_size])  # a group has more
+            images = module.policy.decode(latents[: conditions.batch_size], conditions.size)  # a group has more
         for judge in judges:
             evaluated_by(judge, images.float(), range(module.policy.num_frames), judge.under(conditions.prompts))
 
@@ -144,7 +143,7 @@ def step(
     label: str,
 ) -> None:
     """Change the weights; what the optimizer keeps is told apart from what it needs meanwhile."""
-    tracker.phase = STEP
+    phases.enter(phases.STEP)
     parts = [part for group in optimizer.param_groups for part in group["params"]]
     if parts[0] is parameters[0]:  # in the backward pass
         optimizer.step()
@@ -158,34 +157,11 @@ def step(
     tracker.label((t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)), label)
 
 
-def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, tracker: Phased) -> Tensor:
+def micro_batch(module: SRPOModule, conditions: Conditions, precision: str, kind: type[Draws] = Draws) -> Tensor:
     """The rollout and the loss, whose graph is all that is left of them."""
-    draws = Draws(module.seed, module.micro_step)
-    tracker.phase = ROLLOUT
+    draws = kind(module.seed, module.micro_step)
+    phases.enter(phases.ROLLOUT)
     with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         rollout = module.objective.rollout(module.policy, conditions, draws)
-        tracker.phase = FORWARD
+        phases.enter(phases.FORWARD)
         return module.objective.loss(module.policy, module.reward, conditions, rollout, draws).loss
-
-
-@contextmanager
-def phases(module: SRPOModule, tracker: Phased) -> Iterator[None]:
-    """Tell the tracker when images are decoded and scored, and when their gradients are."""
-    decode, score = module.policy.rewarded_pictures, module.reward.contrast
-
-    def tracked_decode(*args: Any) -> list[Tensor]:
-        tracker.phase = DECODE
-        pictures = decode(*args)
-        for images in (own for own in pictures if own.requires_grad):
-            images.register_hook(lambda _: setattr(tracker, "phase", DECODE))
-        return pictures
-
-    def tracked_score(*args: Any) -> Tensor:
-        tracker.phase = REWARD
-        return score(*args)
-
-    with (
-        patch.dict(vars(module.policy), {"rewarded_pictures": tracked_decode}),
-        patch.dict(vars(module.reward), {"contrast": tracked_score}),
-    ):
-        yield

@@ -156,7 +156,7 @@ def compare(
     assert isinstance(policy, FlowPolicy)
     policy.dtype = policy.vae_dtype = written.dtype
     policy.quantize_timesteps = False  # diffusers does not
-    policy.compiles_blocks, policy.attention = False, None
+    policy.compiles_blocks, policy.attention, policy.vae_tiling = False, None, False
     policy.load()
     for name, parameter in module.trainable_parameters():
         parameter.copy_(written.trained[name.removeprefix(PREFIX)].read())

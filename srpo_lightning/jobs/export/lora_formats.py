@@ -13,18 +13,19 @@ from srpo_lightning.jobs.export.formats import Format
 from srpo_lightning.jobs.export.weights import Stored, base_transformer
 from srpo_lightning.policies import comfy
 from srpo_lightning.policies.adapters import save_lora, scaled
+from srpo_lightning.policies.lora_file import PREFIX
 
 
 class LoraFiles(Format):
-    """For the pipeline's `load_lora_weights`; without DoRA for ComfyUI too."""
+    """For the pipeline's `load_lora_weights`; without DoRA, and but of Wan, for ComfyUI too."""
 
     relation = "adapter"
 
     @property
     def comfyui(self) -> str:  # type: ignore[override]  # a constant in others
-        """DoRA's lengths of rows have another name there."""
+        """DoRA's lengths of rows have another name there, and so has everything of Wan."""
         assert self.policy.adapter is not None
-        if self.policy.adapter.dora:
+        if self.policy.adapter.dora or self.policy.comfy_has_original_names:
             return "this file is wrong: export with `--format lora-comfy` for it"
         return "put `pytorch_lora_weights.safetensors`, under a name of its own, into `models/loras/`"
 
@@ -82,6 +83,16 @@ class LoraComfy(LoraFiles):
         """The names of those with an adapter."""
         return list(dict.fromkeys(name.split(".lora_")[0] for name in self.trained))
 
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """ComfyUI's name of each layer."""
+        if not self.policy.comfy_has_original_names:
+            return {layer: f"{PREFIX}{layer}" for layer in self.layers}
+        assert self.policy.single_file is not None
+        sources = self.policy.single_file.sources(self.base)
+        theirs = {parts[0]: name for name, parts in sources.items() if len(parts) == 1}
+        return {layer: f"{comfy.ORIGINAL}{theirs[f'{layer}.weight'].removesuffix('.weight')}" for layer in self.layers}
+
     def write(self, folder: Path) -> None:
         """One file."""
         tensors: dict[str, Tensor] = {}
@@ -92,7 +103,7 @@ class LoraComfy(LoraFiles):
                 for name, stored in self.scaled.items()
                 if name.startswith(prefix)
             }
-            tensors |= comfy.layer_file(layer, self.base[f"{layer}.weight"].read(), parts, self.dtype)
+            tensors |= comfy.layer_file(self.names[layer], self.base[f"{layer}.weight"].read(), parts, self.dtype)
         save_file(tensors, folder / self.file, {"format": "pt"})
 
     @property
@@ -106,7 +117,7 @@ class LoraComfy(LoraFiles):
         file = load_file(folder / self.file)
         for layer in self.layers:
             weight = transformer.get_submodule(layer).weight
-            weight.data = comfy.patched(layer, self.base[f"{layer}.weight"].read(), file).to(weight.dtype)
+            weight.data = comfy.patched(self.names[layer], self.base[f"{layer}.weight"].read(), file).to(weight.dtype)
         return {"transformer": transformer}
 
     def python(self, folder: Path) -> list[str]:

@@ -17,7 +17,6 @@ from srpo_lightning.jobs.export.comparison import Difference
 from srpo_lightning.jobs.export.formats import Format
 from srpo_lightning.jobs.export.weights import Kind
 from srpo_lightning.module import SRPOModule
-from srpo_lightning.policies.flow_policy import FlowPolicy
 from srpo_lightning.run_folder import RunFolder
 
 
@@ -63,11 +62,11 @@ def card(export: Export, module: SRPOModule) -> str:
         f"diffusers {diffusers.__version__}",
         "revision of srpo_lightning": revision() or "not known",
     }
-    return f"""{front_matter(export, policy)}
+    return f"""{front_matter(export, module)}
 # {escaped(export.folder.name)}
 
-{code(policy.start or policy.pretrained)}, aligned with human preference by SRPO
-([arXiv 2509.06942](https://arxiv.org/abs/2509.06942)) in [config.yaml](config.yaml).
+{code(policy.start or policy.pretrained)}, aligned with human preference by {method(module)} in
+[config.yaml](config.yaml).
 
 The licence of the base model applies to these weights as well: read it before you use or share them.
 
@@ -84,10 +83,19 @@ The licence of the base model applies to these weights as well: read it before y
 {metrics(export, module)}"""
 
 
-def front_matter(export: Export, policy: FlowPolicy) -> str:
+def method(module: SRPOModule) -> str:
+    """The objective's name, with its paper."""
+    paper = module.objective.paper
+    name = code(type(module.objective).__name__)
+    return name if paper is None else f"{name} ([arXiv {paper}](https://arxiv.org/abs/{paper}))"
+
+
+def front_matter(export: Export, module: SRPOModule) -> str:
     """What the hub reads; a base that is a local folder has no name there."""
-    tags = ["srpo", "text-to-image", policy.hub_tag, *(["lora"] if policy.adapter else [])]
-    values: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    policy = export.format.policy
+    task = "text-to-video" if policy.num_frames > 1 else "text-to-image"
+    tags = [type(module.objective).__name__.lower(), task, policy.hub_tag, *(["lora"] if policy.adapter else [])]
+    values: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": task, "tags": tags}
     values |= {"license": "other", "license_name": "license-of-the-base-model"}
     base = policy.start or policy.pretrained
     if not Path(base).expanduser().exists():

@@ -11,10 +11,10 @@ from jsonargparse import Namespace
 from srpo_lightning.config.arguments import choose_strategy, new_policy, read_config
 from srpo_lightning.config.loops import check_loops
 from srpo_lightning.jobs.estimate.host import machine_memory
-from srpo_lightning.jobs.estimate.job import local_files, parse_bytes
-from srpo_lightning.jobs.estimate.memory import GIB
 from srpo_lightning.jobs.estimate.prediction import quiet
+from srpo_lightning.jobs.estimate.published import local_files
 from srpo_lightning.jobs.estimate.room import predicted_peaks
+from srpo_lightning.jobs.estimate.units import GIB, parse_bytes
 from srpo_lightning.jobs.init.comments import commented
 from srpo_lightning.jobs.init.settings import Draft, draft, files_of
 from srpo_lightning.jobs.init.wishes import BUILTIN, Wishes, models
@@ -171,14 +171,18 @@ def refusal(wishes: Wishes, tried: list[Prediction], other: Prediction | None, h
     assert wishes.gpu_memory is not None
     nearest = min(tried, key=lambda own: (own.is_bound, own.peak))
     takes = f"{'more than ' if nearest.is_bound else ''}{gib(nearest.peak)}"
+    needs = {}  # what is exceeded: what would do
+    if nearest.is_bound or nearest.peak > wishes.gpu_memory - KEPT_FREE:
+        there = f"{gib(wishes.gpu_memory)} of GPU memory with {gib(KEPT_FREE)} kept free"
+        needs[there] = f"{gib(nearest.peak + KEPT_FREE)} of GPU memory"
     if host_memory is not None and nearest.host > host_memory:
-        takes += f" and {gib(nearest.host)} of the machine, which has {gib(host_memory)}"
-    where = f"{gib(wishes.gpu_memory)} of GPU memory with {gib(KEPT_FREE)} kept free"
-    head = f"{wishes.model} does not fit {where}, trained as asked: {nearest.form.words} takes {takes}"
+        takes += f" and {gib(nearest.host)} of the machine"
+        needs[f"{gib(host_memory)} of the machine's memory"] = f"{gib(nearest.host)} of the machine's memory"
+    there = " and ".join(needs)
+    head = f"{wishes.model} does not fit {there}, trained as asked: {nearest.form.words} takes {takes}"
     if other is not None:
         return f"{head}; {other.form.words} would fit, with {gib(other.peak)}: --method {other.form.method}"
-    need = gib(nearest.peak + KEPT_FREE)
-    return f"{head}, so {need} or more are needed; `recipes` lists smaller models (--model)"
+    return f"{head}, so {' and '.join(needs.values())} or more are needed; `recipes` lists smaller models (--model)"
 
 
 def _builtin(wishes: Wishes) -> Prediction:
@@ -188,8 +192,9 @@ def _builtin(wishes: Wishes) -> Prediction:
     own = draft(OF_BUILTIN.recipes, wishes)
     peak, host = peaks(read(own), wishes)
     room = machine_memory() if wishes.gpu_memory is None else wishes.gpu_memory
-    if max(peak, host if wishes.gpu_memory is None else 0) > SHARE_OF_MACHINE * room:
-        raise ValueError(f"the built-in model takes {gib(peak)}, where {gib(room)} are there: close other programs")
+    taken = max(peak, host if wishes.gpu_memory is None else 0)
+    if taken > SHARE_OF_MACHINE * room:
+        raise ValueError(f"the built-in model takes {gib(taken)}, where {gib(room)} are there: close other programs")
     return Prediction(OF_BUILTIN, own, peak, host, is_bound=False)
 
 

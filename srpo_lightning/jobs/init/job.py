@@ -1,5 +1,6 @@
 """`init`: asks on a terminal, or takes options, and writes one configuration with comments that fits the memory."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +12,7 @@ from srpo_lightning.config.shipped import RECIPE
 from srpo_lightning.data.selection import select_evaluation
 from srpo_lightning.files.checkpoints import complete_or_absent
 from srpo_lightning.jobs.estimate.host import machine_memory
-from srpo_lightning.jobs.estimate.job import parse_bytes
+from srpo_lightning.jobs.estimate.units import parse_bytes
 from srpo_lightning.jobs.init import wishes as said
 from srpo_lightning.jobs.init.comments import commented
 from srpo_lightning.jobs.init.forms import OF_BUILTIN, Prediction, fitting, gib, read
@@ -131,8 +132,8 @@ def write(wishes: Wishes, found: Prediction) -> None:
     text = head(wishes, found) + commented(found.draft.settings, found.draft.comments)
     with complete_or_absent(wishes.output) as partial:
         partial.write_text(text, encoding="utf-8")
-    file = wishes.output
-    print(f"{file}: {found.form.words}, {needs(wishes, found)}")
+    print(f"{wishes.output}: {found.form.words}, {needs(wishes, found)}")
+    file = shlex.quote(str(wishes.output))
     if wishes.model != BUILTIN:
         print(f"what it downloads: srpo downloads --config {file}")
     print(f"train: srpo fit --config {file}")
@@ -153,10 +154,11 @@ def head(wishes: Wishes, found: Prediction) -> str:
     machine = "this machine's processor, or any GPU"
     if wishes.gpu_memory is not None:
         machine = f"{wishes.gpus} GPU{'s' if wishes.gpus > 1 else ''} with {gib(wishes.gpu_memory)}"
+    file = shlex.quote(str(wishes.output))
     lines = [
         f"{wishes.pretrained or models()[wishes.model]}: {found.form.words}.",
-        f"  srpo fit --config {wishes.output}",
-        f"  srpo fit --config {wishes.output} --ckpt_path last     # go on with a run that was stopped",
+        f"  srpo fit --config {file}",
+        f"  srpo fit --config {file} --ckpt_path last     # go on with a run that was stopped",
         f"Hardware: {machine}. From `estimate`: {needs(wishes, found)}.",
         f"Written by `srpo init` from {made_of}.",
         "All settings, and the callbacks that are on without being named here, are shown by `--print_config`.",

@@ -9,7 +9,7 @@ import yaml
 
 from srpo_lightning.config.shipped import RECIPES, recipes, with_builtin
 from srpo_lightning.data.prompts import read_prompts
-from srpo_lightning.jobs.estimate.job import parse_bytes
+from srpo_lightning.jobs.estimate.units import parse_bytes
 from srpo_lightning.suggestions import nearest
 
 BUILTIN, FLUX = "builtin", "flux_dev"

@@ -21,9 +21,8 @@ function ticks(low, high, count) {
 }
 
 function style(series, number) {
-  const hasMarkers = series.name !== "base" && series.points.length <= MAX_MARKERS;
-  const isBase = series.name === "base";
-  return {stroke: isBase ? "var(--base)" : `var(--s${number % 6})`, dash: isBase ? "3 4" : DASHES[number % 6], marker: hasMarkers ? MARKERS[number % 4] : null};
+  const hasMarkers = !series.is_level && series.points.length <= MAX_MARKERS;
+  return {stroke: series.is_level ? "var(--base)" : `var(--s${number % 6})`, dash: series.is_level ? "3 4" : DASHES[number % 6], marker: hasMarkers ? MARKERS[number % 4] : null};
 }
 
 /** The sign of a series beside its name. */
@@ -47,16 +46,16 @@ function extent(values) {
 
 /**
  * A chart: name, `series` [{name, points: [[step, value], ...]}], and `advice` [{step, acts, text}] that is drawn over it.
- * The series called base is a level. Arrow keys and the pointer read values off.
+ * A series with `is_level`, the base's, is a level. Arrow keys and the pointer read values off.
  */
 function chart({name, series, advice = []}) {
   const clean = series.map((own) => ({...own, points: own.points.filter((point) => isNumber(point[1]))})).filter((own) => own.points.length);
   let place = 0;
-  clean.sort((a, b) => (b.name === "base") - (a.name === "base"));
-  const lines = clean.map((own) => ({...own, look: style(own, own.name === "base" ? 0 : place++)}));
+  clean.sort((a, b) => Boolean(b.is_level) - Boolean(a.is_level));
+  const lines = clean.map((own) => ({...own, look: style(own, own.is_level ? 0 : place++)}));
   const box = el("article", {class: "chart"}, el("h3", {}, term(name)));
   if (!lines.length) return box.append(el("p", {class: "soft"}, "No finite values.")), box;
-  const steps = [...new Set(lines.filter((own) => own.name !== "base" || lines.length === 1).flatMap((own) => own.points.map((point) => point[0])))].sort((a, b) => a - b);
+  const steps = [...new Set(lines.filter((own) => !own.is_level || lines.length === 1).flatMap((own) => own.points.map((point) => point[0])))].sort((a, b) => a - b);
   const [low, high] = extent(lines.flatMap((own) => own.points.map((point) => point[1])));
   const first = Math.min(0, steps[0]), last = Math.max(steps.at(-1), first + 1);
   const x = (step) => LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first);
@@ -86,7 +85,7 @@ function described(name, lines) {
 }
 
 function drawn(own, x, y, last) {
-  const points = own.name === "base" && own.points.length === 1 ? [own.points[0], [last, own.points[0][1]]] : own.points;
+  const points = own.is_level && own.points.length === 1 ? [own.points[0], [last, own.points[0][1]]] : own.points;
   const line = svg("path", {class: "line", "stroke-dasharray": own.look.dash, d: `M${points.map(([step, value]) => `${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("L")}`});
   line.style.stroke = own.look.stroke;
   const markers = own.look.marker ? own.points.map(([step, value]) => own.look.marker(x(step), y(value))) : [];

@@ -111,9 +111,9 @@ function wonAndLost() {
   });
   const refresh = () => {
     const rows = sorted(state);
-    const wins = rows.filter((own) => own.change > 0).length, losses = rows.filter((own) => own.change < 0).length;
-    const part = samples.total > rows.length ? ` Of ${samples.total} samples the worst and the best ${rows.length / 2} are listed.` : "";
-    counts.textContent = `Step ${samples.step}: ${wins} samples won, ${losses} lost, ${rows.length - wins - losses} alike.${part}`;
+    const {won, lost, alike, unknown} = samples.counts[state.weights][state.column];
+    const part = samples.total > rows.length ? ` Of ${samples.total} samples the worst and the best ${rows.length / 2} by ${samples.columns[0]} of ${samples.weights[0]} are listed.` : "";
+    counts.textContent = `Step ${samples.step}: ${won} samples won, ${lost} lost, ${alike} alike${unknown ? `, ${unknown} without a number` : ""}.${part}`;
     for (const [by, th] of heads) th.setAttribute("aria-sort", by !== state.by ? "none" : state.isDown ? "descending" : "ascending");
     const most = Math.max(...rows.map((own) => Math.abs(own.change) || 0), 1e-12);
     body.replaceChildren(...rows.slice(0, state.most).map((own) => rowOf(own, state, most)));
