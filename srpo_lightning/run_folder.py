@@ -23,6 +23,12 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The number of optimizer steps in the name of a file or folder; 0 where there is none."""
+    found = re.search(r"step-(\d+)$", path.stem)
+    return int(found[1]) if found else 0
+
+
 def beside(strip: Path) -> Path:
     """The path of a clip whose strip of frames lies at another."""
     return strip.with_suffix(".webp")
@@ -166,7 +172,7 @@ class RunFolder:
     def later_than(self, step: int) -> list[Path]:
         """The checkpoints of later steps, and the settings of starts that resumed from such."""
         named = [*self.checkpoints(), *self.configs()]
-        return [path for path in named if (found := re.search(r"step-(\d+)$", path.stem)) and int(found[1]) > step]
+        return [path for path in named if step_of(path) > step]
 
     def set_aside(self, files: Iterable[Path]) -> Path:
         """Move checkpoints and settings where nothing looks for them; returns that folder, a new one."""
@@ -192,7 +198,7 @@ class RunFolder:
         weights, _, name = monitor.partition("/")
         found = self.read_metrics()
         values = {r["step"]: float(r[name]) for r in found if r["weights"] == weights and name in r}
-        scores = {path: values.get(int(path.stem.removeprefix("step-")), math.nan) for path in self.checkpoints()}
+        scores = {path: values.get(step_of(path), math.nan) for path in self.checkpoints()}
         sign = -1 if mode == "max" else 1
         return sorted((path for path in scores if not math.isnan(scores[path])), key=lambda path: sign * scores[path])
 

@@ -70,7 +70,7 @@ class RunCheckpoint(Checkpoint):
         """Take the first step of a resumed run for saved; its number is not restored before this hook."""
         own = RunFolder.of(trainer).checkpoint(trainer.global_step)
         self._last_step = trainer.global_step
-        self._saved_step = trainer.global_step if is_file(trainer.ckpt_path, own) else -1
+        self._saved_step = trainer.global_step if goes_on_from(trainer.ckpt_path, own) else -1
         self._saved_at_s = time.monotonic()
         self._signals = StopSignals()
         self._signals.install(trainer.world_size == 1, trainer.is_global_zero)
@@ -253,8 +253,8 @@ class RunCheckpoint(Checkpoint):
                     remove(old)
 
 
-def is_file(ckpt_path: str | Path | None, own: Path) -> bool:
-    """Whether what a run goes on from is its own checkpoint."""
+def goes_on_from(ckpt_path: str | Path | None, own: Path) -> bool:
+    """Whether a run goes on from its own checkpoint, or begins."""
     return ckpt_path is None or Path(ckpt_path).resolve() == own.resolve()
 
 

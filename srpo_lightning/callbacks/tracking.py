@@ -76,6 +76,7 @@ class RewardTracking(Measures, Recorder, OffersWeights):
         self.evaluations: Evaluations | None = None
         self.tables: dict[str, SampleTable] = {}
         self._needs_base = False
+        self._key = ""
         self._start_s = 0.0
 
     @staticmethod
@@ -93,8 +94,9 @@ class RewardTracking(Measures, Recorder, OffersWeights):
         """Look whether the base must be measured too."""
         assert isinstance(pl_module, SRPOModule)
         self._start_s = time.perf_counter()
+        self._key = self.key(trainer, pl_module)
         if pl_module.trained_steps:
-            self.base = self.base or read_base(trainer, self.key(trainer, pl_module))
+            self.base = self.base or read_base(trainer, self._key)
         self._needs_base = bool(pl_module.trained_steps) and self.base is None
 
     def offered_weights(self, module: LightningModule) -> dict[str, Weights | None]:
@@ -140,7 +142,7 @@ class RewardTracking(Measures, Recorder, OffersWeights):
             tables |= {BASE: self.base}
             if trainer.is_global_zero and trainer.state.fn != TrainerFn.FITTING:  # `validation` is read alone
                 path = RunFolder.recording(trainer).base_table
-                save_table(path, self.base, self.key(trainer, pl_module))
+                save_table(path, self.base, self._key)
         by_weights = {
             weights: Evaluation(table, summary(table, None if weights == BASE or not step else self.base, self.labels))
             for weights, table in tables.items()
@@ -148,7 +150,7 @@ class RewardTracking(Measures, Recorder, OffersWeights):
         for weights in (name for name in self.tables if name != BASE):
             warn_of_unknown(weights, tables[weights], step)
             self._record(trainer, pl_module, weights, *by_weights[weights])
-        self.evaluations = Evaluations(step, by_weights, self.key(trainer, pl_module))
+        self.evaluations = Evaluations(step, by_weights, self._key)
         for reader in callbacks_that(trainer, ReadsEvaluations):
             reader.on_evaluation(trainer, pl_module, self.evaluations)
         seconds = time.perf_counter() - self._start_s
@@ -186,7 +188,7 @@ class RewardTracking(Measures, Recorder, OffersWeights):
                 f"none, nor does the guard act. Give {FEW_GROUPS} or more (data.evaluation, data.num_eval_prompts)"
             )
         if trainer.is_global_zero:
-            keep_base(trainer, self.key(trainer, module), base)
+            keep_base(trainer, self._key, base)
 
     def _record(
         self, trainer: Trainer, module: SRPOModule, weights: str, table: Table, numbers: dict[str, float]
@@ -202,7 +204,7 @@ class RewardTracking(Measures, Recorder, OffersWeights):
                     if len(known):  # TensorBoard has no histogram of nothing
                         logger.experiment.add_histogram(f"distribution/{weights}/{name}", known, step)
         if trainer.is_global_zero:
-            own = {} if trainer.state.fn == TrainerFn.FITTING else {"key": self.key(trainer, module)}
+            own = {} if trainer.state.fn == TrainerFn.FITTING else {"key": self._key}
             run.append_metrics({"step": step, "weights": weights, **own, **numbers})
             save_table(run.table(step, weights), table, "")
             keep_prompts(trainer)
