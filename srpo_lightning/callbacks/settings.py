@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from srpo_lightning.callbacks.guard import OverOptimizationGuard
+from srpo_lightning.callbacks.guard import OverOptimizationGuard, lower
 from srpo_lightning.evaluation.exchange import callbacks_that
 from srpo_lightning.loggers import keep_id, log_configuration
 from srpo_lightning.module import SRPOModule
@@ -159,22 +159,21 @@ def go_on_as_configured(trainer: Trainer, module: SRPOModule) -> None:
         for _ in range(trainer.global_step):
             twin.step()  # without gradients: nothing but what warns of the order of calls
             scheduler.step()  # one that waits for a metric was refused
-    lowered = _lowered(trainer)
     (group,) = twin.param_groups
     for own in optimizer.param_groups:
-        _copy(group, own, lowered)
-    for config in trainer.lr_scheduler_configs:
+        _copy(group, own)
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for going_on in schedulers:
         assert scheduler is not None
-        config.scheduler.load_state_dict(scheduler.state_dict())
-        if lowered != 1:
-            config.scheduler.base_lrs = [lr * lowered for lr in scheduler.base_lrs]
+        going_on.load_state_dict(scheduler.state_dict())
+    if (lowered := _lowered(trainer)) != 1:
+        lower(trainer.optimizers, schedulers, lowered)
 
 
-def _copy(settings: Mapping[str, Any], group: dict[str, Any], lowered: float) -> None:
+def _copy(settings: Mapping[str, Any], group: dict[str, Any]) -> None:
     for name, value in settings.items():
         if name == "params":
             continue
-        value = value * lowered if name == "lr" else value
         if isinstance(group.get(name), Tensor):
             group[name].fill_(value)
         else:
